@@ -1,0 +1,98 @@
+"""Compiles the native library: the one list of sources and flags, used on first use and by setup.py.
+
+The kernels know no torch headers and are compiled once per instruction set; the bindings use torch's stable ABI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+LIBRARY = "amflow_native.so"
+
+_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall".split()
+# -ffp-contract=off: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
+_KERNEL = "cpu/am_flow.cpp"
+_OBJECTS = {
+    "bindings.o": ("bindings.cpp", []),
+    "cpu_avx2.o": (_KERNEL, "-DAMFLOW_ISA=avx2 -mavx2 -mfma -mf16c".split()),
+    "cpu_avx512.o": (_KERNEL, "-DAMFLOW_ISA=avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()),
+    "cpu_avx512_bf16.o": (
+        _KERNEL,
+        "-DAMFLOW_ISA=avx512_bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c".split(),
+    ),
+}
+
+
+class BuildError(RuntimeError):
+    """The native library could not be compiled; the message is the reason, for people to read."""
+
+
+def source_dir() -> Path:
+    """The C++ sources: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "csrc", package.parent / "csrc"):
+        if (candidate / "bindings.cpp").is_file():
+            return candidate
+    raise BuildError(f"the C++ sources are missing from {package}")
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, or c++, g++, clang++, whichever is found first."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = name and shutil.which(name)
+        if path:
+            return path
+    raise BuildError("no C++ compiler found ($CXX, c++, g++ or clang++)")
+
+
+def build_key() -> str:
+    """A hash of all that the library depends on: sources, flags, compiler and torch version."""
+    if sys.platform != "linux":
+        raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
+    digest = hashlib.sha256()
+    sources = source_dir()
+    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cpp", ".h")):
+        digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
+    cxx = compiler()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
+    digest.update(repr((_FLAGS, _OBJECTS, cxx, version.stdout, torch.__version__)).encode())
+    return digest.hexdigest()[:20]
+
+
+def compile_library(folder: Path) -> Path:
+    """Compiles LIBRARY in `folder`, in parallel; ninja's own log goes to build.log there."""
+    sources, include = source_dir(), Path(torch.__file__).parent / "include"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {_ninja_escape(compiler())}",
+        f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(include))}",
+        "rule compile",
+        "  command = $cxx $flags $isa -c $in -o $out",
+        "rule link",
+        "  command = $cxx -shared $in -o $out",
+    ]
+    for name, (source, isa) in _OBJECTS.items():
+        lines += [f"build {name}: compile {_ninja_escape(str(sources / source))}", f"  isa = {' '.join(isa)}"]
+    lines += [f"build {LIBRARY}: link {' '.join(_OBJECTS)}", f"default {LIBRARY}", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+    log = folder / "build.log"
+    with log.open("w") as out:
+        status = subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(folder)], stdout=out, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if status != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise BuildError(f"compiling failed (exit status {status}; whole log: {log}):\n{tail}")
+    return folder / LIBRARY
+
+
+def _ninja_escape(text: str) -> str:
+    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -1,0 +1,190 @@
+"""The public functions: every check of the input, then one op call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amflow_kernels import ops
+from amflow_kernels.ops import HEAD_REDUCTIONS, IMPLS, MAX_HEAD_DIM, MIN_TEMPERATURE, explain
+
+__all__ = ["am_flow", "am_flow_pair", "explain"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def am_flow(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+    center: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """AM flow of a clip: how much each key token's attention changes from frame t to frame t + lag.
+
+    With ``A[t] = softmax_keys(scale * q[t] @ k[t].T)``::
+
+        flow[t] = softmax_keys(|A[t] - A[t + lag]| / temperature).T @ 1        t = 0 .. T - lag - 1
+
+    Every flow sums to Nq over its Nk tokens; frames that do not differ give exactly Nq / Nk everywhere. The maps
+    are never formed, all arithmetic is float32 or better, and autocast has no effect.
+
+    Source: Agrawal, Ali, Dantcheva, Bremond, "AM Flow: Adapters for Temporal Processing in Action Recognition",
+    arXiv 2411.02065 (there: lag = 1, temperature = 1).
+
+    Args:
+        q: queries, (B, T, *G, Nq, D): T frames, G = (heads,) or (heads, windows), D from 1 to 256. float32,
+            bfloat16, float16, or float64 (which the reference computes). Any strides with a contiguous last
+            dimension: views of a fused qkv are read in place. A ViT that folds frames into the batch passes
+            ``q.unflatten(0, (B, T))``.
+        k: keys, (B, T, *G, Nk, D), dtype and device of q.
+        scale: factor on the logits; None means D ** -0.5.
+        lag: distance in frames of the two maps that are compared, at least 1.
+        temperature: divides the change before the second softmax, at least 1/64.
+        head_reduction: ``"none"`` (a flow per head), ``"mean"`` (mean of the heads' flows) or ``"mean_map"``
+            (flow of the head-averaged maps).
+        center: return ``flow - Nq / Nk``, computed without the cancellation: the flow of real clips is
+            Nq / Nk plus a signal of 1e-4 to 1e-2, and only the centred form keeps full relative precision.
+        impl: None picks by device; ``"reference"`` or ``"cpu"`` runs just that, or raises.
+
+    Returns:
+        float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a
+        head reduction. Differentiable once with respect to q and k.
+
+    A map row whose logits contain NaN or +inf, or are all -inf, makes NaN of the flows that use it; any other
+    -inf logit is a weight of 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
+        RuntimeError: the implementation asked for by ``impl`` can't run here; the message says why.
+    """
+    _check_frames(q, k, "q", "k")
+    if not isinstance(lag, int) or isinstance(lag, bool):
+        raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
+    if lag < 1:
+        raise ValueError(f"lag: expected at least 1, got {lag}")
+    if q.shape[1] <= lag:
+        raise ValueError(f"q: expected more frames (dimension 1) than lag = {lag}, got T = {q.shape[1]}")
+    return _call(q, k, None, None, scale, lag, temperature, head_reduction, center, impl)
+
+
+def am_flow_pair(
+    q_a: Tensor,
+    k_a: Tensor,
+    q_b: Tensor,
+    k_b: Tensor,
+    *,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+    center: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """AM flow of explicit frame pairs: frames aligned to each other, or streamed one by one.
+
+    ``flow[p] = softmax_keys(|A_a[p] - A_b[p]| / temperature).T @ 1`` with the attention maps A_a of (q_a, k_a) and A_b
+    of (q_b, k_b). Options, precision, NaN rule, errors and source are those of `am_flow`.
+
+    Args:
+        q_a, q_b: queries of the two frames of each pair, (B, P, *G, Nq, D).
+        k_a, k_b: keys of the two frames of each pair, (B, P, *G, Nk, D).
+
+    Returns:
+        float32 (float64 for float64 inputs), contiguous: (B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head
+        reduction. Differentiable once with respect to all four inputs.
+    """
+    _check_frames(q_a, k_a, "q_a", "k_a")
+    _check_frames(q_b, k_b, "q_b", "k_b")
+    for name, value, other_name, other in (("q_b", q_b, "q_a", q_a), ("k_b", k_b, "k_a", k_a)):
+        _check_same(name, value, other_name, other)
+        if value.shape != other.shape:
+            raise ValueError(
+                f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
+            )
+    return _call(q_a, k_a, q_b, k_b, scale, 0, temperature, head_reduction, center, impl)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float | None,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+    impl: str | None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else _check_number("scale", scale)
+    temperature = _check_number("temperature", temperature)
+    if temperature < MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature: expected at least 1/64 (below it the second softmax overflows), got {temperature}"
+        )
+    if head_reduction not in HEAD_REDUCTIONS:
+        raise ValueError(f"head_reduction: expected one of {HEAD_REDUCTIONS}, got {head_reduction!r}")
+    if not isinstance(center, bool):
+        raise TypeError(f"center: expected a bool, got {type(center).__name__}")
+    if impl is not None:
+        if impl not in IMPLS:
+            raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
+        reason = IMPLS[impl].unsupported(q.device.type, q.dtype)
+        if reason:
+            raise ValueError(f"impl={impl!r}: {reason}")
+    return ops.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+
+
+def _check_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def _check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def _check_frames(q: Tensor, k: Tensor, q_name: str, k_name: str) -> None:
+    for name, value in ((q_name, q), (k_name, k)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+        if value.dim() not in (5, 6):
+            raise ValueError(
+                f"{name}: expected (B, T, heads, N, D) or (B, T, heads, windows, N, D), "
+                f"got {value.dim()} dimensions: {tuple(value.shape)}"
+            )
+        if any(size == 0 for size in value.shape[2:-2]):
+            raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(value.shape)}")
+        if value.shape[-2] == 0:
+            raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(value.shape)}")
+        if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {value.shape[-1]}"
+            )
+        if value.shape[-1] > 1 and value.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; "
+                "call .contiguous() on it"
+            )
+    _check_same(k_name, k, q_name, q)
+    if q.dim() != k.dim():
+        raise ValueError(f"{k_name}: expected {q.dim()} dimensions as {q_name}, got {k.dim()}: {tuple(k.shape)}")
+    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
+            f"{tuple(q.shape)}, got {tuple(k.shape)}"
+        )

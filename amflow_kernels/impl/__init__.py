@@ -1,0 +1,1 @@
+"""The implementations of AM flow. Each module stands alone: none imports another."""

@@ -1,0 +1,120 @@
+"""AM flow in eager PyTorch: the specification, and the oracle of every test when run in float64.
+
+It forms the (Nq, Nk) maps, so its memory grows with Nq * Nk; everything else in this package exists to avoid
+that. Formulas: Agrawal et al., "AM Flow: Adapters for Temporal Processing in Action Recognition",
+arXiv 2411.02065; the centred form and the gradient are derived in docs/maths.md.
+
+Shapes: q (B, T, *G, Nq, D), k (B, T, *G, Nk, D), G = (heads,) or (heads, windows). In pair form q, k are frames
+a and q_b, k_b frames b, (B, P, *G, N, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HEADS = 2  # the heads' dimension in (B, T, heads, ...)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype everything is computed and returned in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_maps(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """A = softmax_keys(scale * q k^T), (B, T, *G, Nq, Nk)."""
+    dtype = compute_dtype(q.dtype)
+    return torch.softmax(scale * (q.to(dtype) @ k.to(dtype).mT), dim=-1)
+
+
+def _frame_maps(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int
+) -> tuple[Tensor, Tensor]:
+    """The maps A[t] and A[t + lag] of every pair, each (B, P, *G, Nq, Nk)."""
+    A = attention_maps(q, k, scale)
+    if q_b is None or k_b is None:
+        return A[:, :-lag], A[:, lag:]
+    return A, attention_maps(q_b, k_b, scale)
+
+
+def _row_weights(A_a: Tensor, A_b: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """e = expm1(M / temperature), its row mean ebar, and w = 1 / (Nk (1 + ebar)), so that P = w (1 + e)."""
+    e = torch.expm1((A_a - A_b).abs() / temperature)
+    ebar = e.mean(dim=-1, keepdim=True)
+    return e, ebar, 1 / (e.shape[-1] * (1 + ebar))
+
+
+def am_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+) -> Tensor:
+    """flow = P^T 1 of every frame pair, (B, P, *G, Nk); differentiable by autograd. Options as in `amflow_kernels.am_flow`."""
+    with torch.autocast(q.device.type, enabled=False):
+        A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
+        if head_reduction == "mean_map":
+            A_a, A_b = A_a.mean(HEADS), A_b.mean(HEADS)
+        e, ebar, w = _row_weights(A_a, A_b, temperature)
+        flow = (w * (e - ebar)).sum(dim=-2)  # flow - Nq / Nk: sums to 0, keeps full relative precision
+        if head_reduction == "mean":
+            flow = flow.mean(HEADS)
+        return flow if center else flow + q.shape[-2] / k.shape[-2]
+
+
+def am_flow_backward(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dq_b, dk_b for dflow = dL/dflow, written out as in docs/maths.md; empty where `needs` is False.
+
+    The gradient does not depend on `center`: the two results differ by a constant.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
+        heads = q.shape[HEADS]
+        g = dflow.to(A_a.dtype)
+        if head_reduction != "none":
+            g = g.unsqueeze(HEADS) / heads
+        if head_reduction == "mean_map":
+            M_a, M_b = A_a.mean(HEADS, keepdim=True), A_b.mean(HEADS, keepdim=True)
+        else:
+            M_a, M_b = A_a, A_b
+        e, _, w = _row_weights(M_a, M_b, temperature)
+        P = w * (1 + e)
+        g = g.unsqueeze(-2)  # (B, P, *G, 1, Nk)
+        delta = (P * g).sum(-1, keepdim=True)
+        S_dM = torch.sign(M_a - M_b) * P * (g - delta) / temperature
+
+        def map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
+            dlogits = A * (dA - (A * dA).sum(-1, keepdim=True))
+            dq = scale * (dlogits @ k.to(A.dtype))
+            dk = scale * (dlogits.mT @ q.to(A.dtype))
+            return dq.to(q.dtype), dk.to(k.dtype)
+
+        if q_b is not None and k_b is not None:
+            grads = (*map_backward(q, k, A_a, S_dM), *map_backward(q_b, k_b, A_b, -S_dM))
+        else:
+            A = attention_maps(q, k, scale)
+            dA = torch.zeros_like(A)
+            dA[:, :-lag] += S_dM
+            dA[:, lag:] -= S_dM
+            empty = q.new_empty(0)
+            grads = (*map_backward(q, k, A, dA), empty, empty)
+    dq, dk, dq_b, dk_b = (grad if needed else q.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
+    return dq, dk, dq_b, dk_b

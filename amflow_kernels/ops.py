@@ -1,0 +1,225 @@
+"""The ops ``amflow::am_flow`` and ``amflow::am_flow_backward``: schemas, fakes, autograd, and the choice of implementation.
+
+Both ops are opaque to torch.compile. Which implementation runs is decided inside them, never in traced code, so
+that a process whose very first call is compiled works as any other. One schema serves both public forms: with q_b
+and k_b the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + lag]).
+"""
+
+# No `from __future__ import annotations`: the schemas are inferred from the real types.
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from amflow_kernels.impl import native, reference
+
+HEAD_REDUCTIONS = ("none", "mean", "mean_map")
+MAX_HEAD_DIM = 256
+MIN_TEMPERATURE = 1 / 64
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation: its module, where it can run at all, and what keeps it from running in this process."""
+
+    module: ModuleType
+    devices: tuple[str, ...] | None  # None: any
+    dtypes: tuple[torch.dtype, ...] | None  # None: any
+
+    def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
+        if self.devices is not None and device_type not in self.devices:
+            return f"expected tensors on {' or '.join(self.devices)}, got {device_type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"expected one of {', '.join(str(d) for d in self.dtypes)}, got {dtype}"
+        return None
+
+    def unavailable(self) -> str | None:
+        """Why it can't run in this process, or None; builds or loads what it needs."""
+        return self.module.unavailable() if hasattr(self.module, "unavailable") else None
+
+
+IMPLS = {
+    "reference": Impl(reference, None, None),
+    "cpu": Impl(native, ("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
+}
+_PREFERENCE = ("cpu",)  # tried in this order when impl is None; the reference is the last resort
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs for some input, and why."""
+
+    name: str
+    reason: str
+    fallback: bool  # a fused kernel was expected here and could not be had
+
+
+def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
+    """The implementation for such input. Raises RuntimeError if the one asked for can't run here."""
+    if impl is not None:
+        why_not = IMPLS[impl].unsupported(device_type, dtype) or IMPLS[impl].unavailable()
+        if why_not:
+            raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
+        return Choice(impl, "asked for", fallback=False)
+    reasons = []
+    for name in _PREFERENCE:
+        why_not = IMPLS[name].unsupported(device_type, dtype) or IMPLS[name].unavailable()
+        if why_not is None:
+            return Choice(name, f"fused kernel for {device_type} and {dtype}", fallback=False)
+        reasons.append(f"{name}: {why_not}")
+    if dtype == torch.float64:
+        return Choice("reference", "float64 is computed by the reference", fallback=False)
+    return Choice("reference", "; ".join(reasons), fallback=True)
+
+
+_warned: set[str] = set()
+
+
+def _module(q: Tensor, impl: str | None) -> ModuleType:
+    choice = choose(q.device.type, q.dtype, impl)
+    if choice.fallback and choice.reason not in _warned:
+        _warned.add(choice.reason)
+        warnings.warn(
+            "amflow_kernels: no fused kernel here, the eager reference runs and forms the attention maps "
+            f"({choice.reason}). impl='reference' asks for it without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return IMPLS[choice.name].module
+
+
+@torch.library.custom_op("amflow::am_flow", mutates_args=())
+def am_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+    impl: str | None,
+) -> Tensor:
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        return _fake_am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+    module = _module(q, impl)
+    return module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center)
+
+
+@am_flow.register_fake
+def _fake_am_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+    impl: str | None,
+) -> Tensor:
+    pairs = q.shape[1] - lag  # lag is 0 in pair form
+    groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
+    return q.new_empty((q.shape[0], pairs, *groups, k.shape[-2]), dtype=reference.compute_dtype(q.dtype))
+
+
+@torch.library.custom_op("amflow::am_flow_backward", mutates_args=())
+def am_flow_backward(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    needs: Sequence[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, q_b, k_b, contiguous and in their dtype; an empty tensor where `needs` is False."""
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl)
+    module = _module(q, impl)
+    return module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs)
+
+
+@am_flow_backward.register_fake
+def _fake_backward(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    needs: Sequence[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def grad(x: Tensor | None, needed: bool) -> Tensor:
+        return q.new_empty(x.shape) if needed and x is not None else q.new_empty(0)
+
+    return grad(q, needs[0]), grad(k, needs[1]), grad(q_b, needs[2]), grad(k_b, needs[3])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, q_b, k_b, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, _, ctx.impl = inputs
+    ctx.save_for_backward(q, k, q_b, k_b)
+
+
+def _backward(ctx: Any, dflow: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    grads = am_flow_backward(
+        dflow, *ctx.saved_tensors, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, needs, ctx.impl
+    )
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 6)
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError("amflow_kernels: AM flow has first-order gradients only; a second-order gradient was requested")
+
+
+am_flow.register_autograd(_backward, setup_context=_setup_context)
+am_flow_backward.register_autograd(_no_second_order)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs and why; `print` it. `impl` and `reason` are None unless tensors were given."""
+
+    impl: str | None
+    reason: str | None
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | None = None) -> Explanation:
+    """Which implementation runs for q and k, and why; without tensors, what is available on this machine.
+
+    Builds the native library if it was not built yet. Raises what `am_flow` would raise if `impl` can't run.
+    """
+    lines = []
+    choice = None
+    if q is not None:
+        choice = choose(q.device.type, q.dtype, impl)
+        lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
+        lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
+    lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    lines += native.describe()
+    lines.append("cuda: no fused kernel in this version, the reference runs on CUDA tensors")
+    return Explanation(choice.name if choice else None, choice.reason if choice else None, tuple(lines))
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
