@@ -16,17 +16,15 @@ import torch
 
 LIBRARY = "amflow_native.so"
 
-_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall".split()
 # -ffp-contract=off: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
-_KERNEL = "cpu/am_flow.cpp"
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _OBJECTS = {
     "bindings.o": ("bindings.cpp", []),
-    "cpu_avx2.o": (_KERNEL, "-DAMFLOW_ISA=avx2 -mavx2 -mfma -mf16c".split()),
-    "cpu_avx512.o": (_KERNEL, "-DAMFLOW_ISA=avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()),
-    "cpu_avx512_bf16.o": (
-        _KERNEL,
-        "-DAMFLOW_ISA=avx512_bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c".split(),
-    ),
+    "cpu_avx2.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx2", *_AVX2]),
+    "cpu_avx512.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx512", *_AVX512]),
+    "cpu_avx512_bf16.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx512_bf16", *_AVX512, "-mavx512bf16"]),
 }
 
 

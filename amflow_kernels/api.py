@@ -144,7 +144,7 @@ def _call(
 def _check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite does not trace when the number is symbolic
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""The ops ``amflow::am_flow`` and ``amflow::am_flow_backward``: schemas, fakes, autograd, and the choice of implementation.
+"""The ops ``amflow::am_flow`` and ``amflow::am_flow_backward``: schemas, fakes, autograd, choice of implementation.
 
 Both ops are opaque to torch.compile. Which implementation runs is decided inside them, never in traced code, so
 that a process whose very first call is compiled works as any other. One schema serves both public forms: with q_b

@@ -57,7 +57,7 @@ def am_flow(
     head_reduction: str,
     center: bool,
 ) -> Tensor:
-    """flow = P^T 1 of every frame pair, (B, P, *G, Nk); differentiable by autograd. Options as in `amflow_kernels.am_flow`."""
+    """flow = P^T 1 of every frame pair, (B, P, *G, Nk); differentiable by autograd. Options as in `am_flow`."""
     with torch.autocast(q.device.type, enabled=False):
         A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
         if head_reduction == "mean_map":
