@@ -60,21 +60,22 @@ def build_key() -> str:
         digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
-    digest.update(repr((_FLAGS, _OBJECTS, cxx, version.stdout, torch.__version__)).encode())
+    digest.update(Path(__file__).read_bytes() + repr((cxx, version.stdout, torch.__version__)).encode())
     return digest.hexdigest()[:20]
 
 
 def compile_library(folder: Path) -> Path:
     """Compiles LIBRARY in `folder`, in parallel; ninja's own log goes to build.log there."""
-    sources, include = source_dir(), Path(torch.__file__).parent / "include"
+    sources, torch_dir = source_dir(), Path(torch.__file__).parent
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {_ninja_escape(compiler())}",
-        f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(include))}",
+        f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(torch_dir / 'include'))}",
+        f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
         "rule compile",
         "  command = $cxx $flags $isa -c $in -o $out",
         "rule link",
-        "  command = $cxx -shared $in -o $out",
+        "  command = $cxx -shared $in $libs -o $out",
     ]
     for name, (source, isa) in _OBJECTS.items():
         lines += [f"build {name}: compile {_ninja_escape(str(sources / source))}", f"  isa = {' '.join(isa)}"]

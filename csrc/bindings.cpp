@@ -1,0 +1,149 @@
+// The one file that knows torch: its stable ABI, so that one binary loads on every torch from 2.11 on.
+// Registers amflow_native::*, without autograd and without checks: amflow_kernels/api.py has made them.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+
+#include "cpu/am_flow.h"
+
+namespace {
+
+using amflow::Frames;
+using amflow::Kernels;
+using amflow::Plan;
+using amflow::Problem;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const Kernels& kernels(int64_t vector_bits) {
+  if (vector_bits == 256) return amflow::avx2::kernels;
+  return __builtin_cpu_supports("avx512bf16") ? amflow::avx512_bf16::kernels : amflow::avx512::kernels;
+}
+
+amflow::Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return amflow::Dtype::f32;
+    case torch::headeronly::ScalarType::BFloat16: return amflow::Dtype::bf16;
+    default: return amflow::Dtype::f16;
+  }
+}
+
+// Strides of batch, frame, head, window, token; without windows there is one.
+void set_strides(const Tensor& x, int64_t* stride) {
+  const bool windows = x.dim() == 6;
+  const int64_t dims[5] = {0, 1, 2, 3, x.dim() - 2};
+  for (int i = 0; i < 5; ++i) stride[i] = i == 3 && !windows ? 0 : x.stride(dims[i]);
+}
+
+Frames frames_of(const Tensor& q, const Tensor& k) {
+  Frames frames;
+  frames.q = q.data_ptr();
+  frames.k = k.data_ptr();
+  set_strides(q, frames.q_stride);
+  set_strides(k, frames.k_stride);
+  return frames;
+}
+
+Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, const OptionalTensor& k_b,
+                   double scale, int64_t lag, double temperature, int64_t reduction) {
+  Problem pb{};
+  pb.frames[0] = frames_of(q, k);
+  pb.pair = q_b.has_value();
+  if (pb.pair) pb.frames[1] = frames_of(*q_b, *k_b);
+  pb.dtype = dtype_of(q);
+  pb.reduction = static_cast<amflow::Reduction>(reduction);
+  pb.B = q.size(0), pb.T = q.size(1), pb.H = q.size(2), pb.G = q.dim() == 6 ? q.size(3) : 1;
+  pb.Nq = q.size(q.dim() - 2), pb.Nk = k.size(k.dim() - 2), pb.D = q.size(q.dim() - 1);
+  pb.lag = lag;
+  pb.scale = static_cast<float>(scale);
+  pb.inv_temperature = static_cast<float>(1. / temperature);
+  return pb;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+Buffer allocate(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+  if (bytes == 0) return nullptr;
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (!p) throw std::bad_alloc();
+  return Buffer(p);
+}
+
+// work(worker, index) for every index below n; idle workers take the next index.
+template <class Work>
+void for_each(int64_t n, int64_t workers, const Work& work) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(worker, index);
+  });
+}
+
+template <class Run, class Reduce>
+void execute(const Problem& pb, const Plan& plan, const Run& run, const Reduce& reduce) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = plan.items < threads ? plan.items : threads;
+  const int64_t scratch_stride = (plan.scratch + 1023) / 1024 * 1024;  // workers never share a page
+  const Buffer scratch = allocate(workers * scratch_stride), partials = allocate(plan.items * plan.partial);
+  for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
+    run(pb, plan, item, scratch.get() + worker * scratch_stride, partials.get() + item * plan.partial);
+  });
+  for_each(plan.reductions, workers, [&](int64_t, int64_t index) { reduce(pb, plan, index, partials.get()); });
+}
+
+void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag,
+             double temperature, int64_t reduction, bool center, int64_t vector_bits) {
+  const Kernels& isa = kernels(vector_bits);
+  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
+  pb.center = center;
+  pb.flow = static_cast<float*>(flow.data_ptr());
+  execute(pb, isa.plan_forward(pb), isa.forward, isa.reduce_forward);
+}
+
+void* data_or_null(Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
+
+void am_flow_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tensor q, Tensor k,
+                      OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag, double temperature,
+                      int64_t reduction, int64_t vector_bits) {
+  const Kernels& isa = kernels(vector_bits);
+  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
+  pb.dflow = static_cast<const float*>(dflow.data_ptr());
+  pb.frames[0].dq = data_or_null(dq), pb.frames[0].dk = data_or_null(dk);
+  pb.frames[1].dq = data_or_null(dq_b), pb.frames[1].dk = data_or_null(dk_b);
+  execute(pb, isa.plan_backward(pb), isa.backward, isa.reduce_backward);
+}
+
+std::string isa_name(int64_t vector_bits) { return kernels(vector_bits).name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(amflow_native, m) {
+  m.def(
+      "am_flow(Tensor(a!) flow, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, "
+      "int reduction, bool center, int vector_bits) -> ()");
+  m.def(
+      "am_flow_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor q, "
+      "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int vector_bits) "
+      "-> ()");
+  m.def("isa(int vector_bits) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amflow_native, CPU, m) {
+  m.impl("am_flow", TORCH_BOX(&am_flow));
+  m.impl("am_flow_backward", TORCH_BOX(&am_flow_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amflow_native, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa_name)); }

@@ -1,0 +1,579 @@
+// AM flow on the CPU, forward and backward; the maths is derived in docs/maths.md. Compiled once per instruction set.
+//
+// Vector lanes are queries. A strip is up to 4 vectors of queries against all keys; the map of a strip is stored as
+// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum, and needs no
+// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only where it is.
+// A map is kept as p and one factor per block of keys, A = p * factor: p is taken relative to the largest logit so far,
+// which is known while the block still lies in the first-level cache. The same frame gives the same bits, so identical
+// frames give M = 0 exactly.
+
+#include "am_flow.h"
+#include "product.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace amflow::AMFLOW_ISA {
+namespace {
+
+constexpr int STRIP_VECTORS = 4;
+constexpr int MAX_LANES = STRIP_VECTORS * W;
+constexpr int64_t KEY_BLOCK = 48;
+constexpr float LOWEST = -3.40282347e38f;
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifdef __AVX512BF16__
+constexpr bool NATIVE_BF16 = true;
+#else
+constexpr bool NATIVE_BF16 = false;
+#endif
+
+struct Map {
+  float* p;       // [vector][key_rows][W]
+  float* factor;  // [vector][blocks][W]
+};
+
+struct Strip {
+  int64_t first_query, vectors;
+  float lane_weight[MAX_LANES];  // 1 for a query, 0 for a surplus lane
+
+  int64_t lanes() const { return vectors * W; }
+};
+
+struct Where {  // one frame of one head and window
+  int64_t set, t, b, h, g;
+};
+
+struct Item {
+  int64_t b, h, g, chain, group;
+};
+
+// One worker's memory. The members without a comment are laid out as their names in Map, [vector][key_rows][W].
+struct Scratch {
+  float* rows;     // [lane][d_cols]: queries
+  float* queries;  // [d][lane]: the same, transposed
+  float* keys;     // [KEY_BLOCK][d_cols]
+  float* maxima;   // [vector][W]
+  Map maps[2];     // the previous and the current frame's
+  Map head_map;    // one head's, for mean_map
+  // backward
+  float *dA, *carry;
+  float* dlogits;  // [KEY_BLOCK][lane]
+  float* dq;       // [d][lane]
+  float* g;        // [key_rows]: dflow less its mean
+  float* dk;       // [frame][head][Nk][d_cols]
+};
+
+struct Arena {  // hands out scratch; with no base it only counts
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* p = base ? base + used : nullptr;
+    used += round_up(floats, 16);
+    return p;
+  }
+};
+
+int64_t map_size(const Plan& plan) { return STRIP_VECTORS * plan.key_rows * W; }
+int64_t dk_size(const Problem& pb, const Plan& plan) {
+  return plan.chain_frames * plan.map_heads * pb.Nk * plan.d_cols;
+}
+
+Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
+  const auto map = [&] { return Map{arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)}; };
+  Scratch s{};
+  s.rows = arena.take(MAX_LANES * plan.d_cols);
+  s.queries = arena.take(plan.d_cols * MAX_LANES);
+  s.keys = arena.take(KEY_BLOCK * plan.d_cols);
+  s.maxima = arena.take(MAX_LANES);
+  s.maps[0] = map();
+  s.maps[1] = map();
+  if (pb.reduction == Reduction::mean_map) s.head_map = map();
+  if (backward) {
+    s.dA = arena.take(map_size(plan));
+    s.carry = arena.take(map_size(plan));
+    s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
+    s.dq = arena.take(plan.d_cols * MAX_LANES);
+    s.g = arena.take(plan.key_rows);
+    if (plan.groups == 1) s.dk = arena.take(dk_size(pb, plan));
+  }
+  return s;
+}
+
+// ---- the cut into items
+
+Plan plan_common(const Problem& pb) {
+  Plan plan{};
+  plan.map_heads = pb.reduction == Reduction::mean_map ? pb.H : 1;
+  plan.heads = pb.H / plan.map_heads;
+  plan.chains = pb.pair ? pb.T : min(pb.lag, pb.T);
+  plan.chain_frames = pb.pair ? 2 : div_up(pb.T, pb.lag);
+  plan.strip_vectors = div_up(pb.Nq, W);
+  plan.strips = div_up(plan.strip_vectors, STRIP_VECTORS);
+  plan.blocks = div_up(pb.Nk, KEY_BLOCK);
+  plan.key_rows = round_up(pb.Nk, W);
+  plan.d_cols = round_up(pb.D, W);
+  return plan;
+}
+
+int64_t whole_items(const Problem& pb, const Plan& plan) { return pb.B * plan.heads * pb.G * plan.chains; }
+
+Plan plan_forward(const Problem& pb) {
+  Plan plan = plan_common(pb);
+  plan.groups = min(plan.strips, div_up(128, whole_items(pb, plan)));  // enough items for many threads
+  plan.items = whole_items(pb, plan) * plan.groups;
+  plan.partial = (plan.chain_frames - 1) * plan.key_rows;
+  const bool per_head = pb.reduction == Reduction::none;
+  plan.reductions = pb.B * pb.pairs() * (per_head ? pb.H : 1) * pb.G;
+  Arena arena{nullptr};
+  layout(pb, plan, false, arena);
+  plan.scratch = arena.used;
+  return plan;
+}
+
+Plan plan_backward(const Problem& pb) {
+  Plan plan = plan_common(pb);
+  // Every group holds its own dk: at most 24 MiB of them, unless one alone is larger.
+  const int64_t all_dk = whole_items(pb, plan) * dk_size(pb, plan) * 4;
+  const int64_t affordable = max(1, (int64_t{24} << 20) / all_dk);
+  plan.groups = min(min(plan.strips, div_up(64, whole_items(pb, plan))), affordable);
+  plan.items = whole_items(pb, plan) * plan.groups;
+  plan.partial = plan.groups > 1 ? dk_size(pb, plan) : 0;
+  plan.reductions = plan.groups > 1 ? whole_items(pb, plan) : 0;
+  Arena arena{nullptr};
+  layout(pb, plan, true, arena);
+  plan.scratch = arena.used;
+  return plan;
+}
+
+Item item_at(const Problem& pb, const Plan& plan, int64_t index) {  // ((((b, h), g), chain), group)
+  Item item;
+  item.group = index % plan.groups, index /= plan.groups;
+  item.chain = index % plan.chains, index /= plan.chains;
+  item.g = index % pb.G, index /= pb.G;
+  item.h = index % plan.heads;
+  item.b = index / plan.heads;
+  return item;
+}
+
+int64_t frames_of(const Problem& pb, int64_t chain) { return pb.pair ? 2 : div_up(pb.T - chain, pb.lag); }
+
+Where frame_at(const Problem& pb, const Item& item, int64_t frame, int64_t head) {
+  const int64_t set = pb.pair ? frame : 0;
+  return {set, pb.pair ? item.chain : item.chain + frame * pb.lag, item.b, item.h + head, item.g};
+}
+
+int64_t pair_of(const Problem& pb, int64_t chain, int64_t frame) {  // the pair (frame, frame + 1) of a chain
+  return pb.pair ? chain : chain + frame * pb.lag;
+}
+
+Strip strip_at(const Problem& pb, const Plan& plan, int64_t index) {  // all strips as wide as any other, or one less
+  const int64_t first = index * plan.strip_vectors / plan.strips;
+  Strip strip{first * W, (index + 1) * plan.strip_vectors / plan.strips - first, {}};
+  for (int64_t l = 0; l < strip.lanes(); ++l) strip.lane_weight[l] = strip.first_query + l < pb.Nq ? 1.f : 0.f;
+  return strip;
+}
+
+// ---- reading queries and keys
+
+const char* query_row(const Problem& pb, const Where& at, int64_t i) {
+  const Frames& f = pb.frames[at.set];
+  const int64_t* stride = f.q_stride;
+  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + i * stride[4];
+  return static_cast<const char*>(f.q) + offset * element_size(pb.dtype);
+}
+
+const char* key_row(const Problem& pb, const Where& at, int64_t j) {
+  const Frames& f = pb.frames[at.set];
+  const int64_t* stride = f.k_stride;
+  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + j * stride[4];
+  return static_cast<const char*>(f.k) + offset * element_size(pb.dtype);
+}
+
+// The strip's queries as floats, [lane][d_cols].
+void load_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, float* rows) {
+  for (int64_t l = 0; l < strip.lanes(); ++l)
+    load_row(pb.dtype, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D, rows + l * plan.d_cols);
+}
+
+// Keys for a product, in place where their layout allows.
+struct Keys {
+  const char* first;
+  int64_t row;  // bytes
+};
+
+Keys float_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, float* buffer) {
+  if (pb.dtype == Dtype::f32) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 4};
+  for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, at, j0 + j), pb.D, buffer + j * plan.d_cols);
+  return {reinterpret_cast<const char*>(buffer), plan.d_cols * 4};
+}
+
+Keys bf16_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, float* buffer) {
+  if (pb.D % 2 == 0) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 2};
+  char* copy = reinterpret_cast<char*>(buffer);  // odd D: the last pair is completed with a zero
+  for (int64_t j = 0; j < n; ++j) {
+    char* row = copy + j * plan.d_cols * 4;
+    __builtin_memcpy(row, key_row(pb, at, j0 + j), pb.D * 2);
+    __builtin_memset(row + pb.D * 2, 0, 2);
+  }
+  return {copy, plan.d_cols * 4};
+}
+
+// ---- A = softmax(scale * q k^T) of one strip
+
+// The strip's queries, [d or pair of d][lane], for a product with keys. A negative scale flips their signs, so that the
+// largest product is the largest logit.
+void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, Scratch& s, bool bf16) {
+  const bool negative = pb.scale < 0;
+  if (!bf16) {
+    load_queries(pb, plan, at, strip, s.rows);
+    transpose_rows(s.rows, strip.lanes(), plan.d_cols, plan.d_cols, s.queries, strip.lanes(), negative ? 1u << 31 : 0);
+    return;
+  }
+  const int64_t cols = round_up(div_up(pb.D, 2), W);
+  for (int64_t l = 0; l < strip.lanes(); ++l) {
+    char* row = reinterpret_cast<char*>(s.rows + l * cols);
+    __builtin_memcpy(row, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D * 2);
+    __builtin_memset(row + pb.D * 2, 0, cols * 4 - pb.D * 2);
+  }
+  transpose_rows(s.rows, strip.lanes(), cols, cols, s.queries, strip.lanes(), negative ? 0x80008000u : 0);
+}
+
+void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, Scratch& s, Map& map) {
+  const bool bf16 = NATIVE_BF16 && pb.dtype == Dtype::bf16;
+  pack_queries(pb, plan, at, strip, s, bf16);
+  const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
+  const int64_t column = plan.key_rows * W;
+  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // of the exponents so far; of p relative to it
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    shift[v] = set1(LOWEST);
+    sum[v] = set1(0.f);
+    store(s.maxima + v * W, set1(-__builtin_inff()));
+  }
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
+    const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, s.keys);
+    const ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
+                           .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
+                           .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
+#ifdef __AVX512BF16__
+    if (bf16) product<Bf16Pair, Out::store_and_max, false>(args, n, strip.vectors);
+    else
+#endif
+      product<Float, Out::store_and_max, false>(args, n, strip.vectors);
+    for (int64_t v = 0; v < strip.vectors; ++v) {
+      // -inf so far: the lowest finite number keeps exp2(-inf - shift) at 0. NaN stays NaN.
+      const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
+      float* p = map.p + v * column + j0 * W;
+      vec block_sum = set1(0.f);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < n; ++j) {
+        const vec y = exp2(fma(load(p + j * W), scale, -top));
+        store(p + j * W, y);
+        block_sum += y;
+      }
+      sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
+      shift[v] = top;
+      store(map.factor + (v * plan.blocks + block) * W, top);
+    }
+  }
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    const vec norm = set1(1.f / plan.map_heads) / sum[v];
+    for (int64_t block = 0; block < plan.blocks; ++block) {
+      float* factor = map.factor + (v * plan.blocks + block) * W;
+      store(factor, exp2(load(factor) - shift[v]) * norm);
+    }
+  }
+}
+
+// The map whose change is measured: one head's, or (mean_map) the mean of all heads'.
+void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip, Scratch& s,
+                 Map& map) {
+  if (pb.reduction != Reduction::mean_map)
+    return compute_head_map(pb, plan, frame_at(pb, item, frame, 0), strip, s, map);
+  for (int64_t v = 0; v < strip.vectors; ++v)
+    for (int64_t block = 0; block < plan.blocks; ++block)
+      store(map.factor + (v * plan.blocks + block) * W, set1(1.f));
+  for (int64_t head = 0; head < pb.H; ++head) {
+    compute_head_map(pb, plan, frame_at(pb, item, frame, head), strip, s, s.head_map);
+    for (int64_t v = 0; v < strip.vectors; ++v)
+      for (int64_t j = 0; j < pb.Nk; ++j) {
+        const int64_t at = (v * plan.key_rows + j) * W;
+        const vec A = load(s.head_map.p + at) * load(s.head_map.factor + (v * plan.blocks + j / KEY_BLOCK) * W);
+        store(map.p + at, head ? load(map.p + at) + A : A);
+      }
+  }
+}
+
+// ---- M = |A - A'| and e = expm1(M / temperature)
+
+// For vector v of the strip: visit(j, offset of key j, (A - A') / temperature) for every key. Two products and a
+// difference, not an FMA: equal maps give exactly 0.
+template <class Visit>
+inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit) {
+  const vec inv_temperature = set1(pb.inv_temperature);
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    const int64_t j0 = block * KEY_BLOCK, j1 = min(j0 + KEY_BLOCK, pb.Nk);
+    const vec fa = load(a.factor + (v * plan.blocks + block) * W) * inv_temperature;
+    const vec fb = load(b.factor + (v * plan.blocks + block) * W) * inv_temperature;
+#pragma GCC unroll 4
+    for (int64_t j = j0; j < j1; ++j) {
+      const int64_t at = (v * plan.key_rows + j) * W;
+      visit(j, at, load(a.p + at) * fa - load(b.p + at) * fb);
+    }
+  }
+}
+
+template <bool sharp>
+inline vec expm1(vec x) { return sharp ? expm1_wide(x) : expm1_unit(x); }
+
+// ---- forward
+
+// Adds sum_i w_i (e_ij - ebar_i) of the strip's queries i to flow[j]. Overwrites a.p with e.
+template <bool sharp>
+void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& a, const Map& b, float* flow) {
+  vec w[STRIP_VECTORS];
+  vec lost = set1(0.f);  // per lane, sum of w_i ebar_i
+  for (int64_t v = 0; v < STRIP_VECTORS; ++v) w[v] = set1(0.f);
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    vec sum = set1(0.f), block_sum = set1(0.f);
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+      const vec e = expm1<sharp>(abs(change));
+      store(a.p + at, e);
+      block_sum += e;
+      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
+        sum += block_sum;
+        block_sum = set1(0.f);
+      }
+    });
+    sum += block_sum;
+    w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + sum);
+    lost = fma(w[v], sum * set1(1.f / pb.Nk), lost);
+  }
+  vec spread[W];
+  for (int i = 0; i < W; ++i) spread[i] = lost;
+  const vec total_lost = sum_each(spread);
+  for (int64_t j = 0; j < plan.key_rows; j += W) {
+    vec r[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = w[0] * load(a.p + (j + i) * W);
+    for (int64_t v = 1; v < strip.vectors; ++v) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = fma(w[v], load(a.p + (v * plan.key_rows + j + i) * W), r[i]);
+    }
+    store(flow + j, load(flow + j) + (sum_each(r) - total_lost));
+  }
+}
+
+void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
+
+void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
+  Arena arena{scratch};
+  Scratch s = layout(pb, plan, false, arena);
+  clear(s.maps[0].p, map_size(plan));  // the rows after the last key stay 0
+  clear(s.maps[1].p, map_size(plan));
+  clear(partial, plan.partial);
+  const Item item = item_at(pb, plan, index);
+  const int64_t frames = frames_of(pb, item.chain);
+  if (frames < 2) return;
+  for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
+    const Strip strip = strip_at(pb, plan, i);
+    for (int64_t frame = 0; frame < frames; ++frame) {
+      Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
+      compute_map(pb, plan, item, frame, strip, s, current);
+      if (frame == 0) continue;
+      float* flow = partial + (frame - 1) * plan.key_rows;
+      if (pb.inv_temperature > 1) forward_pair<true>(pb, plan, strip, previous, current, flow);
+      else forward_pair<false>(pb, plan, strip, previous, current, flow);
+    }
+  }
+}
+
+// One row of the result: the groups' partial sums, and the heads' for `mean`.
+void reduce_forward(const Problem& pb, const Plan& plan, int64_t index, const float* partials) {
+  const int64_t heads_out = pb.reduction == Reduction::none ? pb.H : 1;
+  float* flow = pb.flow + index * pb.Nk;
+  const int64_t g = index % pb.G, h = index / pb.G % heads_out;
+  const int64_t pair = index / pb.G / heads_out % pb.pairs(), b = index / pb.G / heads_out / pb.pairs();
+  const int64_t chain = pb.pair ? pair : pair % pb.lag, frame = pb.pair ? 0 : pair / pb.lag;
+  const int64_t heads = pb.reduction == Reduction::mean ? pb.H : 1;
+  const double base = pb.center ? 0. : static_cast<double>(pb.Nq) / pb.Nk;
+  for (int64_t j = 0; j < pb.Nk; ++j) {
+    double sum = 0;
+    for (int64_t head = h; head < h + heads; ++head) {
+      const int64_t item = (((b * plan.heads + head) * pb.G + g) * plan.chains + chain) * plan.groups;
+      for (int64_t group = 0; group < plan.groups; ++group)
+        sum += partials[(item + group) * plan.partial + frame * plan.key_rows + j];
+    }
+    flow[j] = static_cast<float>(base + sum / heads);
+  }
+}
+
+// ---- backward
+
+// dflow of one pair, less its mean: a constant has no effect since the rows of P sum to 1, and without it a constant
+// dflow gives exactly 0.
+void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
+  const int64_t heads_out = pb.reduction == Reduction::none ? pb.H : 1;
+  const int64_t h = pb.reduction == Reduction::none ? item.h : 0;
+  const float* dflow = pb.dflow + (((item.b * pb.pairs() + pair) * heads_out + h) * pb.G + item.g) * pb.Nk;
+  double sum = 0;
+  for (int64_t j = 0; j < pb.Nk; ++j) sum += dflow[j];
+  const double mean = sum / pb.Nk, share = 1. / (pb.reduction == Reduction::mean ? pb.H : 1);
+  for (int64_t j = 0; j < pb.Nk; ++j) g[j] = static_cast<float>((dflow[j] - mean) * share);
+}
+
+// With S dM = sign(A - A') P (g - delta) / temperature: s.dA = s.carry + S dM, the finished gradient of the first map,
+// and s.carry = -S dM, what the second map has of it so far.
+template <bool sharp>
+void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Scratch& s) {
+  float g_sum = 0;
+  for (int64_t j = 0; j < pb.Nk; ++j) g_sum += s.g[j];
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    vec sum = set1(0.f), block_sum = set1(0.f), g_e = set1(0.f), block_g_e = set1(0.f);
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+      const vec e = expm1<sharp>(abs(change));
+      store(s.dA + at, e);
+      block_sum += e;
+      block_g_e = fma(e, set1(s.g[j]), block_g_e);
+      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
+        sum += block_sum;
+        g_e += block_g_e;
+        block_sum = block_g_e = set1(0.f);
+      }
+    });
+    const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + (sum + block_sum));
+    const vec delta = w * (set1(g_sum) + (g_e + block_g_e));
+    const vec w_scaled = w * set1(pb.inv_temperature);
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+      const vec P = fma(w_scaled, load(s.dA + at), w_scaled);
+      const vec dM = times_sign(P * (set1(s.g[j]) - delta), change);
+      store(s.dA + at, load(s.carry + at) + dM);
+      store(s.carry + at, -dM);
+    });
+  }
+}
+
+// From dA of one map and strip: dq of the strip's queries, written, and dk of all keys, added to `dk`.
+void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
+                       const float* dA, Scratch& s, float* dk) {
+  const Frames& f = pb.frames[at.set];
+  const int64_t column = plan.key_rows * W, lanes = strip.lanes();
+  // For mean_map, map is A / H of a head: A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
+  vec rho[STRIP_VECTORS];  // rowsum(A * dA)
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    rho[v] = set1(0.f);
+    for (int64_t block = 0; block < plan.blocks; ++block) {
+      vec sum = set1(0.f);
+#pragma GCC unroll 4
+      for (int64_t j = block * KEY_BLOCK; j < min((block + 1) * KEY_BLOCK, pb.Nk); ++j)
+        sum = fma(load(map.p + v * column + j * W), load(dA + v * column + j * W), sum);
+      rho[v] = fma(sum, load(map.factor + (v * plan.blocks + block) * W), rho[v]);
+    }
+    rho[v] *= set1(plan.map_heads);
+  }
+  if (f.dk) load_queries(pb, plan, at, strip, s.rows);
+  if (f.dq) clear(s.dq, plan.d_cols * lanes);
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
+    for (int64_t v = 0; v < strip.vectors; ++v) {
+      const vec factor = load(map.factor + (v * plan.blocks + block) * W);
+      const float *p = map.p + v * column + j0 * W, *da = dA + v * column + j0 * W;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < n; ++j)
+        store(s.dlogits + j * lanes + v * W, load(p + j * W) * factor * (load(da + j * W) - rho[v]));
+    }
+    if (f.dq) {
+      const Keys keys = float_keys(pb, plan, at, j0, n, s.keys);
+      const ProductArgs args{.b = keys.first, .b_row = 4, .b_k = keys.row, .x = s.dlogits, .x_row = lanes, .K = n,
+                             .out = s.dq, .out_row = lanes, .out_vector = W, .maxima = nullptr};
+      product<Float, Out::accumulate, true>(args, pb.D, strip.vectors);
+    }
+    if (f.dk) {
+      const ProductArgs args{.b = reinterpret_cast<const char*>(s.dlogits), .b_row = lanes * 4, .b_k = 4,
+                             .x = s.rows, .x_row = plan.d_cols, .K = lanes,
+                             .out = dk + j0 * plan.d_cols, .out_row = plan.d_cols, .out_vector = W, .maxima = nullptr};
+      product<Float, Out::accumulate, false>(args, n, plan.d_cols / W);
+    }
+  }
+  if (!f.dq) return;
+  transpose_rows(s.dq, plan.d_cols, lanes, lanes, s.rows, plan.d_cols, 0);
+  const int64_t row_bytes = pb.D * element_size(pb.dtype);
+  const int64_t first = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nq + strip.first_query;
+  for (int64_t l = 0; l < min(lanes, pb.Nq - strip.first_query); ++l)
+    store_row(pb.dtype, s.rows + l * plan.d_cols, pb.scale, pb.D, static_cast<char*>(f.dq) + (first + l) * row_bytes);
+}
+
+void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
+                  const Map& map, const float* dA, Scratch& s) {
+  for (int64_t head = 0; head < plan.map_heads; ++head) {
+    const Where at = frame_at(pb, item, frame, head);
+    float* dk = s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
+    const bool mean_map = pb.reduction == Reduction::mean_map;
+    if (mean_map) compute_head_map(pb, plan, at, strip, s, s.head_map);  // its factor holds the 1 / H
+    backward_head_map(pb, plan, at, strip, mean_map ? s.head_map : map, dA, s, dk);
+  }
+}
+
+// Sums the parts' dk (parts x [frame][head][Nk][d_cols]) into the results.
+void write_dk(const Problem& pb, const Plan& plan, const Item& item, const float* parts, int64_t n_parts) {
+  const int64_t row_bytes = pb.D * element_size(pb.dtype);
+  for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
+    for (int64_t head = 0; head < plan.map_heads; ++head) {
+      const Where at = frame_at(pb, item, frame, head);
+      if (!pb.frames[at.set].dk) continue;
+      char* dk = static_cast<char*>(pb.frames[at.set].dk) +
+                 (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk * row_bytes;
+      for (int64_t j = 0; j < pb.Nk; ++j) {
+        float row[256];
+        const float* part = parts + ((frame * plan.map_heads + head) * pb.Nk + j) * plan.d_cols;
+        for (int64_t d = 0; d < plan.d_cols; d += W) {
+          vec sum = load(part + d);
+          for (int64_t i = 1; i < n_parts; ++i) sum += load(part + i * plan.partial + d);
+          store(row + d, sum);
+        }
+        store_row(pb.dtype, row, pb.scale, pb.D, dk + j * row_bytes);
+      }
+    }
+}
+
+void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
+  Arena arena{scratch};
+  Scratch s = layout(pb, plan, true, arena);
+  if (plan.groups > 1) s.dk = partial;
+  clear(s.dk, dk_size(pb, plan));
+  const Item item = item_at(pb, plan, index);
+  const int64_t frames = frames_of(pb, item.chain);
+  for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
+    const Strip strip = strip_at(pb, plan, i);
+    clear(s.carry, strip.vectors * plan.key_rows * W);
+    for (int64_t frame = 0; frame < frames; ++frame) {
+      Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
+      compute_map(pb, plan, item, frame, strip, s, current);
+      if (frame == 0) continue;
+      load_dflow(pb, item, pair_of(pb, item.chain, frame - 1), s.g);
+      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, s);
+      else backward_pair<false>(pb, plan, strip, previous, current, s);
+      backward_map(pb, plan, item, frame - 1, strip, previous, s.dA, s);
+    }
+    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], s.carry, s);
+  }
+  if (plan.groups == 1) write_dk(pb, plan, item, s.dk, 1);
+}
+
+void reduce_backward(const Problem& pb, const Plan& plan, int64_t index, const float* partials) {
+  const int64_t first = index * plan.groups;
+  write_dk(pb, plan, item_at(pb, plan, first), partials + first * plan.partial, plan.groups);
+}
+
+}  // namespace
+
+#define AMFLOW_NAME_OF(isa) #isa
+#define AMFLOW_NAME(isa) AMFLOW_NAME_OF(isa)
+
+const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), plan_forward,  forward,  reduce_forward,
+                         plan_backward,           backward,      reduce_backward};
+
+}  // namespace amflow::AMFLOW_ISA

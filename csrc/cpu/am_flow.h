@@ -1,0 +1,69 @@
+// What the CPU kernels compute, on raw pointers. Strides count elements; the last dimension is contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace amflow {
+
+enum class Dtype : int { f32, bf16, f16 };
+enum class Reduction : int { none, mean, mean_map };
+
+// q (B, T, H, G, Nq, D) and k (B, T, H, G, Nk, D): H heads, G windows. dq and dk are contiguous, null if not wanted.
+struct Frames {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  int64_t q_stride[5] = {};
+  int64_t k_stride[5] = {};
+  void* dq = nullptr;
+  void* dk = nullptr;
+};
+
+// Pairs of maps: ((q, k)[t], (q, k)[t + lag]) of frames[0], or, in pair form, (frames[0][p], frames[1][p]).
+struct Problem {
+  Frames frames[2];
+  bool pair, center;
+  Dtype dtype;
+  Reduction reduction;
+  int64_t B, T, H, G, Nq, Nk, D, lag;
+  float scale, inv_temperature;
+  float* flow;         // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction; contiguous
+  const float* dflow;  // the same; backward only
+
+  int64_t pairs() const { return pair ? T : T - lag; }
+};
+
+// How a problem is cut into work items. It depends on the problem alone, never on the number of threads, and partial
+// sums are added in the order of the items: results have the same bits for any number of threads.
+//
+// A chain is a run of frames in which every neighbouring two are a pair: each map is computed once per chain. An item is
+// one (batch, head, window, chain) and a group of its strips; a strip is up to 4 vectors of queries against all keys.
+struct Plan {
+  int64_t heads;       // heads that are separate items (1 for mean_map)
+  int64_t map_heads;   // heads inside one map (H for mean_map)
+  int64_t chains, chain_frames;
+  int64_t strips, strip_vectors;  // all strips of one map, and the vectors in all of them
+  int64_t groups;      // of strips
+  int64_t items;
+  int64_t blocks, key_rows, d_cols;  // key blocks; Nk and D, padded
+  int64_t scratch;     // floats that each worker needs
+  int64_t partial;     // floats that each item leaves behind for reduce(); 0: the item finishes its results itself
+  int64_t reductions;  // calls of reduce()
+};
+
+// One instruction set's kernels. First plan, then every item (in any order, on any thread), then every reduction.
+struct Kernels {
+  const char* name;
+  Plan (*plan_forward)(const Problem&);
+  void (*forward)(const Problem&, const Plan&, int64_t item, float* scratch, float* partial);
+  void (*reduce_forward)(const Problem&, const Plan&, int64_t index, const float* partials);
+  Plan (*plan_backward)(const Problem&);
+  void (*backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* partial);
+  void (*reduce_backward)(const Problem&, const Plan&, int64_t index, const float* partials);
+};
+
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
+
+}  // namespace amflow

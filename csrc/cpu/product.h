@@ -1,0 +1,122 @@
+// The one matrix product of the kernels: out[r][:] (+)= sum_k b[r][k] * x[k][:], b broadcast from memory as it lies.
+#pragma once
+
+#include <cstring>
+
+#include "vec.h"
+
+namespace amflow::AMFLOW_ISA {
+
+// Element types of b and x. One step along k is 4 bytes of b and one vector of x.
+struct Float {
+  static vec broadcast(const char* b) {
+    float value;
+    __builtin_memcpy(&value, b, 4);
+    return set1(value);
+  }
+  static vec multiply_add(vec b, vec x, vec sum) { return fma(b, x, sum); }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16Pair {  // two bf16 values each
+  static vec broadcast(const char* b) {
+    uint32_t value;
+    __builtin_memcpy(&value, b, 4);
+    return set1_bits(value);
+  }
+  static vec multiply_add(vec b, vec x, vec sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(x));
+  }
+};
+#endif
+
+enum class Out { store_and_max, accumulate };
+
+struct ProductArgs {
+  const char* b;
+  int64_t b_row, b_k;  // bytes from row to row, from k to k; one of them is 4 and known to the kernel
+  const float* x;      // [K][x_row]
+  int64_t x_row;
+  int64_t K;
+  float* out;  // row r, vector v at out + r * out_row + v * out_vector
+  int64_t out_row, out_vector;
+  float* maxima;  // [V] vectors, raised to the columns' maxima (store_and_max)
+};
+
+// R rows by V vectors in registers. Never inlined: in a larger function the compiler would spill the sums.
+template <int R, int V, class E, Out out_mode, bool rows_adjacent>
+__attribute__((noinline)) void product_tile(const ProductArgs& a) {
+  vec sum[R][V] = {};
+  const int64_t b_row = rows_adjacent ? 4 : a.b_row;
+  const int64_t b_k = rows_adjacent ? a.b_k : 4;
+  const char* b = a.b;
+  const float* x = a.x;
+  const int64_t x_row = a.x_row;
+  for (int64_t k = a.K; k > 0; --k) {
+    vec xs[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const vec bs = E::broadcast(b + r * b_row);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = E::multiply_add(bs, xs[v], sum[r][v]);
+    }
+    b += b_k;
+    x += x_row;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    vec top;
+    if constexpr (out_mode == Out::store_and_max) top = load(a.maxima + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      float* out = a.out + r * a.out_row + v * a.out_vector;
+      if constexpr (out_mode == Out::store_and_max) {
+        store(out, sum[r][v]);
+        top = max(top, sum[r][v]);
+      } else {
+        store(out, load(out) + sum[r][v]);
+      }
+    }
+    if constexpr (out_mode == Out::store_and_max) store(a.maxima + v * W, top);
+  }
+}
+
+// Rows of a tile of V vectors, so that sums, a row of x and one value of b fill the registers.
+constexpr int tile_rows(int V) { return TILE_VECTORS == 4 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (V == 2 ? 6 : 12); }
+
+template <int R, int V, class E, Out out_mode, bool rows_adjacent>
+void product_rows(ProductArgs& a, int64_t& rows) {
+  while (rows >= R) {
+    product_tile<R, V, E, out_mode, rows_adjacent>(a);
+    a.b += R * (rows_adjacent ? 4 : a.b_row);
+    a.out += R * a.out_row;
+    rows -= R;
+  }
+  if constexpr (R > 1) product_rows<(R > 8 ? 8 : R > 4 ? 4 : R / 2), V, E, out_mode, rows_adjacent>(a, rows);
+}
+
+template <class E, Out out_mode, bool rows_adjacent>
+void product(ProductArgs a, int64_t rows, int64_t vectors) {
+  while (vectors > 0) {  // 5 vectors are 3 + 2 rather than 4 + 1
+    const int64_t tiles = (vectors + TILE_VECTORS - 1) / TILE_VECTORS;
+    const int64_t V = (vectors + tiles - 1) / tiles;
+    ProductArgs tile = a;
+    int64_t left = rows;
+    switch (V) {
+      case 1: product_rows<tile_rows(1), 1, E, out_mode, rows_adjacent>(tile, left); break;
+      case 2: product_rows<tile_rows(2), 2, E, out_mode, rows_adjacent>(tile, left); break;
+#ifdef __AVX512F__
+      case 3: product_rows<tile_rows(3), 3, E, out_mode, rows_adjacent>(tile, left); break;
+      case 4: product_rows<tile_rows(4), 4, E, out_mode, rows_adjacent>(tile, left); break;
+#endif
+    }
+    a.x += V * W;
+    a.out += V * a.out_vector;
+    if constexpr (out_mode == Out::store_and_max) a.maxima += V * W;
+    vectors -= V;
+  }
+}
+
+}  // namespace amflow::AMFLOW_ISA

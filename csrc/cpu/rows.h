@@ -1,0 +1,73 @@
+// Rows of q, k, dq and dk between memory, in whatever dtype, and float scratch.
+#pragma once
+
+#include "am_flow.h"
+#include "vec.h"
+
+namespace amflow::AMFLOW_ISA {
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t element_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+
+// One row of D values to floats, padded with zeros to a multiple of W.
+inline void load_row(Dtype t, const char* src, int64_t D, float* dst) {
+  int64_t d = 0;
+  if (t == Dtype::f32) {
+    for (; d + W <= D; d += W) store(dst + d, load(reinterpret_cast<const float*>(src) + d));
+    if (d < D) {
+      store(dst + d, set1(0.f));
+      __builtin_memcpy(dst + d, src + 4 * d, 4 * (D - d));
+    }
+  } else {
+    const bool is_bf16 = t == Dtype::bf16;
+    const auto* bits = reinterpret_cast<const uint16_t*>(src);
+    for (; d + W <= D; d += W) store(dst + d, load(bits + d, is_bf16));
+    if (d < D) {
+      uint16_t tail[W] = {};
+      __builtin_memcpy(tail, bits + d, 2 * (D - d));
+      store(dst + d, load(tail, is_bf16));
+    }
+  }
+}
+
+inline uint16_t to_bf16(float x) {  // to nearest even
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
+// One row of D floats times `scale` to dtype t. src is readable up to a multiple of W.
+inline void store_row(Dtype t, const float* src, float scale, int64_t D, char* dst) {
+  float scaled[W];
+  uint16_t half[W];
+  for (int64_t d = 0; d < D; d += W) {
+    const int64_t n = D - d < W ? D - d : W;
+    const vec x = load(src + d) * set1(scale);
+    store(scaled, x);
+    if (t == Dtype::f32) {
+      __builtin_memcpy(dst + 4 * d, scaled, 4 * n);
+      continue;
+    }
+    if (t == Dtype::f16) store_f16(half, x);
+    else for (int i = 0; i < W; ++i) half[i] = to_bf16(scaled[i]);
+    __builtin_memcpy(dst + 2 * d, half, 2 * n);
+  }
+}
+
+// in [rows][in_row] -> out [cols][out_row], both counts multiples of W, every bit pattern xor `flip`.
+inline void transpose_rows(const float* in, int64_t rows, int64_t cols, int64_t in_row, float* out, int64_t out_row,
+                           uint32_t flip) {
+  const vec flips = set1_bits(flip);
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < cols; j += W) {
+      vec r[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) r[l] = bit_xor(load(in + (i + l) * in_row + j), flips);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(out + (j + l) * out_row + i, r[l]);
+    }
+}
+
+}  // namespace amflow::AMFLOW_ISA
