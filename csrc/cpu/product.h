@@ -65,13 +65,15 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
     b += b_k;
     x += x_row;
   }
+  float *const out_tile = a.out, *const maxima = a.maxima;
+  const int64_t out_row = a.out_row, out_vector = a.out_vector;
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     vec top;
-    if constexpr (out_mode == Out::store_and_max) top = load(a.maxima + v * W);
+    if constexpr (out_mode == Out::store_and_max) top = load(maxima + v * W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      float* out = a.out + r * a.out_row + v * a.out_vector;
+      float* out = out_tile + r * out_row + v * out_vector;
       if constexpr (out_mode == Out::store_and_max) {
         store(out, sum[r][v]);
         top = max(top, sum[r][v]);
@@ -79,7 +81,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
         store(out, load(out) + sum[r][v]);
       }
     }
-    if constexpr (out_mode == Out::store_and_max) store(a.maxima + v * W, top);
+    if constexpr (out_mode == Out::store_and_max) store(maxima + v * W, top);
   }
 }
 
