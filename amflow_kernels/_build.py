@@ -50,18 +50,21 @@ def compiler() -> str:
     raise BuildError("no C++ compiler found ($CXX, c++, g++ or clang++)")
 
 
-def build_key() -> str:
-    """A hash of all that the library depends on: sources, flags, compiler and torch version."""
-    if sys.platform != "linux":
-        raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
-    digest = hashlib.sha256()
-    sources = source_dir()
+def source_key() -> str:
+    """A hash of the sources and of how they are compiled."""
+    digest, sources = hashlib.sha256(Path(__file__).read_bytes()), source_dir()
     for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cpp", ".h")):
         digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
-    cxx = compiler()
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
-    digest.update(Path(__file__).read_bytes() + repr((cxx, version.stdout, torch.__version__)).encode())
     return digest.hexdigest()[:20]
+
+
+def build_key() -> str:
+    """A hash of all that a library built here depends on: `source_key`, the compiler and the torch version."""
+    if sys.platform != "linux":
+        raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
+    cxx = compiler()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
+    return hashlib.sha256(repr((source_key(), cxx, version, torch.__version__)).encode()).hexdigest()[:20]
 
 
 def compile_library(folder: Path) -> Path:

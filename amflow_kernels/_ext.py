@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -45,10 +44,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amflow_kernels"
 
 
+def ahead_of_time(package: Path) -> Path:
+    """Where setup.py leaves a library; the name tells whether it is of the sources that lie beside it."""
+    return package / f"amflow_native_{_build.source_key()}.so"
+
+
 def _find_or_build() -> tuple[Path | None, str | None]:
     try:
-        installed = Path(__file__).parent / _build.LIBRARY
-        if installed.is_file() and _is_whole(installed):
+        installed = ahead_of_time(Path(__file__).parent)
+        if _is_whole(installed):
             torch.ops.load_library(str(installed))
             return installed, None
         key = _build.build_key()
@@ -114,6 +118,8 @@ def _replace(path: Path, content: bytes) -> None:
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; the system releases it even if that process is killed."""
+    import fcntl  # not on Windows, where nothing is built
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/` times this library against its peers; see `providers.py` for what is compared."""

@@ -1,0 +1,117 @@
+"""Options, the interleaved rows, and what is printed and saved at the end of a session."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import amflow_kernels
+from benchmarks import report
+from benchmarks.shapes import SHAPES
+from benchmarks.timing import ReplayClock, Series, cache_bytes, measure
+
+CLOCK = ReplayClock()
+TimeRow = Callable[[str, str, str], None]  # shape, direction, provider
+
+TIMES = pytest.StashKey[list[dict[str, Any]]]()
+MEMORY = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("amflow benchmarks")
+    group.addoption(
+        "--bench-seconds", type=float, default=4.0, help="time for the rounds of one shape and direction (default 4)"
+    )
+    group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's own)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TIMES], config.stash[MEMORY] = [], []
+    if config.getoption("--bench-threads"):
+        torch.set_num_threads(config.getoption("--bench-threads"))
+
+
+@pytest.fixture(scope="session")
+def series(request: pytest.FixtureRequest) -> Callable[[str, str], Series]:
+    """All providers at one shape and direction, measured when the first of their rows is asked for."""
+    seconds = request.config.getoption("--bench-seconds")
+    return cache(lambda shape, direction: measure(SHAPES[shape], direction, seconds))
+
+
+@pytest.fixture
+def time_row(
+    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, series: Callable[[str, str], Series]
+) -> TimeRow:
+    """Hand the durations that one provider had in the interleaved rounds to pytest-benchmark."""
+
+    def row(shape: str, direction: str, provider: str) -> None:
+        measured = series(shape, direction)
+        durations, info = measured.times[provider], measured.info[provider]
+        benchmark.group = f"{direction} {shape}"
+        benchmark.extra_info.update(info)
+        benchmark.pedantic(CLOCK.player(durations), rounds=len(durations))
+        request.config.stash[TIMES].append({**info, "median": median(durations), "rounds": len(durations)})
+
+    return row
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on; nothing that names the machine itself."""
+    return {
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "amflow_kernels": amflow_kernels.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    return machine()
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    for key in set(commit_info) - {"id", "time", "dirty"}:
+        del commit_info[key]
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Add the memory figures; leave the single durations and the timer's options out."""
+    output_json["memory"] = config.stash[MEMORY]
+    for row in output_json["benchmarks"]:
+        row.pop("options", None)
+        row["stats"].pop("data", None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    tables = report.tables(config.stash[TIMES], config.stash[MEMORY])
+    if not tables:
+        return
+    terminalreporter.section("AM flow benchmarks")
+    terminalreporter.write_line(report.caption(machine()))
+    for table in tables:
+        terminalreporter.write_line("")
+        terminalreporter.write_line(table.plain())

@@ -1,0 +1,131 @@
+"""Tables of the results, from the rows of a session or of its JSON: plain for a terminal, markdown for a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Row = dict[str, Any]
+PRODUCTS = {"forward": "the product q k^T", "forward+backward": "four such products (the map twice, dq, dk)"}
+BUSY = 1.25  # a matmul rate or a time that varies more than this: something else ran
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a header, rows of text and notes below."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def plain(self) -> str:
+        """Aligned text."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [self.title, _aligned(self.header, widths), "  ".join("-" * width for width in widths)]
+        lines += [_aligned(row, widths) for row in self.rows]
+        return "\n".join(lines + self.notes)
+
+    def markdown(self) -> str:
+        """A markdown table."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)]
+        return "\n".join(
+            [f"**{self.title}**", "", *lines, "", *(note.replace("* ", "\\* ", 1) + "  " for note in self.notes)]
+        )
+
+
+def load(path: Path) -> tuple[list[Row], list[Row], Row]:
+    """The timed rows, the memory rows and the machine of a JSON that ``--benchmark-json`` wrote."""
+    saved = json.loads(path.read_text())
+    times = [
+        {**row["extra_info"], "median": row["stats"]["median"], "rounds": row["stats"]["rounds"]}
+        for row in saved["benchmarks"]
+    ]
+    return times, saved.get("memory", []), saved["machine_info"]
+
+
+def caption(machine: Row) -> str:
+    """The machine and versions in one line."""
+    return (
+        f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads; torch {machine['torch']}, "
+        f"Python {machine['python']}, amflow_kernels {machine['amflow_kernels']}"
+    )
+
+
+def unique(rows: list[Row], key: str) -> list[Any]:
+    """The values of a key in the order they appear."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def tables(times: list[Row], memory: list[Row]) -> list[Table]:
+    """A table for each direction and each of our rows with its peers, and one of the working memory."""
+    found = [
+        _times(ours, [row for row in times if row["direction"] == direction])
+        for direction in unique(times, "direction")
+        for ours in unique([row for row in times if row["ours"] and row["direction"] == direction], "provider")
+    ]
+    return [*found, _memory(memory)] if memory else found
+
+
+def _times(name: str, rows: list[Row]) -> Table:
+    """Our times at every shape, what bounds them, and the peers' times as multiples of them."""
+    ours = {row["shape"]: row for row in rows if row["provider"] == name}
+    first = next(iter(ours.values()))
+    labels = {row["provider"]: row["label"] for row in rows}
+    peers = unique([row for row in rows if row["baseline"] == name and not row["ours"]], "provider")
+    ratios = {(row["shape"], row["provider"]): row["ratio"] for row in rows}
+    header = ["(B,T,H,N,D)", f"{first['label']} ms", "spread", "bound ms", "floor ms", "bound / time"]
+    header += [f"time / {labels[first['baseline']]}"] if first["baseline"] in labels else []
+    body = []
+    for shape, row in ours.items():
+        line = [f"{shape} *" if "note" in row else shape, _ms(row["median"]), f"{row['spread']:.0%}"]
+        line += [_ms(row["bound"]), _ms(row["floor"]), f"{row['share_of_bound']:.0%}"]
+        line += [f"{row['ratio']:.2f}"] if first["baseline"] in labels else []
+        line += [_ratio(ratios[shape, peer]) if (shape, peer) in ratios else "" for peer in peers]
+        body.append(line)
+    rates = [round(row["peak_flops"] / 1e9) for row in ours.values()]
+    notes = [f"* {shape}: {row['note']}" for shape, row in ours.items() if "note" in row]
+    notes += [
+        f"{', '.join(labels[peer] for peer in peers)}: time over that of {first['label']}, above 1x it is slower.",
+        f"bound: {PRODUCTS[first['direction']]} at the rate of a large matmul in the same rounds, "
+        f"{_range(rates)} GFLOP/s; floor: bound + 20%.",
+        f"Medians of {_range([row['rounds'] for row in ours.values()])} interleaved rounds; "
+        f"spread: (q3 - q1) / median. am_flow ran: {', '.join(map(str, unique(list(ours.values()), 'impl')))}.",
+    ]
+    if max(rates) > BUSY * min(rates) or median(row["spread"] for row in ours.values()) > BUSY - 1:
+        notes.append("The machine was busy with other work: times changed too much for these figures to hold.")
+    return Table(
+        f"Time, {first['direction']}, {first['dtype']}", header + [labels[peer] for peer in peers], body, notes
+    )
+
+
+def _range(values: list[int]) -> str:
+    return f"{min(values)}-{max(values)}" if min(values) < max(values) else str(values[0])
+
+
+def _memory(rows: list[Row]) -> Table:
+    providers = {row["provider"]: row["label"] for row in rows}
+    figures = {(row["shape"], row["direction"], row["provider"]): row["bytes"] for row in rows}
+    body = []
+    for shape, direction in dict.fromkeys((row["shape"], row["direction"]) for row in rows):
+        cells = (figures.get((shape, direction, name)) for name in providers)
+        body.append([shape, direction, *("" if cell is None else f"{cell / 1e6:.1f}" for cell in cells)])
+    header = ["(B,T,H,N,D)", "direction", *providers.values()]
+    return Table("Peak working memory besides inputs and results, MB", header, body, [])
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([first.strip().ljust(widths[0]), *others])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"

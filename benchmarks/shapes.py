@@ -1,0 +1,41 @@
+"""The shapes that are timed, by name: (B, T, heads, N, D) as in ``q`` and ``k``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Shape of q, k and v: batch, frames, heads, tokens, head dimension."""
+
+    B: int
+    T: int
+    H: int
+    N: int
+    D: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+    def flow(self) -> tuple[int, int, int, int]:
+        """Shape of the result, (B, T - 1, H, N)."""
+        return self.B, self.T - 1, self.H, self.N
+
+    def map_flops(self) -> int:
+        """Floating-point operations of one product q k^T over every frame and head."""
+        return 2 * self.B * self.T * self.H * self.N * self.N * self.D
+
+
+# What image transformers give: ViT-B at 224 px with patches of 14 and of 16, at 384 px, ViT-S/14 at 518 px.
+TYPICAL = (Shape(1, 8, 12, 257, 64), Shape(2, 16, 12, 197, 64), Shape(1, 8, 12, 577, 64), Shape(1, 4, 6, 1370, 64))
+
+# Regimes where less is to be gained, or a peer wins.
+HARD = {
+    Shape(1, 8, 12, 49, 256): "short rows and wide heads: the maps are small beside q and k, so little is saved",
+    Shape(2, 16, 6, 197, 16): "narrow heads: the softmaxes outweigh the product, which has none of them",
+    Shape(1, 2, 3, 50, 64): "a tiny clip: mostly the cost of a call",
+}
+
+SHAPES = {str(shape): shape for shape in (*TYPICAL, *HARD)}
+MEMORY_SHAPES = {str(shape): shape for shape in (TYPICAL[0], TYPICAL[-1])}
+NOTES = {str(shape): note for shape, note in HARD.items()}
