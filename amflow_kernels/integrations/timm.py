@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch.nn import functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["record_qk"]
@@ -128,7 +128,7 @@ class _AttentionReader(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is scaled_dot_product_attention:
             self._read(*args, **kwargs)
         return func(*args, **kwargs)
 

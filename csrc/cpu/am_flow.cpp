@@ -241,7 +241,25 @@ void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const St
   transpose_rows(s.rows, strip.lanes(), cols, cols, s.queries, strip.lanes(), negative ? 0x80008000u : 0);
 }
 
-void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, Scratch& s, Map& map) {
+// Fetches the rows first .. first + n of q or k into the second-level cache.
+void prefetch_rows(const Problem& pb, const char* first, int64_t stride, int64_t n) {
+  const int64_t size = element_size(pb.dtype);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t byte = 0; byte < pb.D * size; byte += 64) __builtin_prefetch(first + i * stride * size + byte, 0, 2);
+}
+
+// The part of the map `next` that is as far from its beginning as `block` from this one's.
+void prefetch_next(const Problem& pb, const Plan& plan, const Where& next, const Strip& strip, int64_t block) {
+  const Frames& f = pb.frames[next.set];
+  const int64_t j0 = block * KEY_BLOCK, queries = min(strip.lanes(), pb.Nq - strip.first_query);
+  const int64_t l0 = queries * block / plan.blocks, l1 = queries * (block + 1) / plan.blocks;
+  prefetch_rows(pb, key_row(pb, next, j0), f.k_stride[4], min(KEY_BLOCK, pb.Nk - j0));
+  prefetch_rows(pb, query_row(pb, next, strip.first_query + l0), f.q_stride[4], l1 - l0);
+}
+
+// `next`, if any, is the map that will be computed after this one.
+void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Where* next, const Strip& strip,
+                      Scratch& s, Map& map) {
   const bool bf16 = NATIVE_BF16 && pb.dtype == Dtype::bf16;
   pack_queries(pb, plan, at, strip, s, bf16);
   const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
@@ -254,6 +272,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
+    if (next) prefetch_next(pb, plan, *next, strip, block);
     const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, s.keys);
     const ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
                            .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
@@ -291,13 +310,16 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
 // The map whose change is measured: one head's, or (mean_map) the mean of all heads'.
 void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip, Scratch& s,
                  Map& map) {
+  const bool last = frame + 1 == frames_of(pb, item.chain);
+  const Where next_frame = frame_at(pb, item, last ? frame : frame + 1, 0);
   if (pb.reduction != Reduction::mean_map)
-    return compute_head_map(pb, plan, frame_at(pb, item, frame, 0), strip, s, map);
+    return compute_head_map(pb, plan, frame_at(pb, item, frame, 0), last ? nullptr : &next_frame, strip, s, map);
   for (int64_t v = 0; v < strip.vectors; ++v)
     for (int64_t block = 0; block < plan.blocks; ++block)
       store(map.factor + (v * plan.blocks + block) * W, set1(1.f));
   for (int64_t head = 0; head < pb.H; ++head) {
-    compute_head_map(pb, plan, frame_at(pb, item, frame, head), strip, s, s.head_map);
+    const Where next = head + 1 < pb.H ? frame_at(pb, item, frame, head + 1) : next_frame;
+    compute_head_map(pb, plan, frame_at(pb, item, frame, head), &next, strip, s, s.head_map);
     for (int64_t v = 0; v < strip.vectors; ++v)
       for (int64_t j = 0; j < pb.Nk; ++j) {
         const int64_t at = (v * plan.key_rows + j) * W;
@@ -372,8 +394,9 @@ void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
-  clear(s.maps[0].p, map_size(plan));  // the rows after the last key stay 0
-  clear(s.maps[1].p, map_size(plan));
+  for (const Map& map : s.maps)  // the rows after the last key stay 0
+    for (int64_t v = 0; v < STRIP_VECTORS; ++v)
+      clear(map.p + (v * plan.key_rows + pb.Nk) * W, (plan.key_rows - pb.Nk) * W);
   clear(partial, plan.partial);
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);
@@ -512,7 +535,7 @@ void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t
     const Where at = frame_at(pb, item, frame, head);
     float* dk = s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
     const bool mean_map = pb.reduction == Reduction::mean_map;
-    if (mean_map) compute_head_map(pb, plan, at, strip, s, s.head_map);  // its factor holds the 1 / H
+    if (mean_map) compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);  // its factor holds the 1 / H
     backward_head_map(pb, plan, at, strip, mean_map ? s.head_map : map, dA, s, dk);
   }
 }
