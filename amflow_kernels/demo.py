@@ -109,9 +109,8 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
             _draw(output, video.name, numbers, clip, torch.stack([result.flow for result in results]))
 
     tokens = f"{results[0].flow.shape[1]} heads, {results[0].flow.shape[2]} tokens"
-    console = Console()
-    console.print(_table(results, f"AM flow of {video.name}: {frames} frames at {size} px, {tokens}"))
-    console.print(f"am_flow ran {choice.impl!r} ({choice.reason}); picture: {output}", soft_wrap=True)
+    Console().print(_table(results, f"AM flow of {video.name}: {frames} frames at {size} px, {tokens}"))
+    print(f"am_flow ran {choice.impl!r} ({choice.reason}); picture: {output}")
     for index, result in enumerate(results):
         if not result.error <= result.budget:  # a NaN fails, too
             raise DemoError(f"block {index}: the error {result.error:.1e} exceeds its budget of {result.budget:.1e}")
@@ -172,8 +171,9 @@ def _median_time(f: Callable[[], object]) -> float:
 def _table(results: list[BlockResult], title: str) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("block", "am_flow\nms", "eager\nms", "error\nam_flow", "error\neager", "spread", "min", "max"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, result in enumerate(results):
@@ -191,8 +191,8 @@ def _table(results: list[BlockResult], title: str) -> Table:
     seconds, eager_seconds = sum(r.seconds for r in results), sum(r.eager_seconds for r in results)
     table.add_row("all", f"{1e3 * seconds:.1f}", f"{1e3 * eager_seconds:.1f}")
     table.caption = (
-        f"am_flow is {eager_seconds / seconds:.1f}x as fast as eager. Errors are the largest against float64; the budget is "
-        f"{ERROR_BUDGET:.0e}, or twice the error of eager. Spread: standard deviation over tokens."
+        f"am_flow is {eager_seconds / seconds:.1f}x as fast as eager. Errors are the largest against float64; the "
+        f"budget is {ERROR_BUDGET:.0e}, or twice the error of eager. Spread: standard deviation over tokens."
     )
     return table
 
