@@ -1,0 +1,91 @@
+"""What the tests share: the implementations to run, cold processes, and a clean state before each test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from amflow_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPLS = ("reference", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """Each test starts with PyTorch's thread count as it was and with no warning given yet."""
+    threads = torch.get_num_threads()
+    warned = set(ops._warned)
+    ops._warned.clear()
+    yield
+    torch.set_num_threads(threads)
+    ops._warned.clear()
+    ops._warned.update(warned)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """PyTorch's compile cache would hand AVX-512 code to a later run under ATEN_CPU_CAPABILITY=default."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels_run() -> bool:
+    """Whether the CPU kernels must run: decided by the CPU alone, so that a broken build can't hide."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@pytest.fixture
+def must_run(cpu_kernels_run: bool) -> Callable[..., bool]:
+    """``must_run(impl, call)``: True if `impl` has to run here; otherwise `call` has raised why not, as it must."""
+
+    def check(impl: str, call: Callable[[], object]) -> bool:
+        if impl != "cpu" or cpu_kernels_run:
+            return True
+        with pytest.raises(RuntimeError, match=r"impl='cpu' can't run: the CPU capability is .*AVX2"):
+            call()
+        return False
+
+    return check
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation in turn."""
+    return request.param
+
+
+@pytest.fixture
+def cold_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh Python process, in an empty folder, with this checkout on the path."""
+
+    def run(
+        code: str,
+        *,
+        env: Mapping[str, str | None] | None = None,
+        path: Path = ROOT,
+        timeout: float = 300,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        variables = {**os.environ, "PYTHONPATH": str(path), **(env or {})}
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={name: value for name, value in variables.items() if value is not None},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert not check or result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
