@@ -51,18 +51,20 @@ def ahead_of_time(package: Path) -> Path:
 
 def _find_or_build() -> tuple[Path | None, str | None]:
     try:
-        installed = ahead_of_time(Path(__file__).parent)
-        if _is_whole(installed):
-            torch.ops.load_library(str(installed))
-            return installed, None
+        library = ahead_of_time(Path(__file__).parent)
+        if _is_whole(library):
+            torch.ops.load_library(str(library))
+            return library, None
         key = _build.build_key()
         try:
             library = _cached(cache_dir() / key)
-        except OSError as error:  # read-only or full: any cache is better than none, but a private one
-            folder = Path(tempfile.mkdtemp(prefix="amflow_kernels_"))
-            _say(f"can't write to {cache_dir()} ({error.strerror}); using {folder} for this process")
-            library = _cached(folder)
-        torch.ops.load_library(str(library))
+        except OSError as error:  # read-only or full: any folder is better than none, but a private one
+            with tempfile.TemporaryDirectory(prefix="amflow_kernels_") as folder:
+                _say(f"can't write to {cache_dir()} ({error.strerror}); using {folder} for this process")
+                library = _cached(Path(folder))
+                torch.ops.load_library(str(library))  # once loaded, the file is not needed
+        else:
+            torch.ops.load_library(str(library))
     except (_build.BuildError, OSError, RuntimeError) as error:
         return None, str(error) + (f": {error.__cause__}" if error.__cause__ else "")
     return library, None
@@ -74,7 +76,7 @@ def _cached(folder: Path) -> Path:
     if _is_whole(library):
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with _file_lock(folder.with_suffix(".lock")):
+    with _file_lock(folder / "lock"):
         if _is_whole(library):  # another process built it while this one waited
             return library
         _say(f"compiling the CPU kernels (once, about 20 s); they are kept in {folder}")

@@ -174,7 +174,7 @@ def test_demo(tmp_path: Path) -> None:
     output = tmp_path / "out.png"
     result = run_in_new_process("demo", "bikes", "-o", str(output), "--frames", "3")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == "" or torch.backends.cpu.get_cpu_capability() == "DEFAULT"  # where a warning is due
     assert "AM flow of bikes.mp4: 3 frames at 224 px, 6 heads, 257 tokens" in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()]
     blocks = [row for row in rows if row and row[0].isdigit()]

@@ -203,9 +203,8 @@ def test_unwritable_cache(variable: str, stand_in: Callable[..., Compiler], cach
         env.update(XDG_CACHE_HOME=None, HOME=str(file))
     result = cold_python(RUNS_NATIVE, env=env)
     assert "can't write to" in result.stderr
-    library = Path(result.stdout.split()[1])
-    assert library.is_relative_to(temporary)
-    assert library.parent.stat().st_mode & 0o077 == 0
+    assert Path(result.stdout.split()[1]).is_relative_to(temporary)
+    assert not list(temporary.glob("amflow_kernels*"))  # nothing is left behind
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "other bytes", "no checksum", "no library"])
@@ -309,7 +308,7 @@ assert not failures, failures
 
 def test_killed_while_compiling(stand_in: Callable[..., Compiler], cache: Path, cold_python: Run) -> None:
     """A process killed in the middle of compiling leaves neither a lock nor half a library behind."""
-    compiler = stand_in(seconds=600)
+    compiler = stand_in(seconds=30)
     env = {**os.environ, "PYTHONPATH": str(ROOT), **compiler.env(cache)}
     process = subprocess.Popen(
         [sys.executable, "-c", RUNS_NATIVE],

@@ -110,6 +110,8 @@ def map_elements(row: dict[str, Any]) -> int:
 
 def allowed(row: dict[str, Any]) -> bool:
     Nq, Nk = row.get("tokens", (1, 1))
+    if row.get("logits") == "large" and row.get("temperature", 1.0) < tt.SHARP:
+        return False  # beyond what flow_budget promises
     return (row.get("layout") != "fused_qkv" or Nq == Nk) and map_elements(row) <= 4_200_000
 
 

@@ -278,10 +278,10 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
                            .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
                            .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
 #ifdef __AVX512BF16__
-    if (bf16) product<Bf16Pair, Out::store_and_max, false>(args, n, strip.vectors);
+    if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
     else
 #endif
-      product<Float, Out::store_and_max, false>(args, n, strip.vectors);
+      product_and_max<Float>(args, n, strip.vectors);
     for (int64_t v = 0; v < strip.vectors; ++v) {
       // -inf so far: the lowest finite number keeps exp2(-inf - shift) at 0. NaN stays NaN.
       const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
@@ -377,7 +377,7 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
   vec spread[W];
   for (int i = 0; i < W; ++i) spread[i] = lost;
   const vec total_lost = sum_each(spread);
-  for (int64_t j = 0; j < plan.key_rows; j += W) {
+  for (int64_t j = 0; j < plan.key_rows; j += W) {  // the rows after the last key hold anything, and nothing reads theirs
     vec r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) r[i] = w[0] * load(a.p + (j + i) * W);
@@ -394,9 +394,6 @@ void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
-  for (const Map& map : s.maps)  // the rows after the last key stay 0
-    for (int64_t v = 0; v < STRIP_VECTORS; ++v)
-      clear(map.p + (v * plan.key_rows + pb.Nk) * W, (plan.key_rows - pb.Nk) * W);
   clear(partial, plan.partial);
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);

@@ -30,7 +30,11 @@ struct Bf16Pair {  // two bf16 values each
 };
 #endif
 
-enum class Out { store_and_max, accumulate };
+enum class Out {
+  store_and_max,
+  store_and_max_chained,  // the same for K > CHAIN, see there
+  accumulate,
+};
 
 struct ProductArgs {
   const char* b;
@@ -43,46 +47,53 @@ struct ProductArgs {
   float* maxima;  // [V] vectors, raised to the columns' maxima (store_and_max)
 };
 
+// Terms that are summed in one chain: rounding errors grow with its length. Of a longer sum every chain starts at 0 and is
+// then added to what is there.
+constexpr int64_t CHAIN = 64;
+
 // R rows by V vectors in registers. Never inlined: in a larger function the compiler would spill the sums.
 template <int R, int V, class E, Out out_mode, bool rows_adjacent>
 __attribute__((noinline)) void product_tile(const ProductArgs& a) {
-  vec sum[R][V] = {};
+  constexpr bool chained = out_mode == Out::store_and_max_chained;
   const int64_t b_row = rows_adjacent ? 4 : a.b_row;
   const int64_t b_k = rows_adjacent ? a.b_k : 4;
   const char* b = a.b;
   const float* x = a.x;
-  const int64_t x_row = a.x_row;
-  for (int64_t k = a.K; k > 0; --k) {
-    vec xs[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const vec bs = E::broadcast(b + r * b_row);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = E::multiply_add(bs, xs[v], sum[r][v]);
-    }
-    b += b_k;
-    x += x_row;
-  }
+  const int64_t x_row = a.x_row, out_row = a.out_row, out_vector = a.out_vector;
   float *const out_tile = a.out, *const maxima = a.maxima;
-  const int64_t out_row = a.out_row, out_vector = a.out_vector;
+  bool add = out_mode == Out::accumulate;
+  int64_t left = a.K;
+  do {
+    vec sum[R][V] = {};
+    for (int64_t k = chained && left > CHAIN ? CHAIN : left; k > 0; --k) {
+      vec xs[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    vec top;
-    if constexpr (out_mode == Out::store_and_max) top = load(maxima + v * W);
+      for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      float* out = out_tile + r * out_row + v * out_vector;
-      if constexpr (out_mode == Out::store_and_max) {
+      for (int r = 0; r < R; ++r) {
+        const vec bs = E::broadcast(b + r * b_row);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = E::multiply_add(bs, xs[v], sum[r][v]);
+      }
+      b += b_k;
+      x += x_row;
+    }
+    left = chained ? left - CHAIN : 0;
+    const bool raise = out_mode != Out::accumulate && left <= 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      vec top = raise ? load(maxima + v * W) : vec{};
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        float* out = out_tile + r * out_row + v * out_vector;
+        if (add) sum[r][v] = load(out) + sum[r][v];
         store(out, sum[r][v]);
         top = max(top, sum[r][v]);
-      } else {
-        store(out, load(out) + sum[r][v]);
       }
+      if (raise) store(maxima + v * W, top);
     }
-    if constexpr (out_mode == Out::store_and_max) store(maxima + v * W, top);
-  }
+    add = true;
+  } while (chained && left > 0);
 }
 
 // Rows of a tile of V vectors, so that sums, a row of x and one value of b fill the registers.
@@ -116,9 +127,16 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
     }
     a.x += V * W;
     a.out += V * a.out_vector;
-    if constexpr (out_mode == Out::store_and_max) a.maxima += V * W;
+    if constexpr (out_mode != Out::accumulate) a.maxima += V * W;
     vectors -= V;
   }
+}
+
+// out = b x, and its columns' maxima.
+template <class E>
+void product_and_max(const ProductArgs& a, int64_t rows, int64_t vectors) {
+  if (a.K > CHAIN) product<E, Out::store_and_max_chained, false>(a, rows, vectors);
+  else product<E, Out::store_and_max, false>(a, rows, vectors);
 }
 
 }  // namespace amflow::AMFLOW_ISA
