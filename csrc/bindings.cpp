@@ -92,17 +92,18 @@ void for_each(int64_t n, int64_t workers, const Work& work) {
   });
 }
 
-template <class Run, class Reduce>
-void execute(const Problem& pb, const Plan& plan, const Run& run, const Reduce& reduce) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = plan.items < threads ? plan.items : threads;
-  const int64_t scratch_stride = (plan.scratch + 1023) / 1024 * 1024;  // workers never share a page
-  const Buffer scratch = allocate(workers * scratch_stride), partials = allocate(plan.items * plan.partial);
-  for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
-    run(pb, plan, item, scratch.get() + worker * scratch_stride, partials.get() + item * plan.partial);
-  });
-  for_each(plan.reductions, workers, [&](int64_t, int64_t index) { reduce(pb, plan, index, partials.get()); });
-}
+struct Workers {
+  int64_t count, stride;
+  Buffer memory;
+
+  explicit Workers(const Plan& plan) {
+    const int64_t threads = torch::stable::get_num_threads();
+    count = plan.items < threads ? plan.items : threads;
+    stride = (plan.scratch + 1023) / 1024 * 1024;  // no two share a page
+    memory = allocate(count * stride);
+  }
+  float* scratch(int64_t worker) const { return memory.get() + worker * stride; }
+};
 
 void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag,
              double temperature, int64_t reduction, bool center, int64_t vector_bits) {
@@ -110,7 +111,14 @@ void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor
   Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
   pb.center = center;
   pb.flow = static_cast<float*>(flow.data_ptr());
-  execute(pb, isa.plan_forward(pb), isa.forward, isa.reduce_forward);
+  const Plan plan = isa.plan_forward(pb);
+  const Workers workers(plan);
+  const Buffer partials = allocate(plan.items * plan.partial);
+  for_each(plan.items, workers.count, [&](int64_t worker, int64_t item) {
+    isa.forward(pb, plan, item, workers.scratch(worker), partials.get() + item * plan.partial);
+  });
+  for_each(plan.reductions, workers.count,
+           [&](int64_t, int64_t index) { isa.reduce_forward(pb, plan, index, partials.get()); });
 }
 
 void* data_or_null(Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
@@ -123,7 +131,20 @@ void am_flow_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dfl
   pb.dflow = static_cast<const float*>(dflow.data_ptr());
   pb.frames[0].dq = data_or_null(dq), pb.frames[0].dk = data_or_null(dk);
   pb.frames[1].dq = data_or_null(dq_b), pb.frames[1].dk = data_or_null(dk_b);
-  execute(pb, isa.plan_backward(pb), isa.backward, isa.reduce_backward);
+  const Plan plan = isa.plan_backward(pb);
+  const Workers workers(plan);
+  const int64_t sums = plan.items / plan.groups;
+  const Buffer partials = allocate(sums * plan.partial);
+  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[sums]());  // groups of each sum
+  for_each(plan.items, workers.count, [&](int64_t worker, int64_t item) {
+    isa.backward(pb, plan, item, workers.scratch(worker));
+    // Items are handed out in order, so the group that this one waits for is being worked on.
+    const int64_t sum = item / plan.groups, group = item % plan.groups;
+    for (int64_t n; (n = finished[sum].load(std::memory_order_acquire)) != group;) finished[sum].wait(n);
+    isa.finish_backward(pb, plan, item, workers.scratch(worker), partials.get() + sum * plan.partial);
+    finished[sum].store(group + 1, std::memory_order_release);
+    finished[sum].notify_all();
+  });
 }
 
 std::string isa_name(int64_t vector_bits) { return kernels(vector_bits).name; }

@@ -97,7 +97,7 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
     s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
     s.dq = arena.take(plan.d_cols * MAX_LANES);
     s.g = arena.take(plan.key_rows);
-    if (plan.groups == 1) s.dk = arena.take(dk_size(pb, plan));
+    s.dk = arena.take(dk_size(pb, plan));
   }
   return s;
 }
@@ -135,13 +135,9 @@ Plan plan_forward(const Problem& pb) {
 
 Plan plan_backward(const Problem& pb) {
   Plan plan = plan_common(pb);
-  // Every group holds its own dk: at most 24 MiB of them, unless one alone is larger.
-  const int64_t all_dk = whole_items(pb, plan) * dk_size(pb, plan) * 4;
-  const int64_t affordable = max(1, (int64_t{24} << 20) / all_dk);
-  plan.groups = min(min(plan.strips, div_up(64, whole_items(pb, plan))), affordable);
+  plan.groups = min(plan.strips, div_up(12, whole_items(pb, plan)));  // fewer: each group sums up a dk of its own
   plan.items = whole_items(pb, plan) * plan.groups;
-  plan.partial = plan.groups > 1 ? dk_size(pb, plan) : 0;
-  plan.reductions = plan.groups > 1 ? whole_items(pb, plan) : 0;
+  plan.partial = plan.groups > 1 && pb.dtype != Dtype::f32 ? dk_size(pb, plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, true, arena);
   plan.scratch = arena.used;
@@ -331,8 +327,8 @@ void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t 
 
 // ---- M = |A - A'| and e = expm1(M / temperature)
 
-// For vector v of the strip: visit(j, offset of key j, (A - A') / temperature) for every key. Two products and a
-// difference, not an FMA: equal maps give exactly 0.
+// For vector v of the strip: visit(j, offset of key j, A / temperature, (A - A') / temperature) for every key. Two
+// products and a difference, not an FMA: equal maps give exactly 0.
 template <class Visit>
 inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit) {
   const vec inv_temperature = set1(pb.inv_temperature);
@@ -343,7 +339,8 @@ inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, cons
 #pragma GCC unroll 4
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t at = (v * plan.key_rows + j) * W;
-      visit(j, at, load(a.p + at) * fa - load(b.p + at) * fb);
+      const vec A = load(a.p + at) * fa;
+      visit(j, at, A, A - load(b.p + at) * fb);
     }
   }
 }
@@ -361,7 +358,7 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
   for (int64_t v = 0; v < STRIP_VECTORS; ++v) w[v] = set1(0.f);
   for (int64_t v = 0; v < strip.vectors; ++v) {
     vec sum = set1(0.f), block_sum = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec, vec change) __attribute__((always_inline)) {
       const vec e = expm1<sharp>(abs(change));
       store(a.p + at, e);
       block_sum += e;
@@ -446,14 +443,15 @@ void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
 }
 
 // With S dM = sign(A - A') P (g - delta) / temperature: s.dA = s.carry + S dM, the finished gradient of the first map,
-// and s.carry = -S dM, what the second map has of it so far.
+// with rho = rowsum(A * s.dA); and s.carry = -S dM, what the second map has of its gradient so far.
 template <bool sharp>
-void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Scratch& s) {
+void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Scratch& s,
+                   vec* rho) {
   float g_sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) g_sum += s.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
     vec sum = set1(0.f), block_sum = set1(0.f), g_e = set1(0.f), block_g_e = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec, vec change) __attribute__((always_inline)) {
       const vec e = expm1<sharp>(abs(change));
       store(s.dA + at, e);
       block_sum += e;
@@ -467,22 +465,26 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
     const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + (sum + block_sum));
     const vec delta = w * (set1(g_sum) + (g_e + block_g_e));
     const vec w_scaled = w * set1(pb.inv_temperature);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec change) __attribute__((always_inline)) {
+    vec A_dA = set1(0.f), block_A_dA = set1(0.f);
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec A, vec change) __attribute__((always_inline)) {
       const vec P = fma(w_scaled, load(s.dA + at), w_scaled);
       const vec dM = times_sign(P * (set1(s.g[j]) - delta), change);
-      store(s.dA + at, load(s.carry + at) + dM);
+      const vec dA = load(s.carry + at) + dM;
+      store(s.dA + at, dA);
       store(s.carry + at, -dM);
+      block_A_dA = fma(A, dA, block_A_dA);
+      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
+        A_dA += block_A_dA;
+        block_A_dA = set1(0.f);
+      }
     });
+    rho[v] = (A_dA + block_A_dA) * set1(1.f / pb.inv_temperature);
   }
 }
 
-// From dA of one map and strip: dq of the strip's queries, written, and dk of all keys, added to `dk`.
-void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
-                       const float* dA, Scratch& s, float* dk) {
-  const Frames& f = pb.frames[at.set];
-  const int64_t column = plan.key_rows * W, lanes = strip.lanes();
-  // For mean_map, map is A / H of a head: A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
-  vec rho[STRIP_VECTORS];  // rowsum(A * dA)
+// rho = rowsum(A * dA)
+void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map& map, const float* dA, vec* rho) {
+  const int64_t column = plan.key_rows * W;
   for (int64_t v = 0; v < strip.vectors; ++v) {
     rho[v] = set1(0.f);
     for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -492,8 +494,14 @@ void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, con
         sum = fma(load(map.p + v * column + j * W), load(dA + v * column + j * W), sum);
       rho[v] = fma(sum, load(map.factor + (v * plan.blocks + block) * W), rho[v]);
     }
-    rho[v] *= set1(plan.map_heads);
   }
+}
+
+// From dA of one map and strip: dq of the strip's queries, written, and dk of all keys, added to `dk`.
+void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
+                       const float* dA, const vec* rho, Scratch& s, float* dk) {
+  const Frames& f = pb.frames[at.set];
+  const int64_t column = plan.key_rows * W, lanes = strip.lanes();
   if (f.dk) load_queries(pb, plan, at, strip, s.rows);
   if (f.dq) clear(s.dq, plan.d_cols * lanes);
   for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -526,66 +534,76 @@ void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, con
     store_row(pb.dtype, s.rows + l * plan.d_cols, pb.scale, pb.D, static_cast<char*>(f.dq) + (first + l) * row_bytes);
 }
 
+// `rho` is null if it is not known yet.
 void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
-                  const Map& map, const float* dA, Scratch& s) {
+                  const Map& map, const float* dA, const vec* rho, Scratch& s) {
+  vec rows[STRIP_VECTORS];
   for (int64_t head = 0; head < plan.map_heads; ++head) {
     const Where at = frame_at(pb, item, frame, head);
     float* dk = s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
-    const bool mean_map = pb.reduction == Reduction::mean_map;
-    if (mean_map) compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);  // its factor holds the 1 / H
-    backward_head_map(pb, plan, at, strip, mean_map ? s.head_map : map, dA, s, dk);
+    if (pb.reduction == Reduction::mean_map) {
+      // The head's map comes with its factor 1 / H, and so
+      // A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
+      compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);
+      row_sums(pb, plan, strip, s.head_map, dA, rows);
+      for (int64_t v = 0; v < strip.vectors; ++v) rows[v] *= set1(pb.H);
+      backward_head_map(pb, plan, at, strip, s.head_map, dA, rows, s, dk);
+    } else {
+      if (!rho) row_sums(pb, plan, strip, map, dA, rows);
+      backward_head_map(pb, plan, at, strip, map, dA, rho ? rho : rows, s, dk);
+    }
   }
 }
 
-// Sums the parts' dk (parts x [frame][head][Nk][d_cols]) into the results.
-void write_dk(const Problem& pb, const Plan& plan, const Item& item, const float* parts, int64_t n_parts) {
-  const int64_t row_bytes = pb.D * element_size(pb.dtype);
-  for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
-    for (int64_t head = 0; head < plan.map_heads; ++head) {
-      const Where at = frame_at(pb, item, frame, head);
-      if (!pb.frames[at.set].dk) continue;
-      char* dk = static_cast<char*>(pb.frames[at.set].dk) +
-                 (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk * row_bytes;
-      for (int64_t j = 0; j < pb.Nk; ++j) {
-        float row[256];
-        const float* part = parts + ((frame * plan.map_heads + head) * pb.Nk + j) * plan.d_cols;
-        for (int64_t d = 0; d < plan.d_cols; d += W) {
-          vec sum = load(part + d);
-          for (int64_t i = 1; i < n_parts; ++i) sum += load(part + i * plan.partial + d);
-          store(row + d, sum);
-        }
-        store_row(pb.dtype, row, pb.scale, pb.D, dk + j * row_bytes);
-      }
-    }
-}
-
-void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
+void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
-  if (plan.groups > 1) s.dk = partial;
   clear(s.dk, dk_size(pb, plan));
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);
   for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
     const Strip strip = strip_at(pb, plan, i);
+    vec rho[STRIP_VECTORS];
     clear(s.carry, strip.vectors * plan.key_rows * W);
     for (int64_t frame = 0; frame < frames; ++frame) {
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
       load_dflow(pb, item, pair_of(pb, item.chain, frame - 1), s.g);
-      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, s);
-      else backward_pair<false>(pb, plan, strip, previous, current, s);
-      backward_map(pb, plan, item, frame - 1, strip, previous, s.dA, s);
+      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, s, rho);
+      else backward_pair<false>(pb, plan, strip, previous, current, s, rho);
+      backward_map(pb, plan, item, frame - 1, strip, previous, s.dA, rho, s);
     }
-    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], s.carry, s);
+    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], s.carry, nullptr, s);
   }
-  if (plan.groups == 1) write_dk(pb, plan, item, s.dk, 1);
 }
 
-void reduce_backward(const Problem& pb, const Plan& plan, int64_t index, const float* partials) {
-  const int64_t first = index * plan.groups;
-  write_dk(pb, plan, item_at(pb, plan, first), partials + first * plan.partial, plan.groups);
+// Adds the item's dk, left in its scratch, to the result; called in the order of the groups. In float32 the sum is made in
+// the result, else in `sums` ([frame][head][Nk][d_cols]).
+void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
+  Arena arena{scratch};
+  const float* part = layout(pb, plan, true, arena).dk;
+  const Item item = item_at(pb, plan, index);
+  const bool first = item.group == 0, last = item.group == plan.groups - 1, in_place = pb.dtype == Dtype::f32;
+  const int64_t row_bytes = pb.D * element_size(pb.dtype);
+  float row[256];
+  for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
+    for (int64_t head = 0; head < plan.map_heads; ++head) {
+      const Where at = frame_at(pb, item, frame, head);
+      if (!pb.frames[at.set].dk) continue;
+      char* dk = static_cast<char*>(pb.frames[at.set].dk) +
+                 (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk * row_bytes;
+      for (int64_t j = 0; j < pb.Nk; ++j, dk += row_bytes) {
+        const int64_t offset = ((frame * plan.map_heads + head) * pb.Nk + j) * plan.d_cols;
+        float* sum = in_place || plan.groups == 1 ? row : sums + offset;
+        if (in_place && !first) load_row(Dtype::f32, dk, pb.D, sum);
+        for (int64_t d = 0; d < plan.d_cols; d += W) {
+          const vec x = load(part + offset + d) * set1(pb.scale);
+          store(sum + d, first ? x : load(sum + d) + x);
+        }
+        if (in_place || last) store_row(pb.dtype, sum, 1.f, pb.D, dk);
+      }
+    }
 }
 
 }  // namespace
@@ -593,7 +611,7 @@ void reduce_backward(const Problem& pb, const Plan& plan, int64_t index, const f
 #define AMFLOW_NAME_OF(isa) #isa
 #define AMFLOW_NAME(isa) AMFLOW_NAME_OF(isa)
 
-const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), plan_forward,  forward,  reduce_forward,
-                         plan_backward,           backward,      reduce_backward};
+const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), plan_forward, forward, reduce_forward, plan_backward, backward,
+                         finish_backward};
 
 }  // namespace amflow::AMFLOW_ISA

@@ -34,7 +34,7 @@ struct Problem {
 };
 
 // How a problem is cut into work items. It depends on the problem alone, never on the number of threads, and partial
-// sums are added in the order of the items: results have the same bits for any number of threads.
+// sums are added in the order of the groups: results have the same bits for any number of threads.
 //
 // A chain is a run of frames in which every neighbouring two are a pair: each map is computed once per chain. An item is
 // one (batch, head, window, chain) and a group of its strips; a strip is up to 4 vectors of queries against all keys.
@@ -47,19 +47,21 @@ struct Plan {
   int64_t items;
   int64_t blocks, key_rows, d_cols;  // key blocks; Nk and D, padded
   int64_t scratch;     // floats that each worker needs
-  int64_t partial;     // floats that each item leaves behind for reduce(); 0: the item finishes its results itself
-  int64_t reductions;  // calls of reduce()
+  int64_t partial;     // floats: of each item's result in the forward, of all its groups' sum in the backward
+  int64_t reductions;  // calls of reduce_forward
 };
 
-// One instruction set's kernels. First plan, then every item (in any order, on any thread), then every reduction.
+// One instruction set's kernels.
 struct Kernels {
   const char* name;
+  // Every item, in any order and on any thread; then every reduction.
   Plan (*plan_forward)(const Problem&);
   void (*forward)(const Problem&, const Plan&, int64_t item, float* scratch, float* partial);
   void (*reduce_forward)(const Problem&, const Plan&, int64_t index, const float* partials);
+  // Every item, and after it, with the same scratch and after the group before it was finished, finish_backward.
   Plan (*plan_backward)(const Problem&);
-  void (*backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* partial);
-  void (*reduce_backward)(const Problem&, const Plan&, int64_t index, const float* partials);
+  void (*backward)(const Problem&, const Plan&, int64_t item, float* scratch);
+  void (*finish_backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sums);
 };
 
 namespace avx2 { extern const Kernels kernels; }
