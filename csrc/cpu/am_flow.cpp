@@ -122,7 +122,8 @@ int64_t whole_items(const Problem& pb, const Plan& plan) { return pb.B * plan.he
 
 Plan plan_forward(const Problem& pb) {
   Plan plan = plan_common(pb);
-  plan.groups = min(plan.strips, div_up(128, whole_items(pb, plan)));  // enough items for many threads
+  // Enough items for many threads. It depends on neither B nor T, so that a pair has the same bits in any batch or clip.
+  plan.groups = min(plan.strips, div_up(128, plan.heads * pb.G));
   plan.items = whole_items(pb, plan) * plan.groups;
   plan.partial = (plan.chain_frames - 1) * plan.key_rows;
   const bool per_head = pb.reduction == Reduction::none;
