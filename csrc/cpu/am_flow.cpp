@@ -17,7 +17,7 @@ namespace {
 
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
-constexpr int64_t KEY_BLOCK = 48;
+constexpr int64_t KEY_BLOCK = 96;
 constexpr float LOWEST = -3.40282347e38f;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -238,23 +238,14 @@ void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const St
   transpose_rows(s.rows, strip.lanes(), cols, cols, s.queries, strip.lanes(), negative ? 0x80008000u : 0);
 }
 
-// Fetches the rows first .. first + n of q or k into the second-level cache.
-void prefetch_rows(const Problem& pb, const char* first, int64_t stride, int64_t n) {
-  const int64_t size = element_size(pb.dtype);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t byte = 0; byte < pb.D * size; byte += 64) __builtin_prefetch(first + i * stride * size + byte, 0, 2);
+// Part `step` of `steps` of the strip's queries, into the second-level cache.
+void prefetch_queries(const Problem& pb, const Where& at, const Strip& strip, int64_t step, int64_t steps) {
+  const int64_t n = min(strip.lanes(), pb.Nq - strip.first_query), size = element_size(pb.dtype);
+  const int64_t l0 = n * step / steps, l1 = n * (step + 1) / steps;
+  prefetch_rows(query_row(pb, at, strip.first_query + l0), pb.frames[at.set].q_stride[4] * size, pb.D * size, l1 - l0);
 }
 
-// The part of the map `next` that is as far from its beginning as `block` from this one's.
-void prefetch_next(const Problem& pb, const Plan& plan, const Where& next, const Strip& strip, int64_t block) {
-  const Frames& f = pb.frames[next.set];
-  const int64_t j0 = block * KEY_BLOCK, queries = min(strip.lanes(), pb.Nq - strip.first_query);
-  const int64_t l0 = queries * block / plan.blocks, l1 = queries * (block + 1) / plan.blocks;
-  prefetch_rows(pb, key_row(pb, next, j0), f.k_stride[4], min(KEY_BLOCK, pb.Nk - j0));
-  prefetch_rows(pb, query_row(pb, next, strip.first_query + l0), f.q_stride[4], l1 - l0);
-}
-
-// `next`, if any, is the map that will be computed after this one.
+// `next`, if any, is the map that will be computed after this one: its rows are fetched meanwhile.
 void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Where* next, const Strip& strip,
                       Scratch& s, Map& map) {
   const bool bf16 = NATIVE_BF16 && pb.dtype == Dtype::bf16;
@@ -269,11 +260,15 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
-    if (next) prefetch_next(pb, plan, *next, strip, block);
     const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, s.keys);
-    const ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
-                           .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
-                           .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
+    ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
+                     .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
+                     .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
+    if (next) {
+      args.ahead = key_row(pb, *next, j0);
+      args.ahead_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
+      args.ahead_bytes = pb.D * element_size(pb.dtype);
+    }
 #ifdef __AVX512BF16__
     if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
     else
@@ -293,6 +288,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
       sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
       shift[v] = top;
       store(map.factor + (v * plan.blocks + block) * W, top);
+      if (next) prefetch_queries(pb, *next, strip, block * strip.vectors + v, plan.blocks * strip.vectors);
     }
   }
   for (int64_t v = 0; v < strip.vectors; ++v) {

@@ -45,7 +45,17 @@ struct ProductArgs {
   float* out;  // row r, vector v at out + r * out_row + v * out_vector
   int64_t out_row, out_vector;
   float* maxima;  // [V] vectors, raised to the columns' maxima (store_and_max)
+  // Rows to fetch into the cache meanwhile, one for each row of b: enough to keep the memory busy, never so many at once
+  // that the CPU waits for it (store_and_max).
+  const char* ahead = nullptr;
+  int64_t ahead_row = 0, ahead_bytes = 0;
 };
+
+// Fetches n rows of so many bytes into the second-level cache.
+inline void prefetch_rows(const char* first, int64_t row, int64_t bytes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + i * row + byte, 0, 2);
+}
 
 // Terms that are summed in one chain: rounding errors grow with its length. Of a longer sum every chain starts at 0 and is
 // then added to what is there.
@@ -102,6 +112,10 @@ constexpr int tile_rows(int V) { return TILE_VECTORS == 4 ? (V == 4 ? 6 : V == 3
 template <int R, int V, class E, Out out_mode, bool rows_adjacent>
 void product_rows(ProductArgs& a, int64_t& rows) {
   while (rows >= R) {
+    if (out_mode != Out::accumulate && a.ahead) {
+      prefetch_rows(a.ahead, a.ahead_row, a.ahead_bytes, R);
+      a.ahead += R * a.ahead_row;
+    }
     product_tile<R, V, E, out_mode, rows_adjacent>(a);
     a.b += R * (rows_adjacent ? 4 : a.b_row);
     a.out += R * a.out_row;
