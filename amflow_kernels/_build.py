@@ -15,9 +15,20 @@ from pathlib import Path
 import torch
 
 LIBRARY = "amflow_native.so"
+LOG = "build.log"
 
 # -ffp-contract=off: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+# TORCH_TARGET_VERSION: of the stable ABI only what torch 2.11 has, so that every later torch loads the library.
+_FLAGS = [
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _OBJECTS = {
@@ -42,12 +53,13 @@ def source_dir() -> Path:
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, or c++, g++, clang++, whichever is found first."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = name and shutil.which(name)
+    """The C++ compiler: $CXX if that is set, else c++, g++ or clang++, whichever is found first."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
+        path = shutil.which(name)
         if path:
             return path
-    raise BuildError("no C++ compiler found ($CXX, c++, g++ or clang++)")
+    raise BuildError(f"$CXX, {chosen}, was not found" if chosen else "no C++ compiler found (c++, g++ or clang++)")
 
 
 def source_key() -> str:
@@ -68,7 +80,7 @@ def build_key() -> str:
 
 
 def compile_library(folder: Path) -> Path:
-    """Compiles LIBRARY in `folder`, in parallel; ninja's own log goes to build.log there."""
+    """Compiles LIBRARY in `folder`, in parallel. The output of the compiler goes to LOG there."""
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
     lines = [
         "ninja_required_version = 1.5",
@@ -85,14 +97,14 @@ def compile_library(folder: Path) -> Path:
     lines += [f"build {LIBRARY}: link {' '.join(_OBJECTS)}", f"default {LIBRARY}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
-    log = folder / "build.log"
+    log = folder / LOG
     with log.open("w") as out:
         status = subprocess.run(
             [sys.executable, "-m", "ninja", "-C", str(folder)], stdout=out, stderr=subprocess.STDOUT, check=False
         ).returncode
     if status != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise BuildError(f"compiling failed (exit status {status}; whole log: {log}):\n{tail}")
+        raise BuildError(f"compiling failed (exit status {status}):\n{tail}")
     return folder / LIBRARY
 
 

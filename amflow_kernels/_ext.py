@@ -41,7 +41,7 @@ def library_path() -> Path | None:
 
 def cache_dir() -> Path:
     """Where built libraries are kept: $XDG_CACHE_HOME/amflow_kernels or ~/.cache/amflow_kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amflow_kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "amflow_kernels"
 
 
 def ahead_of_time(package: Path) -> Path:
@@ -53,14 +53,19 @@ def _find_or_build() -> tuple[Path | None, str | None]:
     try:
         library = ahead_of_time(Path(__file__).parent)
         if _is_whole(library):
-            torch.ops.load_library(str(library))
-            return library, None
+            try:
+                torch.ops.load_library(str(library))
+                return library, None
+            except OSError as error:
+                _say(f"{library} does not load ({error.__cause__}); building another")
         key = _build.build_key()
         try:
             library = _cached(cache_dir() / key)
-        except OSError as error:  # read-only or full: any folder is better than none, but a private one
+        except (OSError, RuntimeError) as error:  # read-only, full, no home: any folder will do, but a private one
+            if isinstance(error, _build.BuildError):
+                raise
             with tempfile.TemporaryDirectory(prefix="amflow_kernels_") as folder:
-                _say(f"can't write to {cache_dir()} ({error.strerror}); using {folder} for this process")
+                _say(f"can't write to the cache folder ({error}); using {folder}, for this process only")
                 library = _cached(Path(folder))
                 torch.ops.load_library(str(library))  # once loaded, the file is not needed
         else:
@@ -79,14 +84,14 @@ def _cached(folder: Path) -> Path:
     with _file_lock(folder / "lock"):
         if _is_whole(library):  # another process built it while this one waited
             return library
-        _say(f"compiling the CPU kernels (once, about 20 s); they are kept in {folder}")
+        _say(f"compiling the CPU kernels, about 10 s, in {folder}")
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:
             install(_build.compile_library(scratch), library)
-        except _build.BuildError:
-            shutil.copy(scratch / "build.log", folder / "build.log")
-            raise
+        except _build.BuildError as error:
+            log = (scratch / _build.LOG).replace(folder / _build.LOG)
+            raise _build.BuildError(f"{error}\nwhole log: {log}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         _say(f"compiled in {time.monotonic() - start:.0f} s")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from amflow_kernels import ops
-from amflow_kernels.ops import HEAD_REDUCTIONS, IMPLS, MAX_HEAD_DIM, MIN_TEMPERATURE, explain
+from amflow_kernels.ops import HEAD_REDUCTIONS, MAX_HEAD_DIM, MIN_TEMPERATURE, check_impl, explain
 
 __all__ = ["am_flow", "am_flow_pair", "explain"]
 
+_LARGEST = sys.float_info.max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -132,19 +133,14 @@ def _call(
         raise ValueError(f"head_reduction: expected one of {HEAD_REDUCTIONS}, got {head_reduction!r}")
     if not isinstance(center, bool):
         raise TypeError(f"center: expected a bool, got {type(center).__name__}")
-    if impl is not None:
-        if impl not in IMPLS:
-            raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
-        reason = IMPLS[impl].unsupported(q.device.type, q.dtype)
-        if reason:
-            raise ValueError(f"impl={impl!r}: {reason}")
+    check_impl(impl, q)
     return ops.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
 
 
 def _check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite does not trace when the number is symbolic
+    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite does not trace when the number is symbolic
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 

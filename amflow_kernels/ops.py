@@ -59,10 +59,21 @@ class Choice:
     fallback: bool  # a fused kernel was expected here and could not be had
 
 
+def check_impl(impl: str | None, q: Tensor | None) -> None:
+    """Raises ValueError unless `impl` is None, or the name of an implementation that can take tensors like q."""
+    if impl is None:
+        return
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
+    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype)
+    if reason:
+        raise ValueError(f"impl={impl!r}: {reason}")
+
+
 def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
     """The implementation for such input. Raises RuntimeError if the one asked for can't run here."""
     if impl is not None:
-        why_not = IMPLS[impl].unsupported(device_type, dtype) or IMPLS[impl].unavailable()
+        why_not = IMPLS[impl].unavailable()
         if why_not:
             raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
         return Choice(impl, "asked for", fallback=False)
@@ -209,6 +220,7 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
 
     Builds the native library if it was not built yet. Raises what `am_flow` would raise if `impl` can't run.
     """
+    check_impl(impl, q)
     lines = []
     choice = None
     if q is not None:

@@ -92,18 +92,26 @@ void for_each(int64_t n, int64_t workers, const Work& work) {
   });
 }
 
-struct Workers {
-  int64_t count, stride;
-  Buffer memory;
-
-  explicit Workers(const Plan& plan) {
-    const int64_t threads = torch::stable::get_num_threads();
-    count = plan.items < threads ? plan.items : threads;
-    stride = (plan.scratch + 1023) / 1024 * 1024;  // no two share a page
-    memory = allocate(count * stride);
-  }
-  float* scratch(int64_t worker) const { return memory.get() + worker * stride; }
-};
+// run(item, scratch) for every item, and finish(item, scratch, sum) when the places before it in its sum are finished.
+template <class Run, class Finish>
+void execute(const Problem& pb, const Kernels& isa, const Plan& plan, const Run& run, const Finish& finish) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = plan.items < threads ? plan.items : threads;
+  const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two share a cache line
+  const Buffer scratch = allocate(workers * stride), sums = allocate(plan.sums * plan.sum_floats);
+  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[plan.sums]());
+  for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
+    float* const memory = scratch.get() + worker * stride;
+    run(pb, plan, item, memory);
+    // Items are handed out in order, so those that this one waits for are being worked on.
+    const amflow::Turn turn = isa.turn(pb, plan, item);
+    std::atomic<int64_t>& place = finished[turn.sum];
+    for (int64_t n; (n = place.load(std::memory_order_acquire)) != turn.place;) place.wait(n);
+    finish(pb, plan, item, memory, sums.get() + turn.sum * plan.sum_floats);
+    place.store(turn.place + 1, std::memory_order_release);
+    place.notify_all();
+  });
+}
 
 void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag,
              double temperature, int64_t reduction, bool center, int64_t vector_bits) {
@@ -111,14 +119,7 @@ void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor
   Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
   pb.center = center;
   pb.flow = static_cast<float*>(flow.data_ptr());
-  const Plan plan = isa.plan_forward(pb);
-  const Workers workers(plan);
-  const Buffer partials = allocate(plan.items * plan.partial);
-  for_each(plan.items, workers.count, [&](int64_t worker, int64_t item) {
-    isa.forward(pb, plan, item, workers.scratch(worker), partials.get() + item * plan.partial);
-  });
-  for_each(plan.reductions, workers.count,
-           [&](int64_t, int64_t index) { isa.reduce_forward(pb, plan, index, partials.get()); });
+  execute(pb, isa, isa.plan_forward(pb), isa.forward, isa.finish_forward);
 }
 
 void* data_or_null(Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
@@ -131,20 +132,7 @@ void am_flow_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dfl
   pb.dflow = static_cast<const float*>(dflow.data_ptr());
   pb.frames[0].dq = data_or_null(dq), pb.frames[0].dk = data_or_null(dk);
   pb.frames[1].dq = data_or_null(dq_b), pb.frames[1].dk = data_or_null(dk_b);
-  const Plan plan = isa.plan_backward(pb);
-  const Workers workers(plan);
-  const int64_t sums = plan.items / plan.groups;
-  const Buffer partials = allocate(sums * plan.partial);
-  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[sums]());  // groups of each sum
-  for_each(plan.items, workers.count, [&](int64_t worker, int64_t item) {
-    isa.backward(pb, plan, item, workers.scratch(worker));
-    // Items are handed out in order, so the group that this one waits for is being worked on.
-    const int64_t sum = item / plan.groups, group = item % plan.groups;
-    for (int64_t n; (n = finished[sum].load(std::memory_order_acquire)) != group;) finished[sum].wait(n);
-    isa.finish_backward(pb, plan, item, workers.scratch(worker), partials.get() + sum * plan.partial);
-    finished[sum].store(group + 1, std::memory_order_release);
-    finished[sum].notify_all();
-  });
+  execute(pb, isa, isa.plan_backward(pb), isa.backward, isa.finish_backward);
 }
 
 std::string isa_name(int64_t vector_bits) { return kernels(vector_bits).name; }

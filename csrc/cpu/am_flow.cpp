@@ -50,7 +50,7 @@ struct Item {
   int64_t b, h, g, chain, group;
 };
 
-// One worker's memory. The members without a comment are laid out as their names in Map, [vector][key_rows][W].
+// One worker's memory.
 struct Scratch {
   float* rows;     // [lane][d_cols]: queries
   float* queries;  // [d][lane]: the same, transposed
@@ -59,11 +59,13 @@ struct Scratch {
   Map maps[2];     // the previous and the current frame's
   Map head_map;    // one head's, for mean_map
   // backward
-  float *dA, *carry;
+  float *dA, *carry;  // laid out as Map::p
   float* dlogits;  // [KEY_BLOCK][lane]
   float* dq;       // [d][lane]
   float* g;        // [key_rows]: dflow less its mean
   float* dk;       // [frame][head][Nk][d_cols]
+  // forward
+  float* flow;     // [pair of the chain][key_rows]
 };
 
 struct Arena {  // hands out scratch; with no base it only counts
@@ -81,6 +83,8 @@ int64_t dk_size(const Problem& pb, const Plan& plan) {
   return plan.chain_frames * plan.map_heads * pb.Nk * plan.d_cols;
 }
 
+bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
+
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   const auto map = [&] { return Map{arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)}; };
   Scratch s{};
@@ -91,13 +95,14 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
   s.maps[0] = map();
   s.maps[1] = map();
   if (pb.reduction == Reduction::mean_map) s.head_map = map();
+  if (!backward) s.flow = arena.take((plan.chain_frames - 1) * plan.key_rows);
   if (backward) {
     s.dA = arena.take(map_size(plan));
     s.carry = arena.take(map_size(plan));
     s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
     s.dq = arena.take(plan.d_cols * MAX_LANES);
     s.g = arena.take(plan.key_rows);
-    s.dk = arena.take(dk_size(pb, plan));
+    if (wants_dk(pb)) s.dk = arena.take(dk_size(pb, plan));
   }
   return s;
 }
@@ -125,9 +130,8 @@ Plan plan_forward(const Problem& pb) {
   // Enough items for many threads. It depends on neither B nor T, so that a pair has the same bits in any batch or clip.
   plan.groups = min(plan.strips, div_up(128, plan.heads * pb.G));
   plan.items = whole_items(pb, plan) * plan.groups;
-  plan.partial = (plan.chain_frames - 1) * plan.key_rows;
-  const bool per_head = pb.reduction == Reduction::none;
-  plan.reductions = pb.B * pb.pairs() * (per_head ? pb.H : 1) * pb.G;
+  plan.summed_heads = pb.reduction == Reduction::mean ? pb.H : 1;
+  plan.sums = whole_items(pb, plan) / plan.summed_heads;
   Arena arena{nullptr};
   layout(pb, plan, false, arena);
   plan.scratch = arena.used;
@@ -138,7 +142,9 @@ Plan plan_backward(const Problem& pb) {
   Plan plan = plan_common(pb);
   plan.groups = min(plan.strips, div_up(12, whole_items(pb, plan)));  // fewer: each group sums up a dk of its own
   plan.items = whole_items(pb, plan) * plan.groups;
-  plan.partial = plan.groups > 1 && pb.dtype != Dtype::f32 ? dk_size(pb, plan) : 0;
+  plan.summed_heads = 1;
+  plan.sums = whole_items(pb, plan);
+  plan.sum_floats = plan.groups > 1 && pb.dtype != Dtype::f32 && wants_dk(pb) ? dk_size(pb, plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, true, arena);
   plan.scratch = arena.used;
@@ -155,6 +161,13 @@ Item item_at(const Problem& pb, const Plan& plan, int64_t index) {  // ((((b, h)
   return item;
 }
 
+Turn turn(const Problem& pb, const Plan& plan, int64_t index) {
+  const Item item = item_at(pb, plan, index);
+  const int64_t n = plan.summed_heads;
+  return {((item.b * (plan.heads / n) + item.h / n) * pb.G + item.g) * plan.chains + item.chain,
+          item.h % n * plan.groups + item.group};
+}
+
 int64_t frames_of(const Problem& pb, int64_t chain) { return pb.pair ? 2 : div_up(pb.T - chain, pb.lag); }
 
 Where frame_at(const Problem& pb, const Item& item, int64_t frame, int64_t head) {
@@ -164,6 +177,13 @@ Where frame_at(const Problem& pb, const Item& item, int64_t frame, int64_t head)
 
 int64_t pair_of(const Problem& pb, int64_t chain, int64_t frame) {  // the pair (frame, frame + 1) of a chain
   return pb.pair ? chain : chain + frame * pb.lag;
+}
+
+// The row of flow or dflow of a pair.
+int64_t flow_offset(const Problem& pb, const Item& item, int64_t pair) {
+  const int64_t pairs = pb.pair ? pb.T : pb.T - pb.lag;
+  const bool per_head = pb.reduction == Reduction::none;
+  return (((item.b * pairs + pair) * (per_head ? pb.H : 1) + (per_head ? item.h : 0)) * pb.G + item.g) * pb.Nk;
 }
 
 Strip strip_at(const Problem& pb, const Plan& plan, int64_t index) {  // all strips as wide as any other, or one less
@@ -385,10 +405,10 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
 
 void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 
-void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* partial) {
+void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
-  clear(partial, plan.partial);
+  clear(s.flow, (plan.chain_frames - 1) * plan.key_rows);
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);
   if (frames < 2) return;
@@ -398,30 +418,28 @@ void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch,
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
-      float* flow = partial + (frame - 1) * plan.key_rows;
+      float* flow = s.flow + (frame - 1) * plan.key_rows;
       if (pb.inv_temperature > 1) forward_pair<true>(pb, plan, strip, previous, current, flow);
       else forward_pair<false>(pb, plan, strip, previous, current, flow);
     }
   }
 }
 
-// One row of the result: the groups' partial sums, and the heads' for `mean`.
-void reduce_forward(const Problem& pb, const Plan& plan, int64_t index, const float* partials) {
-  const int64_t heads_out = pb.reduction == Reduction::none ? pb.H : 1;
-  float* flow = pb.flow + index * pb.Nk;
-  const int64_t g = index % pb.G, h = index / pb.G % heads_out;
-  const int64_t pair = index / pb.G / heads_out % pb.pairs(), b = index / pb.G / heads_out / pb.pairs();
-  const int64_t chain = pb.pair ? pair : pair % pb.lag, frame = pb.pair ? 0 : pair / pb.lag;
-  const int64_t heads = pb.reduction == Reduction::mean ? pb.H : 1;
+// Adds the item's flow, left in its scratch, to the result.
+void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float*) {
+  Arena arena{scratch};
+  const Scratch s = layout(pb, plan, false, arena);
+  const Item item = item_at(pb, plan, index);
+  const int64_t place = turn(pb, plan, index).place;
+  const bool last = place == plan.summed_heads * plan.groups - 1;
   const double base = pb.center ? 0. : static_cast<double>(pb.Nq) / pb.Nk;
-  for (int64_t j = 0; j < pb.Nk; ++j) {
-    double sum = 0;
-    for (int64_t head = h; head < h + heads; ++head) {
-      const int64_t item = (((b * plan.heads + head) * pb.G + g) * plan.chains + chain) * plan.groups;
-      for (int64_t group = 0; group < plan.groups; ++group)
-        sum += partials[(item + group) * plan.partial + frame * plan.key_rows + j];
+  for (int64_t frame = 0; frame + 1 < frames_of(pb, item.chain); ++frame) {
+    float* flow = pb.flow + flow_offset(pb, item, pair_of(pb, item.chain, frame));
+    const float* part = s.flow + frame * plan.key_rows;
+    for (int64_t j = 0; j < pb.Nk; ++j) {
+      const float sum = place ? flow[j] + part[j] : part[j];
+      flow[j] = last ? static_cast<float>(base + sum / static_cast<double>(plan.summed_heads)) : sum;
     }
-    flow[j] = static_cast<float>(base + sum / heads);
   }
 }
 
@@ -430,9 +448,7 @@ void reduce_forward(const Problem& pb, const Plan& plan, int64_t index, const fl
 // dflow of one pair, less its mean: a constant has no effect since the rows of P sum to 1, and without it a constant
 // dflow gives exactly 0.
 void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
-  const int64_t heads_out = pb.reduction == Reduction::none ? pb.H : 1;
-  const int64_t h = pb.reduction == Reduction::none ? item.h : 0;
-  const float* dflow = pb.dflow + (((item.b * pb.pairs() + pair) * heads_out + h) * pb.G + item.g) * pb.Nk;
+  const float* dflow = pb.dflow + flow_offset(pb, item, pair);
   double sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) sum += dflow[j];
   const double mean = sum / pb.Nk, share = 1. / (pb.reduction == Reduction::mean ? pb.H : 1);
@@ -444,6 +460,8 @@ void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
 template <bool sharp>
 void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Scratch& s,
                    vec* rho) {
+  // At a temperature beyond float's range dM is 0, and so is rho.
+  const float temperature = pb.inv_temperature > 1e-38f ? 1.f / pb.inv_temperature : 0.f;
   float g_sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) g_sum += s.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
@@ -475,7 +493,7 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
         block_A_dA = set1(0.f);
       }
     });
-    rho[v] = (A_dA + block_A_dA) * set1(1.f / pb.inv_temperature);
+    rho[v] = (A_dA + block_A_dA) * set1(temperature);
   }
 }
 
@@ -555,7 +573,7 @@ void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t
 void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
-  clear(s.dk, dk_size(pb, plan));
+  if (s.dk) clear(s.dk, dk_size(pb, plan));
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);
   for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
@@ -578,6 +596,7 @@ void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch
 // Adds the item's dk, left in its scratch, to the result; called in the order of the groups. In float32 the sum is made in
 // the result, else in `sums` ([frame][head][Nk][d_cols]).
 void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
+  if (!wants_dk(pb)) return;
   Arena arena{scratch};
   const float* part = layout(pb, plan, true, arena).dk;
   const Item item = item_at(pb, plan, index);
@@ -608,7 +627,7 @@ void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* 
 #define AMFLOW_NAME_OF(isa) #isa
 #define AMFLOW_NAME(isa) AMFLOW_NAME_OF(isa)
 
-const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), plan_forward, forward, reduce_forward, plan_backward, backward,
+const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), turn, plan_forward, forward, finish_forward, plan_backward, backward,
                          finish_backward};
 
 }  // namespace amflow::AMFLOW_ISA

@@ -1,7 +1,6 @@
 // What the CPU kernels compute, on raw pointers. Strides count elements; the last dimension is contiguous.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace amflow {
@@ -29,8 +28,6 @@ struct Problem {
   float scale, inv_temperature;
   float* flow;         // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction; contiguous
   const float* dflow;  // the same; backward only
-
-  int64_t pairs() const { return pair ? T : T - lag; }
 };
 
 // How a problem is cut into work items. It depends on the problem alone, never on the number of threads, and partial
@@ -47,21 +44,27 @@ struct Plan {
   int64_t items;
   int64_t blocks, key_rows, d_cols;  // key blocks; Nk and D, padded
   int64_t scratch;     // floats that each worker needs
-  int64_t partial;     // floats: of each item's result in the forward, of all its groups' sum in the backward
-  int64_t reductions;  // calls of reduce_forward
+  int64_t summed_heads;  // heads that go into one result (H for the forward of `mean`)
+  int64_t sums;          // results that items are summed up into
+  int64_t sum_floats;    // memory of one, where the sum can't be made in the result itself
 };
 
-// One instruction set's kernels.
+// Where an item's result goes: the `place`-th part of a sum.
+struct Turn {
+  int64_t sum, place;
+};
+
+// One instruction set's kernels. Every item is run, in any order and on any thread; then, with the same scratch and when
+// all earlier places of its sum are finished, it is finished.
 struct Kernels {
   const char* name;
-  // Every item, in any order and on any thread; then every reduction.
+  Turn (*turn)(const Problem&, const Plan&, int64_t item);
   Plan (*plan_forward)(const Problem&);
-  void (*forward)(const Problem&, const Plan&, int64_t item, float* scratch, float* partial);
-  void (*reduce_forward)(const Problem&, const Plan&, int64_t index, const float* partials);
-  // Every item, and after it, with the same scratch and after the group before it was finished, finish_backward.
+  void (*forward)(const Problem&, const Plan&, int64_t item, float* scratch);
+  void (*finish_forward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
   Plan (*plan_backward)(const Problem&);
   void (*backward)(const Problem&, const Plan&, int64_t item, float* scratch);
-  void (*finish_backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sums);
+  void (*finish_backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
 };
 
 namespace avx2 { extern const Kernels kernels; }

@@ -1,8 +1,6 @@
 // The one matrix product of the kernels: out[r][:] (+)= sum_k b[r][k] * x[k][:], b broadcast from memory as it lies.
 #pragma once
 
-#include <cstring>
-
 #include "vec.h"
 
 namespace amflow::AMFLOW_ISA {
