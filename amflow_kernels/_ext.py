@@ -65,7 +65,7 @@ def _find_or_build() -> tuple[Path | None, str | None]:
             if isinstance(error, _build.BuildError):
                 raise
             with tempfile.TemporaryDirectory(prefix="amflow_kernels_") as folder:
-                _say(f"can't write to the cache folder ({error}); using {folder}, for this process only")
+                _say(f"can't write to the cache folder ({error}); using {folder} for this process, then deleting it")
                 library = _cached(Path(folder))
                 torch.ops.load_library(str(library))  # once loaded, the file is not needed
         else:
@@ -84,7 +84,7 @@ def _cached(folder: Path) -> Path:
     with _file_lock(folder / "lock"):
         if _is_whole(library):  # another process built it while this one waited
             return library
-        _say(f"compiling the CPU kernels, about 10 s, in {folder}")
+        _say(f"compiling the CPU kernels, some 10 s, to be kept in {folder}")
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:
