@@ -261,7 +261,7 @@ def flow_budget(Nq: int, Nk: int, temperature: float = 1.0) -> float:
 
     Promised for logits of standard deviation up to 6 at temperatures from `SHARP` up, and up to 1 below: there the
     second softmax amplifies an error of the maps by up to 1 / (4 temperature), and where many queries peak on one key
-    these errors add up, in eager float32 as well (measured: 3 times the budget at 1/64 and std 6).
+    these errors add up past the budget, in eager float32 as well.
     """
     return 5e-7 * max(1.0, Nq / Nk) * max(1.0, 1 / temperature)
 
