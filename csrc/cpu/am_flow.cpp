@@ -18,6 +18,7 @@ namespace {
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
+constexpr int64_t KEYS_AHEAD = 16;  // of dk, being fetched while it is summed up
 constexpr float LOWEST = -3.40282347e38f;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -33,6 +34,15 @@ constexpr bool NATIVE_BF16 = false;
 struct Map {
   float* p;       // [vector][key_rows][W]
   float* factor;  // [vector][blocks][W]
+};
+
+// What the backward knows of the change from one map, A, to the next, A': with y = S e^(|A - A'| / temperature),
+// S = sign(A - A'), the pair adds y (slope g - offset) to dL/dA and takes as much from dL/dA'.
+struct Change {
+  float* y;  // laid out as Map::p
+  float* g;  // [key_rows]: dflow less its mean
+  vec slope[STRIP_VECTORS], offset[STRIP_VECTORS];
+  vec rho[STRIP_VECTORS], next_rho[STRIP_VECTORS];  // its part of rowsum(A * dL/dA), and of A'
 };
 
 struct Strip {
@@ -59,11 +69,10 @@ struct Scratch {
   Map maps[2];     // the previous and the current frame's
   Map head_map;    // one head's, for mean_map
   // backward
-  float *dA, *carry;  // laid out as Map::p
+  Change changes[2];  // from the previous frame to the current one, and the one before
   float* dlogits;  // [KEY_BLOCK][lane]
   float* dq;       // [d][lane]
-  float* g;        // [key_rows]: dflow less its mean
-  float* dk;       // [frame][head][Nk][d_cols]
+  float* dk;       // [frame][head][Nk][d_cols], or null if it is summed up in the result
   // forward
   float* flow;     // [pair of the chain][key_rows]
 };
@@ -85,6 +94,11 @@ int64_t dk_size(const Problem& pb, const Plan& plan) {
 
 bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
 
+// Whether an item has its dk to itself and it can be summed up in the result: no copy, no turn.
+bool dk_in_place(const Problem& pb, const Plan& plan) {
+  return plan.groups == 1 && pb.dtype == Dtype::f32 && pb.D % W == 0;
+}
+
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   const auto map = [&] { return Map{arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)}; };
   Scratch s{};
@@ -97,12 +111,13 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
   if (pb.reduction == Reduction::mean_map) s.head_map = map();
   if (!backward) s.flow = arena.take((plan.chain_frames - 1) * plan.key_rows);
   if (backward) {
-    s.dA = arena.take(map_size(plan));
-    s.carry = arena.take(map_size(plan));
+    for (Change& change : s.changes) {
+      change.y = arena.take(map_size(plan));
+      change.g = arena.take(plan.key_rows);
+    }
     s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
     s.dq = arena.take(plan.d_cols * MAX_LANES);
-    s.g = arena.take(plan.key_rows);
-    if (wants_dk(pb)) s.dk = arena.take(dk_size(pb, plan));
+    if (wants_dk(pb) && !dk_in_place(pb, plan)) s.dk = arena.take(dk_size(pb, plan));
   }
   return s;
 }
@@ -207,6 +222,17 @@ const char* key_row(const Problem& pb, const Where& at, int64_t j) {
   const int64_t* stride = f.k_stride;
   const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + j * stride[4];
   return static_cast<const char*>(f.k) + offset * element_size(pb.dtype);
+}
+
+// dq and dk are contiguous.
+char* dq_row(const Problem& pb, const Where& at, int64_t i) {
+  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nq + i;
+  return static_cast<char*>(pb.frames[at.set].dq) + row * pb.D * element_size(pb.dtype);
+}
+
+char* dk_row(const Problem& pb, const Where& at, int64_t j) {
+  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk + j;
+  return static_cast<char*>(pb.frames[at.set].dk) + row * pb.D * element_size(pb.dtype);
 }
 
 // The strip's queries as floats, [lane][d_cols].
@@ -344,10 +370,11 @@ void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t 
 
 // ---- M = |A - A'| and e = expm1(M / temperature)
 
-// For vector v of the strip: visit(j, offset of key j, A / temperature, (A - A') / temperature) for every key. Two
-// products and a difference, not an FMA: equal maps give exactly 0.
-template <class Visit>
-inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit) {
+// For vector v of the strip: visit(j, offset of key j, A / temperature, A' / temperature) for every key, and end_block()
+// after every block. Two products and no FMA: equal maps are equal here too.
+template <class Visit, class EndBlock>
+inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit,
+                            EndBlock end_block) {
   const vec inv_temperature = set1(pb.inv_temperature);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, j1 = min(j0 + KEY_BLOCK, pb.Nk);
@@ -356,9 +383,9 @@ inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, cons
 #pragma GCC unroll 4
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t at = (v * plan.key_rows + j) * W;
-      const vec A = load(a.p + at) * fa;
-      visit(j, at, A, A - load(b.p + at) * fb);
+      visit(j, at, load(a.p + at) * fa, load(b.p + at) * fb);
     }
+    end_block();
   }
 }
 
@@ -375,16 +402,14 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
   for (int64_t v = 0; v < STRIP_VECTORS; ++v) w[v] = set1(0.f);
   for (int64_t v = 0; v < strip.vectors; ++v) {
     vec sum = set1(0.f), block_sum = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec, vec change) __attribute__((always_inline)) {
-      const vec e = expm1<sharp>(abs(change));
+    for_each_change(pb, plan, v, a, b, [&](int64_t, int64_t at, vec A, vec B) __attribute__((always_inline)) {
+      const vec e = expm1<sharp>(abs(A - B));
       store(a.p + at, e);
       block_sum += e;
-      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
-        sum += block_sum;
-        block_sum = set1(0.f);
-      }
+    }, [&] {
+      sum += block_sum;
+      block_sum = set1(0.f);
     });
-    sum += block_sum;
     w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + sum);
     lost = fma(w[v], sum * set1(1.f / pb.Nk), lost);
   }
@@ -455,169 +480,212 @@ void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
   for (int64_t j = 0; j < pb.Nk; ++j) g[j] = static_cast<float>((dflow[j] - mean) * share);
 }
 
-// With S dM = sign(A - A') P (g - delta) / temperature: s.dA = s.carry + S dM, the finished gradient of the first map,
-// with rho = rowsum(A * s.dA); and s.carry = -S dM, what the second map has of its gradient so far.
+// A sum over keys, made block by block: its rounding error grows with the block and the number of blocks.
+struct Sum {
+  vec total = set1(0.f), block = set1(0.f);
+  void end_block() {
+    total += block;
+    block = set1(0.f);
+  }
+};
+
+// Fills `change` but for g, which is there.
 template <bool sharp>
-void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Scratch& s,
-                   vec* rho) {
-  // At a temperature beyond float's range dM is 0, and so is rho.
-  const float temperature = pb.inv_temperature > 1e-38f ? 1.f / pb.inv_temperature : 0.f;
+void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Change& change) {
   float g_sum = 0;
-  for (int64_t j = 0; j < pb.Nk; ++j) g_sum += s.g[j];
+  for (int64_t j = 0; j < pb.Nk; ++j) g_sum += change.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
-    vec sum = set1(0.f), block_sum = set1(0.f), g_e = set1(0.f), block_g_e = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec, vec change) __attribute__((always_inline)) {
-      const vec e = expm1<sharp>(abs(change));
-      store(s.dA + at, e);
-      block_sum += e;
-      block_g_e = fma(e, set1(s.g[j]), block_g_e);
-      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
-        sum += block_sum;
-        g_e += block_g_e;
-        block_sum = block_g_e = set1(0.f);
-      }
+    Sum e, e_g, A_y, A_y_g, B_y, B_y_g;  // A and B come with the factor 1 / temperature
+    const float* g = change.g;
+    float* const y_out = change.y;
+    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec A, vec B) __attribute__((always_inline)) {
+      const vec d = A - B, g_j = set1(g[j]);
+      const vec e_j = expm1<sharp>(abs(d));
+      const vec y = times_sign(e_j + set1(1.f), d);
+      const vec Ay = A * y, By = B * y;
+      store(y_out + at, y);
+      e.block += e_j;
+      e_g.block = fma(e_j, g_j, e_g.block);
+      A_y.block += Ay;
+      A_y_g.block = fma(Ay, g_j, A_y_g.block);
+      B_y.block += By;
+      B_y_g.block = fma(By, g_j, B_y_g.block);
+    }, [&] {
+      e.end_block(), e_g.end_block();
+      A_y.end_block(), A_y_g.end_block();
+      B_y.end_block(), B_y_g.end_block();
     });
-    const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + (sum + block_sum));
-    const vec delta = w * (set1(g_sum) + (g_e + block_g_e));
-    const vec w_scaled = w * set1(pb.inv_temperature);
-    vec A_dA = set1(0.f), block_A_dA = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec A, vec change) __attribute__((always_inline)) {
-      const vec P = fma(w_scaled, load(s.dA + at), w_scaled);
-      const vec dM = times_sign(P * (set1(s.g[j]) - delta), change);
-      const vec dA = load(s.carry + at) + dM;
-      store(s.dA + at, dA);
-      store(s.carry + at, -dM);
-      block_A_dA = fma(A, dA, block_A_dA);
-      if (j % KEY_BLOCK == KEY_BLOCK - 1) {
-        A_dA += block_A_dA;
-        block_A_dA = set1(0.f);
-      }
-    });
-    rho[v] = (A_dA + block_A_dA) * set1(temperature);
+    const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + e.total);
+    const vec delta = w * (set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
+    change.slope[v] = scaled_w * set1(pb.inv_temperature);
+    change.offset[v] = change.slope[v] * delta;
+    change.rho[v] = scaled_w * (A_y_g.total - delta * A_y.total);
+    change.next_rho[v] = -scaled_w * (B_y_g.total - delta * B_y.total);
   }
 }
 
 // rho = rowsum(A * dA)
-void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map& map, const float* dA, vec* rho) {
-  const int64_t column = plan.key_rows * W;
+template <class Gradient>
+void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map& map, const Gradient& gradient,
+              vec* rho) {
   for (int64_t v = 0; v < strip.vectors; ++v) {
+    const auto dA = gradient(v);
     rho[v] = set1(0.f);
     for (int64_t block = 0; block < plan.blocks; ++block) {
+      const int64_t j0 = block * KEY_BLOCK, j1 = min(j0 + KEY_BLOCK, pb.Nk);
       vec sum = set1(0.f);
 #pragma GCC unroll 4
-      for (int64_t j = block * KEY_BLOCK; j < min((block + 1) * KEY_BLOCK, pb.Nk); ++j)
-        sum = fma(load(map.p + v * column + j * W), load(dA + v * column + j * W), sum);
+      for (int64_t j = j0; j < j1; ++j) {
+        const int64_t at = (v * plan.key_rows + j) * W;
+        sum = fma(load(map.p + at), dA(j, at), sum);
+      }
       rho[v] = fma(sum, load(map.factor + (v * plan.blocks + block) * W), rho[v]);
     }
   }
 }
 
-// From dA of one map and strip: dq of the strip's queries, written, and dk of all keys, added to `dk`.
+// From dL/dA of one map and strip: dq of the strip's queries, and what dk of all keys gets from them: written by the item's
+// first strip, added by the others.
+template <class Gradient>
 void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
-                       const float* dA, const vec* rho, Scratch& s, float* dk) {
+                       const Gradient& gradient, const vec* rho, Scratch& s, float* dk, bool first_strip) {
   const Frames& f = pb.frames[at.set];
-  const int64_t column = plan.key_rows * W, lanes = strip.lanes();
+  const int64_t lanes = strip.lanes(), row_bytes = pb.D * element_size(pb.dtype);
   if (f.dk) load_queries(pb, plan, at, strip, s.rows);
-  if (f.dq) clear(s.dq, plan.d_cols * lanes);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
     for (int64_t v = 0; v < strip.vectors; ++v) {
       const vec factor = load(map.factor + (v * plan.blocks + block) * W);
-      const float *p = map.p + v * column + j0 * W, *da = dA + v * column + j0 * W;
+      const auto dA = gradient(v);
+      const vec rho_v = rho[v];
+      float* const dlogits = s.dlogits + v * W;
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j)
-        store(s.dlogits + j * lanes + v * W, load(p + j * W) * factor * (load(da + j * W) - rho[v]));
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = (v * plan.key_rows + j0 + j) * W;
+        store(dlogits + j * lanes, load(map.p + at) * factor * (dA(j0 + j, at) - rho_v));
+      }
     }
     if (f.dq) {
       const Keys keys = float_keys(pb, plan, at, j0, n, s.keys);
       const ProductArgs args{.b = keys.first, .b_row = 4, .b_k = keys.row, .x = s.dlogits, .x_row = lanes, .K = n,
-                             .out = s.dq, .out_row = lanes, .out_vector = W, .maxima = nullptr};
-      product<Float, Out::accumulate, true>(args, pb.D, strip.vectors);
+                             .out = s.dq, .out_row = lanes, .out_vector = W, .add = block > 0,
+                             .ahead = dq_row(pb, at, strip.first_query + block * pb.D), .ahead_row = row_bytes,
+                             .ahead_bytes = block * pb.D < lanes ? row_bytes : 0};
+      product<Float, Out::plain, true>(args, pb.D, strip.vectors);
     }
     if (f.dk) {
       const ProductArgs args{.b = reinterpret_cast<const char*>(s.dlogits), .b_row = lanes * 4, .b_k = 4,
                              .x = s.rows, .x_row = plan.d_cols, .K = lanes,
-                             .out = dk + j0 * plan.d_cols, .out_row = plan.d_cols, .out_vector = W, .maxima = nullptr};
-      product<Float, Out::accumulate, false>(args, n, plan.d_cols / W);
+                             .out = dk + j0 * plan.d_cols, .out_row = plan.d_cols, .out_vector = W,
+                             .add = !first_strip,
+                             .ahead = reinterpret_cast<const char*>(dk + (j0 + KEYS_AHEAD) * plan.d_cols),
+                             .ahead_row = plan.d_cols * 4, .ahead_bytes = plan.d_cols * 4};
+      product<Float, Out::plain, false>(args, n, plan.d_cols / W);
     }
   }
   if (!f.dq) return;
   transpose_rows(s.dq, plan.d_cols, lanes, lanes, s.rows, plan.d_cols, 0);
-  const int64_t row_bytes = pb.D * element_size(pb.dtype);
-  const int64_t first = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nq + strip.first_query;
   for (int64_t l = 0; l < min(lanes, pb.Nq - strip.first_query); ++l)
-    store_row(pb.dtype, s.rows + l * plan.d_cols, pb.scale, pb.D, static_cast<char*>(f.dq) + (first + l) * row_bytes);
+    store_row(pb.dtype, s.rows + l * plan.d_cols, pb.D, dq_row(pb, at, strip.first_query + l));
 }
 
-// `rho` is null if it is not known yet.
+// gradient(v)(j, offset of key j) is dL/dA, rho = rowsum(A * dL/dA).
+template <class Gradient>
 void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
-                  const Map& map, const float* dA, const vec* rho, Scratch& s) {
-  vec rows[STRIP_VECTORS];
+                  const Map& map, const Gradient& gradient, const vec* rho, Scratch& s, bool first_strip) {
   for (int64_t head = 0; head < plan.map_heads; ++head) {
     const Where at = frame_at(pb, item, frame, head);
-    float* dk = s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
-    if (pb.reduction == Reduction::mean_map) {
-      // The head's map comes with its factor 1 / H, and so
-      // A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
-      compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);
-      row_sums(pb, plan, strip, s.head_map, dA, rows);
-      for (int64_t v = 0; v < strip.vectors; ++v) rows[v] *= set1(pb.H);
-      backward_head_map(pb, plan, at, strip, s.head_map, dA, rows, s, dk);
-    } else {
-      if (!rho) row_sums(pb, plan, strip, map, dA, rows);
-      backward_head_map(pb, plan, at, strip, map, dA, rho ? rho : rows, s, dk);
+    float* const dk = s.dk ? s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols
+                           : reinterpret_cast<float*>(dk_row(pb, at, 0));
+    if (pb.reduction != Reduction::mean_map) {
+      backward_head_map(pb, plan, at, strip, map, gradient, rho, s, dk, first_strip);
+      continue;
     }
+    // The head's map comes with its factor 1 / H, and so
+    // A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
+    vec head_rho[STRIP_VECTORS];
+    compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);
+    row_sums(pb, plan, strip, s.head_map, gradient, head_rho);
+    for (int64_t v = 0; v < strip.vectors; ++v) head_rho[v] *= set1(pb.H);
+    backward_head_map(pb, plan, at, strip, s.head_map, gradient, head_rho, s, dk, first_strip);
   }
+}
+
+// Of a map that is the second of the pair `before` and the first of the pair `after`; either may be missing.
+void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
+                  const Map& map, const Change* before, const Change* after, Scratch& s, bool first_strip) {
+  const auto first = [&](int64_t v) {
+    return [y = after->y, g = after->g, slope = after->slope[v], offset = after->offset[v]](int64_t j, int64_t at) {
+      return load(y + at) * fma(slope, set1(g[j]), -offset);
+    };
+  };
+  const auto second = [&](int64_t v) {
+    return [y = before->y, g = before->g, slope = -before->slope[v], offset = before->offset[v]](int64_t j, int64_t at) {
+      return load(y + at) * fma(slope, set1(g[j]), offset);
+    };
+  };
+  const auto both = [&](int64_t v) {
+    return [first = first(v), second = second(v)](int64_t j, int64_t at) { return first(j, at) + second(j, at); };
+  };
+  if (!before) return backward_map(pb, plan, item, frame, strip, map, first, after->rho, s, first_strip);
+  if (!after) return backward_map(pb, plan, item, frame, strip, map, second, before->next_rho, s, first_strip);
+  vec rho[STRIP_VECTORS];
+  for (int64_t v = 0; v < strip.vectors; ++v) rho[v] = before->next_rho[v] + after->rho[v];
+  backward_map(pb, plan, item, frame, strip, map, both, rho, s, first_strip);
 }
 
 void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
-  if (s.dk) clear(s.dk, dk_size(pb, plan));
   const Item item = item_at(pb, plan, index);
   const int64_t frames = frames_of(pb, item.chain);
-  for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
+  const int64_t first = item.group * plan.strips / plan.groups, last = (item.group + 1) * plan.strips / plan.groups;
+  for (int64_t i = first; i < last; ++i) {
     const Strip strip = strip_at(pb, plan, i);
-    vec rho[STRIP_VECTORS];
-    clear(s.carry, strip.vectors * plan.key_rows * W);
+    const Change* before = nullptr;
+    if (frames == 1) {  // its gradient is 0
+      clear(s.changes[0].y, map_size(plan));
+      clear(s.changes[0].g, plan.key_rows);
+      before = &s.changes[0];
+    }
     for (int64_t frame = 0; frame < frames; ++frame) {
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
-      load_dflow(pb, item, pair_of(pb, item.chain, frame - 1), s.g);
-      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, s, rho);
-      else backward_pair<false>(pb, plan, strip, previous, current, s, rho);
-      backward_map(pb, plan, item, frame - 1, strip, previous, s.dA, rho, s);
+      Change& change = s.changes[frame % 2];
+      load_dflow(pb, item, pair_of(pb, item.chain, frame - 1), change.g);
+      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, change);
+      else backward_pair<false>(pb, plan, strip, previous, current, change);
+      backward_map(pb, plan, item, frame - 1, strip, previous, before, &change, s, i == first);
+      before = &change;
     }
-    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], s.carry, nullptr, s);
+    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], before, nullptr, s, i == first);
   }
 }
 
 // Adds the item's dk, left in its scratch, to the result; called in the order of the groups. In float32 the sum is made in
 // the result, else in `sums` ([frame][head][Nk][d_cols]).
 void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
-  if (!wants_dk(pb)) return;
+  if (!wants_dk(pb) || dk_in_place(pb, plan)) return;
   Arena arena{scratch};
   const float* part = layout(pb, plan, true, arena).dk;
   const Item item = item_at(pb, plan, index);
-  const bool first = item.group == 0, last = item.group == plan.groups - 1, in_place = pb.dtype == Dtype::f32;
-  const int64_t row_bytes = pb.D * element_size(pb.dtype);
+  const bool first = item.group == 0, last = item.group == plan.groups - 1, in_result = pb.dtype == Dtype::f32;
   float row[256];
   for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
     for (int64_t head = 0; head < plan.map_heads; ++head) {
       const Where at = frame_at(pb, item, frame, head);
       if (!pb.frames[at.set].dk) continue;
-      char* dk = static_cast<char*>(pb.frames[at.set].dk) +
-                 (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk * row_bytes;
-      for (int64_t j = 0; j < pb.Nk; ++j, dk += row_bytes) {
+      for (int64_t j = 0; j < pb.Nk; ++j) {
+        char* const dk = dk_row(pb, at, j);
         const int64_t offset = ((frame * plan.map_heads + head) * pb.Nk + j) * plan.d_cols;
-        float* sum = in_place || plan.groups == 1 ? row : sums + offset;
-        if (in_place && !first) load_row(Dtype::f32, dk, pb.D, sum);
+        float* sum = in_result || plan.groups == 1 ? row : sums + offset;
+        if (in_result && !first) load_row(Dtype::f32, dk, pb.D, sum);
         for (int64_t d = 0; d < plan.d_cols; d += W) {
-          const vec x = load(part + offset + d) * set1(pb.scale);
+          const vec x = load(part + offset + d);
           store(sum + d, first ? x : load(sum + d) + x);
         }
-        if (in_place || last) store_row(pb.dtype, sum, 1.f, pb.D, dk);
+        if (in_result || last) store_row(pb.dtype, sum, pb.D, dk);
       }
     }
 }

@@ -29,9 +29,9 @@ struct Bf16Pair {  // two bf16 values each
 #endif
 
 enum class Out {
-  store_and_max,
-  store_and_max_chained,  // the same for K > CHAIN, see there
-  accumulate,
+  plain,
+  max,          // and the columns' maxima
+  max_chained,  // the same for K > CHAIN, see there
 };
 
 struct ProductArgs {
@@ -42,9 +42,10 @@ struct ProductArgs {
   int64_t K;
   float* out;  // row r, vector v at out + r * out_row + v * out_vector
   int64_t out_row, out_vector;
-  float* maxima;  // [V] vectors, raised to the columns' maxima (store_and_max)
+  bool add = false;          // to what is in `out`
+  float* maxima = nullptr;   // [V] vectors, raised to the columns' maxima (Out::max)
   // Rows to fetch into the cache meanwhile, one for each row of b: enough to keep the memory busy, never so many at once
-  // that the CPU waits for it (store_and_max).
+  // that the CPU waits for it.
   const char* ahead = nullptr;
   int64_t ahead_row = 0, ahead_bytes = 0;
 };
@@ -62,14 +63,14 @@ constexpr int64_t CHAIN = 64;
 // R rows by V vectors in registers. Never inlined: in a larger function the compiler would spill the sums.
 template <int R, int V, class E, Out out_mode, bool rows_adjacent>
 __attribute__((noinline)) void product_tile(const ProductArgs& a) {
-  constexpr bool chained = out_mode == Out::store_and_max_chained;
+  constexpr bool chained = out_mode == Out::max_chained;
   const int64_t b_row = rows_adjacent ? 4 : a.b_row;
   const int64_t b_k = rows_adjacent ? a.b_k : 4;
   const char* b = a.b;
   const float* x = a.x;
   const int64_t x_row = a.x_row, out_row = a.out_row, out_vector = a.out_vector;
   float *const out_tile = a.out, *const maxima = a.maxima;
-  bool add = out_mode == Out::accumulate;
+  bool add = a.add;
   int64_t left = a.K;
   do {
     vec sum[R][V] = {};
@@ -87,7 +88,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
       x += x_row;
     }
     left = chained ? left - CHAIN : 0;
-    const bool raise = out_mode != Out::accumulate && left <= 0;
+    const bool raise = out_mode != Out::plain && left <= 0;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       vec top = raise ? load(maxima + v * W) : vec{};
@@ -110,7 +111,7 @@ constexpr int tile_rows(int V) { return TILE_VECTORS == 4 ? (V == 4 ? 6 : V == 3
 template <int R, int V, class E, Out out_mode, bool rows_adjacent>
 void product_rows(ProductArgs& a, int64_t& rows) {
   while (rows >= R) {
-    if (out_mode != Out::accumulate && a.ahead) {
+    if (a.ahead) {
       prefetch_rows(a.ahead, a.ahead_row, a.ahead_bytes, R);
       a.ahead += R * a.ahead_row;
     }
@@ -139,7 +140,7 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
     }
     a.x += V * W;
     a.out += V * a.out_vector;
-    if constexpr (out_mode != Out::accumulate) a.maxima += V * W;
+    if constexpr (out_mode != Out::plain) a.maxima += V * W;
     vectors -= V;
   }
 }
@@ -147,8 +148,8 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
 // out = b x, and its columns' maxima.
 template <class E>
 void product_and_max(const ProductArgs& a, int64_t rows, int64_t vectors) {
-  if (a.K > CHAIN) product<E, Out::store_and_max_chained, false>(a, rows, vectors);
-  else product<E, Out::store_and_max, false>(a, rows, vectors);
+  if (a.K > CHAIN) product<E, Out::max_chained, false>(a, rows, vectors);
+  else product<E, Out::max, false>(a, rows, vectors);
 }
 
 }  // namespace amflow::AMFLOW_ISA

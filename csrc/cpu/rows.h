@@ -37,20 +37,17 @@ inline uint16_t to_bf16(float x) {  // to nearest even
   return x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
 }
 
-// One row of D floats times `scale` to dtype t. src is readable up to a multiple of W.
-inline void store_row(Dtype t, const float* src, float scale, int64_t D, char* dst) {
-  float scaled[W];
+// One row of D floats to dtype t. src is readable up to a multiple of W.
+inline void store_row(Dtype t, const float* src, int64_t D, char* dst) {
+  if (t == Dtype::f32) {
+    __builtin_memcpy(dst, src, 4 * D);
+    return;
+  }
   uint16_t half[W];
   for (int64_t d = 0; d < D; d += W) {
     const int64_t n = D - d < W ? D - d : W;
-    const vec x = load(src + d) * set1(scale);
-    store(scaled, x);
-    if (t == Dtype::f32) {
-      __builtin_memcpy(dst + 4 * d, scaled, 4 * n);
-      continue;
-    }
-    if (t == Dtype::f16) store_f16(half, x);
-    else for (int i = 0; i < W; ++i) half[i] = to_bf16(scaled[i]);
+    if (t == Dtype::f16) store_f16(half, load(src + d));
+    else for (int i = 0; i < W; ++i) half[i] = to_bf16(src[d + i]);
     __builtin_memcpy(dst + 2 * d, half, 2 * n);
   }
 }
