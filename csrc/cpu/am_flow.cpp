@@ -18,7 +18,7 @@ namespace {
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
-constexpr int64_t KEYS_AHEAD = 16;  // of dk, being fetched while it is summed up
+constexpr int64_t ROWS_AHEAD = 16;  // of a gradient, fetched before they are summed up
 constexpr float LOWEST = -3.40282347e38f;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -50,6 +50,7 @@ struct Strip {
   float lane_weight[MAX_LANES];  // 1 for a query, 0 for a surplus lane
 
   int64_t lanes() const { return vectors * W; }
+  int64_t queries(int64_t Nq) const { return lanes() < Nq - first_query ? lanes() : Nq - first_query; }
 };
 
 struct Where {  // one frame of one head and window
@@ -71,7 +72,7 @@ struct Scratch {
   // backward
   Change changes[2];  // from the previous frame to the current one, and the one before
   float* dlogits;  // [KEY_BLOCK][lane]
-  float* dq;       // [d][lane]
+  float* dq;       // [lane][d_cols], or null if it is summed up in the result
   float* dk;       // [frame][head][Nk][d_cols], or null if it is summed up in the result
   // forward
   float* flow;     // [pair of the chain][key_rows]
@@ -94,10 +95,11 @@ int64_t dk_size(const Problem& pb, const Plan& plan) {
 
 bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
 
+// Whether rows of D are whole vectors of floats, which products can read and write where they lie.
+bool whole_rows(const Problem& pb) { return pb.dtype == Dtype::f32 && pb.D % W == 0; }
+
 // Whether an item has its dk to itself and it can be summed up in the result: no copy, no turn.
-bool dk_in_place(const Problem& pb, const Plan& plan) {
-  return plan.groups == 1 && pb.dtype == Dtype::f32 && pb.D % W == 0;
-}
+bool dk_in_place(const Problem& pb, const Plan& plan) { return plan.groups == 1 && whole_rows(pb); }
 
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   const auto map = [&] { return Map{arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)}; };
@@ -116,7 +118,7 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
       change.g = arena.take(plan.key_rows);
     }
     s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
-    s.dq = arena.take(plan.d_cols * MAX_LANES);
+    if (!whole_rows(pb)) s.dq = arena.take(MAX_LANES * plan.d_cols);
     if (wants_dk(pb) && !dk_in_place(pb, plan)) s.dk = arena.take(dk_size(pb, plan));
   }
   return s;
@@ -247,8 +249,9 @@ struct Keys {
   int64_t row;  // bytes
 };
 
-Keys float_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, float* buffer) {
-  if (pb.dtype == Dtype::f32) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 4};
+// As floats; `whole`: in whole vectors, padded with zeros.
+Keys float_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, bool whole, float* buffer) {
+  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 4};
   for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, at, j0 + j), pb.D, buffer + j * plan.d_cols);
   return {reinterpret_cast<const char*>(buffer), plan.d_cols * 4};
 }
@@ -286,7 +289,7 @@ void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const St
 
 // Part `step` of `steps` of the strip's queries, into the second-level cache.
 void prefetch_queries(const Problem& pb, const Where& at, const Strip& strip, int64_t step, int64_t steps) {
-  const int64_t n = min(strip.lanes(), pb.Nq - strip.first_query), size = element_size(pb.dtype);
+  const int64_t n = strip.queries(pb.Nq), size = element_size(pb.dtype);
   const int64_t l0 = n * step / steps, l1 = n * (step + 1) / steps;
   prefetch_rows(query_row(pb, at, strip.first_query + l0), pb.frames[at.set].q_stride[4] * size, pb.D * size, l1 - l0);
 }
@@ -306,7 +309,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
-    const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, s.keys);
+    const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, false, s.keys);
     ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
                      .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
                      .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
@@ -544,13 +547,14 @@ void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map
   }
 }
 
-// From dL/dA of one map and strip: dq of the strip's queries, and what dk of all keys gets from them: written by the item's
-// first strip, added by the others.
+// From dL/dA of one map and strip: dq of the strip's queries, and what dk of all keys gets from them, which is written if
+// it is the item's first strip and else added.
 template <class Gradient>
 void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
                        const Gradient& gradient, const vec* rho, Scratch& s, float* dk, bool first_strip) {
   const Frames& f = pb.frames[at.set];
-  const int64_t lanes = strip.lanes(), row_bytes = pb.D * element_size(pb.dtype);
+  const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = plan.d_cols;
+  float* const dq = s.dq ? s.dq : reinterpret_cast<float*>(dq_row(pb, at, strip.first_query));
   if (f.dk) load_queries(pb, plan, at, strip, s.rows);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
@@ -565,28 +569,29 @@ void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, con
         store(dlogits + j * lanes, load(map.p + at) * factor * (dA(j0 + j, at) - rho_v));
       }
     }
+    const char* const dlogits = reinterpret_cast<const char*>(s.dlogits);
     if (f.dq) {
-      const Keys keys = float_keys(pb, plan, at, j0, n, s.keys);
-      const ProductArgs args{.b = keys.first, .b_row = 4, .b_k = keys.row, .x = s.dlogits, .x_row = lanes, .K = n,
-                             .out = s.dq, .out_row = lanes, .out_vector = W, .add = block > 0,
-                             .ahead = dq_row(pb, at, strip.first_query + block * pb.D), .ahead_row = row_bytes,
-                             .ahead_bytes = block * pb.D < lanes ? row_bytes : 0};
-      product<Float, Out::plain, true>(args, pb.D, strip.vectors);
+      const Keys keys = float_keys(pb, plan, at, j0, n, true, s.keys);
+      product<Float, Out::plain, true>(
+          {.b = dlogits, .b_row = 4, .b_k = lanes * 4, .x = reinterpret_cast<const float*>(keys.first),
+           .x_row = keys.row / 4, .K = n, .out = dq, .out_row = cols, .out_vector = W, .add = block > 0,
+           .ahead = block == 0 ? reinterpret_cast<const char*>(dq + ROWS_AHEAD * cols) : nullptr, .ahead_row = cols * 4,
+           .ahead_bytes = cols * 4},
+          queries, cols / W);
     }
     if (f.dk) {
-      const ProductArgs args{.b = reinterpret_cast<const char*>(s.dlogits), .b_row = lanes * 4, .b_k = 4,
-                             .x = s.rows, .x_row = plan.d_cols, .K = lanes,
-                             .out = dk + j0 * plan.d_cols, .out_row = plan.d_cols, .out_vector = W,
-                             .add = !first_strip,
-                             .ahead = reinterpret_cast<const char*>(dk + (j0 + KEYS_AHEAD) * plan.d_cols),
-                             .ahead_row = plan.d_cols * 4, .ahead_bytes = plan.d_cols * 4};
-      product<Float, Out::plain, false>(args, n, plan.d_cols / W);
+      float* const rows = dk + j0 * cols;
+      product<Float, Out::plain, false>(
+          {.b = dlogits, .b_row = lanes * 4, .b_k = 4, .x = s.rows, .x_row = cols, .K = queries, .out = rows,
+           .out_row = cols, .out_vector = W, .add = !first_strip,
+           .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4,
+           .ahead_bytes = cols * 4},
+          n, cols / W);
     }
   }
-  if (!f.dq) return;
-  transpose_rows(s.dq, plan.d_cols, lanes, lanes, s.rows, plan.d_cols, 0);
-  for (int64_t l = 0; l < min(lanes, pb.Nq - strip.first_query); ++l)
-    store_row(pb.dtype, s.rows + l * plan.d_cols, pb.D, dq_row(pb, at, strip.first_query + l));
+  if (!f.dq || !s.dq) return;
+  for (int64_t l = 0; l < queries; ++l)
+    store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, at, strip.first_query + l));
 }
 
 // gradient(v)(j, offset of key j) is dL/dA, rho = rowsum(A * dL/dA).
