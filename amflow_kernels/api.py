@@ -52,7 +52,7 @@ def am_flow(
             (flow of the head-averaged maps).
         center: return ``flow - Nq / Nk``, computed without the cancellation: the flow of real clips is
             Nq / Nk plus a signal of 1e-4 to 1e-2, and only the centred form keeps full relative precision.
-        impl: None picks by device; ``"reference"`` or ``"cpu"`` runs just that, or raises.
+        impl: None picks by device; ``"reference"``, ``"cpu"`` or ``"triton"`` runs just that, or raises.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a
@@ -134,7 +134,8 @@ def _call(
     if not isinstance(center, bool):
         raise TypeError(f"center: expected a bool, got {type(center).__name__}")
     check_impl(impl, q)
-    return ops.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+    flow, _ = ops.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+    return flow
 
 
 def _check_number(name: str, value: float) -> float:

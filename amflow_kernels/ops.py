@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from amflow_kernels.impl import native, reference
+from amflow_kernels.impl import native, reference, triton
 
 HEAD_REDUCTIONS = ("none", "mean", "mean_map")
 MAX_HEAD_DIM = 256
@@ -29,6 +29,7 @@ class Impl:
     module: ModuleType
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
+    saves: bool = False  # whether its forward leaves statistics for its backward
 
     def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
@@ -43,11 +44,13 @@ class Impl:
         return self.module.unavailable() if hasattr(self.module, "unavailable") else None
 
 
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = {
     "reference": Impl(reference, None, None),
-    "cpu": Impl(native, ("cpu",), (torch.float32, torch.bfloat16, torch.float16)),
+    "cpu": Impl(native, ("cpu",), _FUSED_DTYPES),
+    "triton": Impl(triton, ("cuda", "cpu") if triton.interpreted() else ("cuda",), _FUSED_DTYPES, saves=True),
 }
-_PREFERENCE = ("cpu",)  # tried in this order when impl is None; the reference is the last resort
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device, when impl is None; the reference is the last resort
 
 
 @dataclass(frozen=True)
@@ -78,20 +81,21 @@ def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
             raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
         return Choice(impl, "asked for", fallback=False)
     reasons = []
-    for name in _PREFERENCE:
+    for name in _PREFERENCE.get(device_type, ()):
         why_not = IMPLS[name].unsupported(device_type, dtype) or IMPLS[name].unavailable()
         if why_not is None:
             return Choice(name, f"fused kernel for {device_type} and {dtype}", fallback=False)
         reasons.append(f"{name}: {why_not}")
     if dtype == torch.float64:
         return Choice("reference", "float64 is computed by the reference", fallback=False)
+    reasons = reasons or [f"no fused kernel for {device_type}"]
     return Choice("reference", "; ".join(reasons), fallback=True)
 
 
 _warned: set[str] = set()
 
 
-def _module(q: Tensor, impl: str | None) -> ModuleType:
+def _impl(q: Tensor, impl: str | None) -> Impl:
     choice = choose(q.device.type, q.dtype, impl)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
@@ -101,7 +105,14 @@ def _module(q: Tensor, impl: str | None) -> ModuleType:
             RuntimeWarning,
             stacklevel=2,
         )
-    return IMPLS[choice.name].module
+    return IMPLS[choice.name]
+
+
+def _new_saved(q: Tensor, pair: bool, lag: int, head_reduction: str, impl: str | None) -> Tensor:
+    """Room for what the forward leaves for the backward, of a size that traced code knows: none is chosen there."""
+    takes = impl == "triton" or (impl is None and q.device.type == "cuda" and q.dtype in _FUSED_DTYPES)
+    size = sum(triton.saved_sizes(q, pair, lag, head_reduction)) if takes else 0
+    return q.new_zeros(size, dtype=torch.float32)
 
 
 @torch.library.custom_op("amflow::am_flow", mutates_args=())
@@ -116,11 +127,15 @@ def am_flow(
     head_reduction: str,
     center: bool,
     impl: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The flow, and what the implementation saves for its backward (possibly nothing)."""
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
-    module = _module(q, impl)
-    return module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center)
+    chosen = _impl(q, impl)
+    saved = _new_saved(q, q_b is not None, lag, head_reduction, impl)
+    extra = (saved,) if chosen.saves else ()
+    flow = chosen.module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, *extra)
+    return flow, saved
 
 
 @am_flow.register_fake
@@ -135,10 +150,11 @@ def _fake_am_flow(
     head_reduction: str,
     center: bool,
     impl: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     pairs = q.shape[1] - lag  # lag is 0 in pair form
     groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
-    return q.new_empty((q.shape[0], pairs, *groups, k.shape[-2]), dtype=reference.compute_dtype(q.dtype))
+    flow = q.new_empty((q.shape[0], pairs, *groups, k.shape[-2]), dtype=reference.compute_dtype(q.dtype))
+    return flow, _new_saved(q, q_b is not None, lag, head_reduction, impl)
 
 
 @torch.library.custom_op("amflow::am_flow_backward", mutates_args=())
@@ -154,12 +170,14 @@ def am_flow_backward(
     head_reduction: str,
     needs: Sequence[bool],
     impl: str | None,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, q_b, k_b, contiguous and in their dtype; an empty tensor where `needs` is False."""
     if q.shape[0] == 0 or q.shape[1] == 0:
-        return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl)
-    module = _module(q, impl)
-    return module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs)
+        return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl, saved)
+    chosen = _impl(q, impl)
+    extra = (saved,) if chosen.saves else ()
+    return chosen.module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, *extra)
 
 
 @am_flow_backward.register_fake
@@ -175,6 +193,7 @@ def _fake_backward(
     head_reduction: str,
     needs: Sequence[bool],
     impl: str | None,
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def grad(x: Tensor | None, needed: bool) -> Tensor:
         return q.new_empty(x.shape) if needed and x is not None else q.new_empty(0)
@@ -182,15 +201,17 @@ def _fake_backward(
     return grad(q, needs[0]), grad(k, needs[1]), grad(q_b, needs[2]), grad(k_b, needs[3])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, q_b, k_b, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, _, ctx.impl = inputs
-    ctx.save_for_backward(q, k, q_b, k_b)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, q_b, k_b, output[1])
 
 
-def _backward(ctx: Any, dflow: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dflow: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
+    *frames, saved = ctx.saved_tensors
     grads = am_flow_backward(
-        dflow, *ctx.saved_tensors, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, needs, ctx.impl
+        dflow, *frames, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, needs, ctx.impl, saved
     )
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 6)
 
@@ -229,7 +250,7 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
         lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
     lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     lines += native.describe()
-    lines.append("cuda: no fused kernel in this version, the reference runs on CUDA tensors")
+    lines += triton.describe()
     return Explanation(choice.name if choice else None, choice.reason if choice else None, tuple(lines))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
+
 from amflow_kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent

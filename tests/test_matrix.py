@@ -115,20 +115,22 @@ def allowed(row: dict[str, Any]) -> bool:
     return (row.get("layout") != "fused_qkv" or Nq == Nk) and map_elements(row) <= 4_200_000
 
 
-def pairwise() -> list[dict[str, Any]]:
+def pairwise(
+    factors: dict[str, list[Any]], allowed: Callable[[dict[str, Any]], bool] = allowed
+) -> list[dict[str, Any]]:
     """Rows in which every allowed pair of values of two factors occurs, by greedy choice."""
     rng = random.Random(0)
-    names = list(FACTORS)
+    names = list(factors)
     missing: dict[frozenset[tuple[str, Any]], None] = {}
     for a, b in itertools.combinations(names, 2):
-        for x, y in itertools.product(FACTORS[a], FACTORS[b]):
+        for x, y in itertools.product(factors[a], factors[b]):
             if allowed({a: x, b: y}):
                 missing[frozenset({(a, x), (b, y)})] = None
     rows = []
     while missing:
         row = dict(next(iter(missing)))
         for name in rng.sample([n for n in names if n not in row], len(names) - len(row)):
-            values = [v for v in rng.sample(FACTORS[name], len(FACTORS[name])) if allowed({**row, name: v})]
+            values = [v for v in rng.sample(factors[name], len(factors[name])) if allowed({**row, name: v})]
             row[name] = max(values, key=lambda v: sum(frozenset({(name, v), x}) in missing for x in row.items()))
         for pair in itertools.combinations(row.items(), 2):
             missing.pop(frozenset(pair), None)
@@ -136,7 +138,9 @@ def pairwise() -> list[dict[str, Any]]:
     return rows
 
 
-CASES = [Case(**row, B=2 if map_elements(row) < 500_000 else 1, seed=seed) for seed, row in enumerate(pairwise())]
+CASES = [
+    Case(**row, B=2 if map_elements(row) < 500_000 else 1, seed=seed) for seed, row in enumerate(pairwise(FACTORS))
+]
 
 
 @cache

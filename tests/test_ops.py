@@ -63,7 +63,7 @@ def test_opcheck_backward(name: str, needs: tuple[bool, bool], impl: str, must_r
     q, k = frames[:2]
     dflow = tt.make_dflow(tt.flow_shape(q, k, lag=options[1], head_reduction=options[3]))
     needed = [n and x is not None for n, x in zip(needs * 2, frames, strict=True)]
-    arguments = (dflow, *frames, *options, needed, impl)
+    arguments = (dflow, *frames, *options, needed, impl, torch.empty(0))
     if must_run(impl, lambda: ops.am_flow_backward(*arguments)):
         torch.library.opcheck(ops.am_flow_backward, arguments)
 
@@ -76,7 +76,7 @@ def test_opcheck_empty(shape: tuple[int, int], impl: str) -> None:
     torch.library.opcheck(ops.am_flow, (*arguments, 1.0, "none", False, impl))
     dflow = torch.zeros(shape[0], max(0, shape[1] - arguments[5]), 2, 5)
     needed = [x is not None for x in arguments[:4]]
-    torch.library.opcheck(ops.am_flow_backward, (dflow, *arguments, 1.0, "none", needed, impl))
+    torch.library.opcheck(ops.am_flow_backward, (dflow, *arguments, 1.0, "none", needed, impl, torch.empty(0)))
 
 
 def head(q: Tensor, k: Tensor, impl: str, **options: Any) -> Tensor:

@@ -1,0 +1,75 @@
+"""Handles of the Triton kernels. Triton itself is imported by the first call that needs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why the kernels can't run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def saved_sizes(q: Tensor, pair: bool, lag: int, head_reduction: str) -> list[int]:
+    """Floats that the forward leaves for the backward: row_max, row_norm of each set of frames, e_sum of all pairs."""
+    windows, Nq = prod(q.shape[3:-2]), q.shape[-2]
+    B, T, H = q.shape[:3]
+    maps, pairs = B * T * H * windows * Nq, B * (T - lag) * (1 if head_reduction == "mean_map" else H) * windows * Nq
+    return [maps] * (4 if pair else 2) + [pairs]
+
+
+def am_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+    saved: Tensor,
+) -> Tensor:
+    from amflow_kernels.impl.triton import launch
+
+    return launch.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, saved)
+
+
+def am_flow_backward(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    needs: Sequence[bool],
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from amflow_kernels.impl.triton import launch
+
+    return launch.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, saved)
+
+
+def describe() -> list[str]:
+    """What `explain` says of the Triton kernels."""
+    why_not = unavailable()
+    if why_not is not None:
+        return [f"triton kernels: not available: {why_not}"]
+    import triton
+
+    return [f"triton kernels: Triton {triton.__version__}" + (", interpreted" if interpreted() else "")]

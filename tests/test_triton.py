@@ -1,0 +1,172 @@
+"""The Triton kernels: on the CPU, in Triton's interpreter, with shapes small enough for it.
+
+The interpreter's bfloat16 products are wrong: that dtype needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, prod
+from typing import Any
+
+import pytest
+import test_matrix as matrix
+import torch
+from test_ops import sample
+
+from amflow_kernels import am_flow, explain, ops
+from amflow_kernels import testing as tt
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from amflow_kernels.impl.triton import configs, launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # NumPy's, of infinities
+
+FACTORS: dict[str, list[Any]] = {
+    **matrix.FACTORS,
+    "tokens": [(1, 1), (17, 17), (65, 65), (33, 70), (70, 33)],
+    "D": [1, 17, 64, 72, 256],
+    "frames": [(2, 1), (5, 2), (18, 1), (4, 0)],
+    "logits": ["plain", "negative", "large", "still"],
+    "dtype": [torch.float32, torch.float16],
+    "groups": [(1,), (3,), (2, 2)],
+}
+
+
+def cost(row: dict[str, Any]) -> int:
+    """Tiles of maps that the interpreter computes, in units of some 10 ms."""
+    (Nq, Nk), (T, _), groups = (row.get(n, d) for n, d in (("tokens", (1, 1)), ("frames", (2, 1)), ("groups", (1,))))
+    D, heads = row.get("D", 64), 3 * groups[0] if row.get("head_reduction") == "mean_map" else 1
+    return T * prod(groups) * heads * ceil(Nq / 32) * ceil(Nk / 32) * ceil(D / configs.block_d(D))
+
+
+def allowed(row: dict[str, Any]) -> bool:
+    return matrix.allowed(row) and cost(row) <= 120
+
+
+CASES = [matrix.Case(**row, seed=seed) for seed, row in enumerate(matrix.pairwise(FACTORS, allowed))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case: matrix.Case) -> None:
+    """Flow, centred flow and the gradients that were asked for are within their budgets of the oracle."""
+    matrix.check_forward(case, "triton")
+    matrix.check_backward(case, "triton")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_reduction"),
+    [("NaN in q", "none"), ("NaN in k", "mean_map"), ("+inf logit", "none"), ("all -inf", "mean")],
+)
+def test_nan_rule(kind: str, head_reduction: str) -> None:
+    """A bad map row makes NaN of all of the flows that use its map and leaves every other flow as it was."""
+    matrix.test_nan_rule((5, 70), torch.float32, kind, head_reduction, "triton", lambda *_: True)
+
+
+@pytest.mark.parametrize("frame", ["a", "b"])
+def test_nan_rule_for_pairs(frame: str) -> None:
+    """In pair form a bad map row makes NaN of that pair's flow alone."""
+    matrix.test_nan_rule_for_pairs("NaN in q", frame, "triton", lambda *_: True)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_minus_inf_logit_weighs_nothing(scale: float) -> None:
+    """Logits of -inf are weights of 0."""
+    matrix.test_minus_inf_logit_weighs_nothing(torch.float32, scale, "triton", lambda *_: True)
+
+
+@pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
+def test_equal_frames(head_reduction: str) -> None:
+    """Frames that are the same give Nq / Nk exactly, a centred flow of 0 and no gradient at all."""
+    q, k = (x[:, :1].expand(-1, 3, -1, -1, -1).contiguous() for x in tt.make_qk(1, 1, (2,), 33, 70, 24))
+    q, k = q.requires_grad_(), k.requires_grad_()
+    flow = am_flow(q, k, head_reduction=head_reduction, impl="triton")
+    assert torch.equal(flow, torch.full_like(flow, 33 / 70))
+    centred = am_flow(q, k, head_reduction=head_reduction, center=True, impl="triton")
+    assert torch.equal(centred, torch.zeros_like(centred))
+    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    flow = am_flow(q, k, lag=2, impl="triton")
+    return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape))]
+
+
+def test_chunks_and_wide_offsets_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many pairs a program takes, and how wide its offsets are, has no influence on any result."""
+    q, k = tt.make_qk(1, 9, (1,), 20, 70, 16)
+    expected = results(q, k)
+    for processors, index in ((10**6, None), (1, launch.tl.int64)):
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_processors", lambda _, n=processors: n)
+            if index is not None:
+                patch.setattr(launch, "_index_type", lambda _, t=index: t)
+            for got, want in zip(results(q, k), expected, strict=True):
+                assert torch.equal(got, want)
+
+
+def test_chunk_sizes() -> None:
+    """As many pairs as fit while there are two programs for each multiprocessor."""
+    assert configs.chunk(15, 10_000, 132) == 16
+    assert configs.chunk(100, 10_000, 132) == configs.MAX_CHUNK
+    assert configs.chunk(3, 10_000, 132) == 4
+    assert configs.chunk(15, 60, 132) == 2
+    assert configs.chunk(15, 1, 132) == 1
+    assert configs.chunk(1, 1, 132) == 1
+
+
+def test_block_d_pads_little() -> None:
+    """A product never pads D beyond the next multiple of 16."""
+    for D in range(1, 257):
+        width = configs.block_d(D)
+        assert width in (16, 32, 64)
+        assert -(-D // width) * width == max(16, -(-D // 16) * 16)
+
+
+@pytest.mark.parametrize("name", ["plain", "pair"])
+def test_opcheck(name: str) -> None:
+    """Both ops keep their schema, fake, autograd and dynamic-shape promises, with what the forward saves."""
+    frames, options = sample(name)
+    torch.library.opcheck(ops.am_flow, (*frames, *options, False, "triton"))
+    flow, saved = ops.am_flow(*frames, *options, False, "triton")
+    needed = [x is not None for x in frames]
+    arguments = (tt.make_dflow(flow.shape), *frames, *options, needed, "triton", saved.detach())
+    torch.library.opcheck(ops.am_flow_backward, arguments)
+
+
+def test_explain() -> None:
+    """explain names the implementation and Triton's version."""
+    q, k = tt.make_qk(1, 2, (1,), 4, 4, 8)
+    told = explain(q, k, impl="triton")
+    assert told.impl == "triton"
+    assert "triton kernels: Triton " in str(told)
+
+
+def test_cpu_tensors_need_the_interpreter(cold_python: Callable[..., Any]) -> None:
+    """impl='triton' on CPU tensors raises unless the interpreter was asked for, and impl=None never takes it."""
+    code = """
+import torch
+from amflow_kernels import am_flow, explain
+q = torch.randn(1, 2, 1, 4, 8)
+try:
+    am_flow(q, q, impl="triton")
+except ValueError as error:
+    assert "impl='triton': expected tensors on cuda, got cpu" in str(error), error
+else:
+    raise AssertionError("it ran")
+"""
+    cold_python(code, env={"TRITON_INTERPRET": None})
+    code = """
+import sys, torch
+from amflow_kernels import am_flow, explain
+q = torch.randn(1, 2, 1, 4, 8)
+assert explain(q, q).impl != "triton"
+am_flow(q, q)
+assert "amflow_kernels.impl.triton.launch" not in sys.modules
+am_flow(q, q, impl="triton")
+assert "amflow_kernels.impl.triton.launch" in sys.modules
+"""
+    cold_python(code, env={"TRITON_INTERPRET": "1"})
