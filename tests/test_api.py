@@ -184,7 +184,7 @@ def test_nothing_is_saved_without_grad(impl: str, must_run: MustRun) -> None:
             assert not am_flow(q.clone().requires_grad_(), k, impl=impl).requires_grad
         assert not saved
         assert am_flow(q, k.clone().requires_grad_(), impl=impl).requires_grad
-        assert [s.shape for s in saved] == [q.shape, k.shape]  # the inputs, and no map
+        assert [s.shape for s in saved if s.numel()] == [q.shape, k.shape]  # the inputs, and no map
 
 
 @pytest.mark.parametrize("which", range(4))
