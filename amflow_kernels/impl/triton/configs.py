@@ -17,8 +17,8 @@ class Config:
     num_stages: int = 2
 
 
-# By kernel and bytes of an element. Chosen from what the compiler makes of them for sm_80 and sm_90 (no spills at
-# D = 64), not from measurements. Exact float32 products take many registers, hence their smaller tiles.
+# By kernel and bytes of an element. Chosen from what the compiler makes of them (docs/compile_report.md: no spills on
+# sm_90 at D = 64), not from measurements. Exact float32 products take many registers, hence their smaller tiles.
 _CONFIGS = {
     "rows": {2: Config(64, 64, 4), 4: Config(64, 32, 8)},
     "weights": {2: Config(64, 64, 8), 4: Config(32, 32, 4)},

@@ -1,0 +1,239 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, instructions of the main loops.
+
+python -m benchmarks.compile_report           writes docs/compile_report.md and benchmarks/results/compile_report.json
+python -m benchmarks.compile_report --check   compiles for sm_90 alone and fails if anything got worse than committed
+
+The host code of `amflow_kernels` runs on tensors without storage, and what it would launch is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from amflow_kernels.impl.triton import kernels, launch, saved_sizes
+from benchmarks.report import Table
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "compile_report.md"
+RESULT = ROOT / "benchmarks" / "results" / "compile_report.json"
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPE = (8, 16, 12, 257, 64)  # B, T, heads, N, D
+MOST_EXPONENTIALS = 2.3  # of one pass, per map element
+TOLERANCE = 1.05  # over the committed figures, of the same Triton version
+
+# An H100: multiprocessors, clock, instructions of threads that one multiprocessor issues in a cycle, exponentials.
+PROCESSORS, CLOCK, ISSUED, EXPONENTIALS = 132, 1.7e9, 128, 16
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+KINDS = {
+    "MMA": r"HMMA|HGMMA|QGMMA|UTC\w*MMA",
+    "ex2": r"MUFU\.EX2",
+    "fp32": r"F(ADD|MUL|FMA)2?\b",
+    "shuffle": r"SHFL",
+    "shared": r"LDS|STS|LDSM|STSM",
+    "local": r"LDL|STL",
+}
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@contextmanager
+def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    with ExitStack() as stack:
+        for name in dir(kernels):
+            if re.fullmatch(r"am_flow_\w+_kernel", name):
+                stack.enter_context(mock.patch.object(kernels, name, _Recorder(getattr(kernels, name), launches)))
+        stack.enter_context(mock.patch.object(launch, "_processors", return_value=PROCESSORS))
+        yield launches
+
+
+def launches(dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Every kernel launch of a forward and a backward, with its arguments."""
+    B, T, H, N, D = shape
+    q, k = torch.empty(2, *shape, dtype=dtype, device="meta")
+    saved = torch.empty(sum(saved_sizes(q, False, 1, "none")), device="meta")
+    with _recording() as found:
+        options = (None, None, D**-0.5, 1, 1.0, "none")
+        launch.am_flow(q, k, *options, False, saved)
+        dflow = torch.empty(B, T - 1, H, N, device="meta")
+        launch.am_flow_backward(dflow, q, k, *options, [True, True, False, False], saved)
+    return found
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: int) -> dict[str, Any]:
+    """Figures of one kernel as it would be launched, compiled for sm_{architecture}."""
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def typed(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            parts = [typed(item, (*path, n)) for n, item in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:  # as the launcher finds of PyTorch's own tensors
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+            return "*" + names[value.dtype]
+        return "i32" if value < 2**31 else "i64"
+
+    signature = {name: typed(value, (n,)) for n, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False))}
+    signature |= dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={name: value for name, value in options.items() if name not in constants},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    threads = options["num_warps"] * 32
+    loop = main_loop(code)
+    elements = constants["BLOCK_M"] * constants["BLOCK_N"]  # of the map that one round of the loop makes
+    counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
+    return {
+        "kernel": kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel"),
+        "registers": registers,
+        "stack": stack,
+        "shared bytes": compiled.metadata.shared,
+        "programs": min(
+            65536 // (registers * threads), 2048 // threads, (227 << 10) // max(1, compiled.metadata.shared)
+        ),
+        "all": len(loop) * threads / elements,
+        **{kind: count * threads / elements for kind, count in counts.items()},
+    }
+
+
+def _cuobjdump(flag: str, file: str) -> str:
+    return subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True).stdout
+
+
+def main_loop(code: str) -> list[str]:
+    """Names of the instructions in the longest innermost loop."""
+    pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
+    instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code, re.M)]
+    loops = []
+    for at, name, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    begin, end = max(innermost, key=lambda loop: loop[1] - loop[0])
+    return [name for at, name, _ in instructions if begin <= at <= end]
+
+
+def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One row for every kernel, dtype and architecture."""
+    found = []
+    for dtype in DTYPES:
+        for kernel, args, options in launches(dtype, SHAPE):
+            for architecture in architectures:
+                key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
+                found.append({**key, **compile_launch(kernel, args, options, architecture)})
+                print(*found[-1].values(), file=sys.stderr)
+    return found
+
+
+def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
+    """What must not be."""
+    reasons = []
+    before = {(r["sm"], r["dtype"], r["kernel"]): r for r in committed["rows"]} if committed else {}
+    for row in found:
+        name = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
+        if row["stack"] or row["local"]:
+            reasons.append(f"{name}: spills ({row['stack']} bytes of stack)")
+        if row["kernel"] in ("rows", "weights", "fwd") and row["ex2"] > MOST_EXPONENTIALS:
+            reasons.append(f"{name}: {row['ex2']:.2f} exponentials per element")
+        old = before.get((row["sm"], row["dtype"], row["kernel"]))
+        if old and committed["triton"] == triton.__version__:
+            for figure in ("registers", "stack", "shared bytes", "all", *KINDS):
+                if row[figure] > TOLERANCE * old[figure]:
+                    reasons.append(f"{name}: {figure} went from {old[figure]:.4g} to {row[figure]:.4g}")
+    return reasons
+
+
+def model(found: list[dict[str, Any]]) -> list[list[str]]:
+    """Modelled microseconds of the bfloat16 forward on an H100, by what is issued, against the bound."""
+    lines = []
+    for N in (197, 257, 577, 1370, 4096):
+        maps, seconds, padded = 8 * 16 * 12, 0.0, 0.0
+        for kernel, _, options in launches(torch.bfloat16, (8, 16, 12, N, 64))[:3]:
+            name = kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel")
+            row = next(r for r in found if (r["sm"], r["dtype"], r["kernel"]) == (90, "bfloat16", name))
+            M, K = options["BLOCK_M"], options["BLOCK_N"]
+            elements = maps * -(-N // M) * M * -(-N // K) * K
+            padded = max(padded, elements / (maps * N * N) - 1)
+            seconds += elements * max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
+        bound = maps * N * N * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
+        lines.append([str(N), f"{padded:.0%}", f"{seconds * 1e6:.0f}", f"{bound * 1e6:.0f}", f"{bound / seconds:.0%}"])
+    return lines
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """The committed report and its data."""
+    RESULT.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+    heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
+    table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
+    B, T, H, _, D = SHAPE
+    REPORT.write_text(f"""# What the compiler makes of the Triton kernels
+
+Written by `python -m benchmarks.compile_report` with Triton {triton.__version__}; nothing here was measured, and the
+kernels are **not yet run on a GPU**. The launches are those of a clip of (B, T, heads, N, D) = {SHAPE}.
+
+Registers of a thread; bytes of stack (spills) and of shared memory of a program; programs that fit on a multiprocessor;
+then instructions of the main loop for each element of the map that it makes: all, matrix (one such instruction does
+many multiply-adds of many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory (spills).
+Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to three maps of a frame and its
+neighbours.
+
+{Table("Kernels", heads, table, []).markdown()}
+bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100: each of the three passes at its instructions issued or its
+exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} instructions of
+threads and {EXPONENTIALS} exponentials a cycle), memory and latency left out. Bound: two exponentials for each element
+of each map, all in the special-function units. Padded: the share of work on what only fills up tiles.
+
+{Table("Modelled forward", ["N", "padded", "modelled us", "bound us", "bound / modelled"], model(found), []).markdown()}
+""")
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if sm_90 got worse than the committed report")
+    if not parser.parse_args().check:
+        write(rows(ARCHITECTURES))
+        return 0
+    reasons = problems(rows((90,)), json.loads(RESULT.read_text()))
+    print("\n".join(reasons) or "compile report: no spills, nothing worse than committed")
+    return 1 if reasons else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
