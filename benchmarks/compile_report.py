@@ -33,7 +33,7 @@ REPORT = ROOT / "docs" / "compile_report.md"
 RESULT = ROOT / "benchmarks" / "results" / "compile_report.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPE = (8, 16, 12, 257, 64)  # B, T, heads, N, D
+SHAPES = ((8, 16, 12, 257, 64), (8, 16, 12, 577, 64))  # B, T, heads, N, D: by strips, by tiles
 MOST_EXPONENTIALS = 2.3  # of one pass, per map element
 TOLERANCE = 1.05  # over the committed figures, of the same Triton version
 
@@ -116,7 +116,8 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     threads = options["num_warps"] * 32
     loop = main_loop(code)
-    elements = constants["BLOCK_M"] * constants["BLOCK_N"]  # of the map that one round of the loop makes
+    keys = constants["BLOCK_N"] + constants.get("REST", 0)
+    elements = constants["BLOCK_M"] * keys  # of the map that one round of the loop makes
     counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
     return {
         "kernel": kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel"),
@@ -153,7 +154,8 @@ def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for every kernel, dtype and architecture."""
     found = []
     for dtype in DTYPES:
-        for kernel, args, options in launches(dtype, SHAPE):
+        unique = {launch[0].__name__: launch for shape in SHAPES for launch in launches(dtype, shape)}
+        for kernel, args, options in unique.values():
             for architecture in architectures:
                 key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
                 found.append({**key, **compile_launch(kernel, args, options, architecture)})
@@ -169,7 +171,7 @@ def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str
         name = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
         if row["stack"] or row["local"]:
             reasons.append(f"{name}: spills ({row['stack']} bytes of stack)")
-        if row["kernel"] in ("rows", "weights", "fwd") and row["ex2"] > MOST_EXPONENTIALS:
+        if row["kernel"] in ("strip", "rows", "weights", "fwd") and row["ex2"] > MOST_EXPONENTIALS:
             reasons.append(f"{name}: {row['ex2']:.2f} exponentials per element")
         old = before.get((row["sm"], row["dtype"], row["kernel"]))
         if old and committed["triton"] == triton.__version__:
@@ -184,11 +186,13 @@ def model(found: list[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for N in (197, 257, 577, 1370, 4096):
         maps, seconds, padded = 8 * 16 * 12, 0.0, 0.0
-        for kernel, _, options in launches(torch.bfloat16, (8, 16, 12, N, 64))[:3]:
+        for kernel, _, options in launches(torch.bfloat16, (8, 16, 12, N, 64)):
             name = kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel")
+            if name.startswith("bwd"):
+                continue
             row = next(r for r in found if (r["sm"], r["dtype"], r["kernel"]) == (90, "bfloat16", name))
             M, K = options["BLOCK_M"], options["BLOCK_N"]
-            elements = maps * -(-N // M) * M * -(-N // K) * K
+            elements = maps * -(-N // M) * M * (N if name == "strip" else -(-N // K) * K)
             padded = max(padded, elements / (maps * N * N) - 1)
             seconds += elements * max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
         bound = maps * N * N * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
@@ -201,11 +205,12 @@ def write(found: list[dict[str, Any]]) -> None:
     RESULT.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
     heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
     table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
-    B, T, H, _, D = SHAPE
+    B, T, H, _, D = SHAPES[0]
     REPORT.write_text(f"""# What the compiler makes of the Triton kernels
 
 Written by `python -m benchmarks.compile_report` with Triton {triton.__version__}; nothing here was measured, and the
-kernels are **not yet run on a GPU**. The launches are those of a clip of (B, T, heads, N, D) = {SHAPE}.
+kernels are **not yet run on a GPU**. The launches are those of clips of (B, T, heads, N, D) = {SHAPES[0]} (strip) and
+{SHAPES[1]} (the other kernels).
 
 Registers of a thread; bytes of stack (spills) and of shared memory of a program; programs that fit on a multiprocessor;
 then instructions of the main loop for each element of the map that it makes: all, matrix (one such instruction does
@@ -214,10 +219,11 @@ Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to
 neighbours.
 
 {Table("Kernels", heads, table, []).markdown()}
-bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100: each of the three passes at its instructions issued or its
-exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} instructions of
-threads and {EXPONENTIALS} exponentials a cycle), memory and latency left out. Bound: two exponentials for each element
-of each map, all in the special-function units. Padded: the share of work on what only fills up tiles.
+bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100: each pass (one by strips, three by tiles) at its
+instructions issued or its exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz,
+{ISSUED} instructions of threads and {EXPONENTIALS} exponentials a cycle), memory and latency left out. Bound: two
+exponentials for each element of each map, all in the special-function units. Padded: the share of work on what only
+fills up tiles.
 
 {Table("Modelled forward", ["N", "padded", "modelled us", "bound us", "bound / modelled"], model(found), []).markdown()}
 """)

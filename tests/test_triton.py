@@ -118,6 +118,34 @@ def test_chunk_sizes() -> None:
     assert configs.chunk(1, 1, 132) == 1
 
 
+def test_strips_where_they_waste_nothing() -> None:
+    """Strips take 2^n keys and up to 8 more, of 16 bits and in one product; the tiled kernels take the rest."""
+    for Nk, width in (
+        (16, 16),
+        (24, 16),
+        (49, None),
+        (64, 64),
+        (197, None),
+        (257, 256),
+        (264, 256),
+        (265, None),
+        (577, None),
+    ):
+        config = configs.strip(Nk, 64, torch.bfloat16)
+        assert (config.BLOCK_N if config else None) == width
+    assert configs.strip(257, 64, torch.float32) is None
+    assert configs.strip(257, 72, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("Nk", [256, 261])
+def test_strip_of_256_keys(Nk: int) -> None:
+    """The widest strip, without and with keys beyond its tile."""
+    q, k = tt.make_qk(1, 3, (2,), 70, Nk, 64, dtype=torch.float16)
+    exact = tt.oracle_flow(q, k, center=True)
+    tt.assert_flow(am_flow(q, k, impl="triton"), exact, 70)
+    tt.assert_centred(am_flow(q, k, center=True, impl="triton"), exact, 70, frame_step=0.2)
+
+
 def test_block_d_pads_little() -> None:
     """A product never pads D beyond the next multiple of 16."""
     for D in range(1, 257):

@@ -29,6 +29,17 @@ _CONFIGS = {
     "bwd_dk": {2: Config(32, 32, 4), 4: Config(64, 32, 8)},
 }
 
+# The strip kernel keeps whole rows of two frames' maps in registers and makes every element once, where the others take
+# three passes. It needs 2^n keys and a few more, so that no work is wasted, one product for all of D, 16-bit operands.
+_STRIP = {
+    16: Config(64, 16, 4),
+    32: Config(64, 32, 4),
+    64: Config(64, 64, 4),
+    128: Config(64, 128, 8),
+    256: Config(64, 256, 8),
+}
+STRIP_REST = 8  # keys beyond the power of two, each a column of its own
+
 LARGEST_BLOCK = 64
 MAX_CHUNK = 16  # pairs of one program, whose row or column sums stay in registers
 
@@ -36,6 +47,13 @@ MAX_CHUNK = 16  # pairs of one program, whose row or column sums stay in registe
 def config(kernel: str, dtype: torch.dtype) -> Config:
     """For a kernel, am_flow_{kernel}_kernel, and the dtype of q and k."""
     return _CONFIGS[kernel][dtype.itemsize]
+
+
+def strip(Nk: int, D: int, dtype: torch.dtype) -> Config | None:
+    """For the strip kernel, whose BLOCK_N is the keys of its tile; None where the tiled kernels are to run."""
+    config = _STRIP.get(1 << (Nk.bit_length() - 1))
+    fits = config is not None and Nk - config.BLOCK_N <= STRIP_REST and block_d(D) >= D and dtype.itemsize == 2
+    return config if fits else None
 
 
 def block_d(D: int) -> int:

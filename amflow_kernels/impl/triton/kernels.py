@@ -45,12 +45,17 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def _tile(base, stride, n, N, d, D: tl.constexpr, MASK_D: tl.constexpr):
+def _tile(base, stride, n, N, d, D: tl.constexpr, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
     """Rows n of a (N, D) matrix, columns d, zero outside; n and d broadcast: [BLOCK, 1] and [1, BLOCK_D] or turned."""
-    inside = n < N
-    if MASK_D:
-        inside = inside & (d < D)
-    return tl.load(base + n * stride + d, mask=inside, other=0.0)
+    at = base + n * stride + d
+    if MASK_N and MASK_D:
+        return tl.load(at, mask=(n < N) & (d < D), other=0.0)
+    elif MASK_N:
+        return tl.load(at, mask=n < N, other=0.0)
+    elif MASK_D:
+        return tl.load(at, mask=d < D, other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -63,8 +68,8 @@ def _logits(f, p, b, t, h, g, i, j, D: tl.constexpr, BLOCK_D: tl.constexpr, PREC
     s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for d0 in tl.static_range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        q_tile = _tile(q, sn, i[:, None], p.Nq, d[None, :], D, D % BLOCK_D != 0)
-        k_tile = _tile(k, kn, j[None, :], p.Nk, d[:, None], D, D % BLOCK_D != 0)
+        q_tile = _tile(q, sn, i[:, None], p.Nq, d[None, :], D, True, D % BLOCK_D != 0)
+        k_tile = _tile(k, kn, j[None, :], p.Nk, d[:, None], D, True, D % BLOCK_D != 0)
         s = tl.dot(q_tile, k_tile, acc=s, input_precision=PRECISION)
     return s
 
@@ -236,6 +241,89 @@ def am_flow_fwd_kernel(
                 A = B
         to = (((b * p.P + pair[None, :]) * p.Z + z) * p.G + g) * p.Nk + j[:, None]
         tl.store(flow_ptr + to, base + sums, mask=(j[:, None] < p.Nk) & (c[None, :] < pairs))
+
+
+@triton.jit
+def _strip(f, p, b, t, h, g, i, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr):
+    """Whole rows i of A / temperature: BLOCK_N keys as a tile, each of the REST last as a column; row statistics of A.
+
+    One matrix product in the loop over frames and no more: with a second one the compiler would lay both out so that
+    warps repeat each other's work. The last keys are too few for one anyway.
+    """
+    j = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    sb, st, sh, sg, sn = f.q_stride
+    q = _tile(f.q + b * sb + t * st + h * sh + g * sg, sn, i[:, None], p.Nq, d[None, :], D, False, D != BLOCK_D)
+    kb, kt, kh, kg, kn = f.k_stride
+    k = f.k + b * kb + t * kt + h * kh + g * kg
+    s = tl.dot(q, _tile(k, kn, j[None, :].to(i.dtype), p.Nk, d[:, None], D, False, D != BLOCK_D))
+    top = tl.max(s * p.scale_log2, 1)
+    rest = ()
+    for r in tl.static_range(REST):
+        k_row = _tile(k, kn, BLOCK_N + r, p.Nk, d, D, False, D != BLOCK_D).to(tl.float32)
+        s_r = tl.sum(q.to(tl.float32) * k_row[None, :], 1)
+        top = tl.maximum(top, s_r * p.scale_log2)
+        rest = rest + (s_r,)
+    top = tl.maximum(top, -3.40282347e38)
+    A = tl.exp2(tl.fma(s, p.scale_log2, -top[:, None]))
+    total = tl.sum(A, 1)
+    weights = ()
+    for r in tl.static_range(REST):
+        x = tl.exp2(tl.fma(rest[r], p.scale_log2, -top))
+        total += x
+        weights = weights + (x,)
+    norm = 1.0 / total
+    factor = norm * p.inv_temperature
+    columns = ()
+    for r in tl.static_range(REST):
+        columns = columns + (weights[r] * factor,)
+    return A * factor[:, None], columns, top, norm
+
+
+@triton.jit
+def am_flow_strip_kernel(
+    first, second, p, e_sum_ptr, part_ptr, part_size, n_blocks, n_chunks,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    INDEX: tl.constexpr, CHUNK: tl.constexpr, SHARP: tl.constexpr,
+):  # fmt: skip
+    """The whole forward, where a row of a map fits in registers. A program: BLOCK_M rows, all keys, CHUNK pairs.
+
+    Leaves what the backward needs, and part (n_blocks, B, P, Z, G, Nk): sum_i w_i (e_ij - ebar_i) of the block's rows.
+    """
+    block, chunk, chain, b, z, g = _owner(p, n_blocks, n_chunks)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
+    i = tl.minimum(row, p.Nq - 1)  # surplus rows repeat the last one with weight 0: they are NaN only where it is
+    first_pair = chain + chunk * CHUNK * p.step
+    pairs = tl.minimum(CHUNK, tl.cdiv(p.P - first_pair, p.step))
+    if pairs > 0:
+        A, A_rest, top, norm = _strip(first, p, b, first_pair, z, g, i, D, BLOCK_D, BLOCK_N, REST)
+        to = (((b * first.T + first_pair) * p.H + z) * p.G + g) * p.Nq
+        tl.store(first.row_max + to + row, top, mask=row < p.Nq)
+        tl.store(first.row_norm + to + row, norm, mask=row < p.Nq)
+        for n in range(0, pairs):
+            at = first_pair + n * p.step
+            t = at + p.shift
+            B, B_rest, top, norm = _strip(second, p, b, t, z, g, i, D, BLOCK_D, BLOCK_N, REST)
+            to = (((b * second.T + t) * p.H + z) * p.G + g) * p.Nq
+            tl.store(second.row_max + to + row, top, mask=row < p.Nq)
+            tl.store(second.row_norm + to + row, norm, mask=row < p.Nq)
+            e = _expm1(tl.abs(A - B), SHARP)
+            e_sum = tl.sum(e, 1)
+            e_rest = ()
+            for r in tl.static_range(REST):
+                e_r = _expm1(tl.abs(A_rest[r] - B_rest[r]), SHARP)
+                e_sum += e_r
+                e_rest = e_rest + (e_r,)
+            pair = ((b * p.P + at) * p.Z + z) * p.G + g
+            tl.store(e_sum_ptr + pair * p.Nq + row, e_sum, mask=row < p.Nq)
+            w = tl.where(row < p.Nq, 1.0 / (p.Nk + e_sum), 0.0)
+            lost = tl.sum(w * e_sum) / p.Nk
+            part = part_ptr + block.to(tl.int64) * part_size + pair * p.Nk
+            tl.store(part + tl.arange(0, BLOCK_N), tl.sum(w[:, None] * e, 0) - lost)
+            for r in tl.static_range(REST):
+                tl.store(part + BLOCK_N + r, tl.sum(w * e_rest[r]) - lost)
+            A = B
+            A_rest = B_rest
 
 
 class Gradient(NamedTuple):
@@ -422,7 +510,7 @@ def am_flow_bwd_dq_kernel(
     for j0 in range(0, p.Nk, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N).to(INDEX)
         dlogits = _dlogits(f, d, p, rho_ptr, b, t, h, g, at, i, j, D, BLOCK_D, PRECISION, MEAN_MAP, SHARP)
-        k_tile = _tile(k, kn, j[:, None], p.Nk, col[None, :], D, D != WIDE_D)
+        k_tile = _tile(k, kn, j[:, None], p.Nk, col[None, :], D, True, D != WIDE_D)
         dq = _dot(dlogits, k_tile, dq, PRECISION)
     to = dq_ptr + at * p.Nq * D + i[:, None] * D + col[None, :]
     tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=(i[:, None] < p.Nq) & (col[None, :] < D))
@@ -444,7 +532,7 @@ def am_flow_bwd_dk_kernel(
     for i0 in range(0, p.Nq, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M).to(INDEX)
         dlogits = _dlogits(f, d, p, rho_ptr, b, t, h, g, at, i, j, D, BLOCK_D, PRECISION, MEAN_MAP, SHARP)
-        q_tile = _tile(q, sn, i[:, None], p.Nq, col[None, :], D, D != WIDE_D)
+        q_tile = _tile(q, sn, i[:, None], p.Nq, col[None, :], D, True, D != WIDE_D)
         dk = _dot(tl.trans(dlogits), q_tile, dk, PRECISION)
     to = dk_ptr + at * p.Nk * D + j[:, None] * D + col[None, :]
     tl.store(to, dk.to(dk_ptr.dtype.element_ty), mask=(j[:, None] < p.Nk) & (col[None, :] < D))

@@ -74,15 +74,32 @@ class _Problem:
         """Launch a kernel whose programs own a block of rows or columns of a run of pairs of a chain."""
         config = configs.config(name, self.q.dtype)
         blocks = self._blocks(config, owns)
+        chunk, chunks, programs = self._chunks(blocks)
+        kernel = getattr(kernels, f"am_flow_{name}_kernel")
+        kernel[(programs,)](
+            self.first, self.second, self.pairs, *arguments, blocks, chunks,
+            CHUNK=chunk, **self.product, **self.options, **_launch(config),
+        )  # fmt: skip
+
+    def strip_kernel(self, config: configs.Config, flow: Tensor, base: float) -> None:
+        """The whole forward in one pass; each program leaves the flow of its rows."""
+        blocks = -(-self.Nq // config.BLOCK_M)
+        chunk, chunks, programs = self._chunks(blocks)
+        part = torch.empty((blocks, *flow.shape), dtype=torch.float32, device=flow.device)
+        product = {name: self.product[name] for name in ("D", "BLOCK_D", "INDEX")}
+        kernels.am_flow_strip_kernel[(programs,)](
+            self.first, self.second, self.pairs, self.e_sum, part, flow.numel(), blocks, chunks,
+            CHUNK=chunk, REST=self.Nk - config.BLOCK_N, SHARP=self.options["SHARP"], **product, **_launch(config),
+        )  # fmt: skip
+        torch.sum(part, 0, out=flow).add_(base)
+
+    def _chunks(self, blocks: int) -> tuple[int, int, int]:
+        """Pairs of a chain in one program, such chunks in a chain, and programs."""
         longest = -(-self.P // self.step)
         chains = blocks * min(self.step, self.P) * self.B * self.Z * self.G
         chunk = configs.chunk(longest, chains, _processors(self.q))
         chunks = -(-longest // chunk)
-        kernel = getattr(kernels, f"am_flow_{name}_kernel")
-        kernel[(chains * chunks,)](
-            self.first, self.second, self.pairs, *arguments, blocks, chunks,
-            CHUNK=chunk, **self.product, **self.options, **_launch(config),
-        )  # fmt: skip
+        return chunk, chunks, chains * chunks
 
     def _blocks(self, config: configs.Config, owns: str) -> int:
         return -(-self.Nq // config.BLOCK_M) if owns == "rows" else -(-self.Nk // config.BLOCK_N)
@@ -106,10 +123,14 @@ def am_flow(
     shape = (pb.B, pb.P, *([] if pb.mean_map else [pb.H]), *q.shape[3:-2], pb.Nk)
     flow = torch.empty(shape, dtype=torch.float32, device=q.device)
     with _on(q):
-        for frames in (pb.first, pb.second) if pb.pair else (pb.first,):
-            pb.frame_kernel("rows", frames, pb.pairs, frames.row_max, frames.row_norm, owns="rows")
-        pb.pair_kernel("weights", pb.e_sum, owns="rows")
-        pb.pair_kernel("fwd", pb.e_sum, flow, 0.0 if mean else base, owns="columns")
+        strip = None if pb.mean_map else configs.strip(pb.Nk, pb.D, q.dtype)
+        if strip is not None:
+            pb.strip_kernel(strip, flow, 0.0 if mean else base)
+        else:
+            for frames in (pb.first, pb.second) if pb.pair else (pb.first,):
+                pb.frame_kernel("rows", frames, pb.pairs, frames.row_max, frames.row_norm, owns="rows")
+            pb.pair_kernel("weights", pb.e_sum, owns="rows")
+            pb.pair_kernel("fwd", pb.e_sum, flow, 0.0 if mean else base, owns="columns")
     return flow.mean(HEADS).add_(base) if mean else flow
 
 
