@@ -34,7 +34,7 @@ def load() -> str | None:
     return _state[1]
 
 
-def library_path() -> Path | None:
+def binary() -> Path | None:
     """The library that `load` loaded."""
     return _state[0] if _state else None
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from amflow_kernels.impl import native, reference, triton
 
@@ -115,7 +115,7 @@ def _new_saved(q: Tensor, pair: bool, lag: int, head_reduction: str, impl: str |
     return q.new_zeros(size, dtype=torch.float32)
 
 
-@torch.library.custom_op("amflow::am_flow", mutates_args=())
+@library.custom_op("amflow::am_flow", mutates_args=())
 def am_flow(
     q: Tensor,
     k: Tensor,
@@ -157,7 +157,7 @@ def _fake_am_flow(
     return flow, _new_saved(q, q_b is not None, lag, head_reduction, impl)
 
 
-@torch.library.custom_op("amflow::am_flow_backward", mutates_args=())
+@library.custom_op("amflow::am_flow_backward", mutates_args=())
 def am_flow_backward(
     dflow: Tensor,
     q: Tensor,

@@ -87,6 +87,7 @@ def launches(dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[Any, tupl
 def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: int) -> dict[str, Any]:
     """Figures of one kernel as it would be launched, compiled for sm_{architecture}."""
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    ones: dict[tuple[int, ...], int] = {}  # the launcher makes constants of integers that are 1
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def typed(value: Any, path: tuple[int, ...]) -> Any:
@@ -95,6 +96,9 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, float):
             return "fp32"
+        if isinstance(value, int) and value == 1:
+            ones[path] = 1
+            return "constexpr"
         if isinstance(value, torch.Tensor) or value % 16 == 0:  # as the launcher finds of PyTorch's own tensors
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
@@ -104,8 +108,9 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
 
     signature = {name: typed(value, (n,)) for n, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False))}
     signature |= dict.fromkeys(constants, "constexpr")
+    known: dict[Any, Any] = {**constants, **ones}
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
         options={name: value for name, value in options.items() if name not in constants},
     )

@@ -39,7 +39,7 @@ def check(impl):
     torch.testing.assert_close(am_flow(q, k, impl=impl), expected, rtol=0, atol=1e-6)
 """
 
-RUNS_NATIVE = SETUP + 'check("cpu"); print("library", _ext.library_path())'
+RUNS_NATIVE = SETUP + 'check("cpu"); print("library", _ext.binary())'
 
 FALLS_BACK = (
     SETUP

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +52,7 @@ def test_opcheck_forward(name: str, center: bool, requires_grad: tuple[bool, boo
     """amflow::am_flow keeps its schema, fake, autograd and dynamic-shape promises."""
     frames, options = sample(name, requires_grad)
     if must_run(impl, lambda: ops.am_flow(*frames, *options, center, impl)):
-        torch.library.opcheck(ops.am_flow, (*frames, *options, center, impl))
+        library.opcheck(ops.am_flow, (*frames, *options, center, impl))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
@@ -65,7 +65,7 @@ def test_opcheck_backward(name: str, needs: tuple[bool, bool], impl: str, must_r
     needed = [n and x is not None for n, x in zip(needs * 2, frames, strict=True)]
     arguments = (dflow, *frames, *options, needed, impl, torch.empty(0))
     if must_run(impl, lambda: ops.am_flow_backward(*arguments)):
-        torch.library.opcheck(ops.am_flow_backward, arguments)
+        library.opcheck(ops.am_flow_backward, arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)
@@ -73,10 +73,10 @@ def test_opcheck_empty(shape: tuple[int, int], impl: str) -> None:
     """So do both ops on no clips and on no pairs."""
     q = torch.zeros(*shape, 2, 5, 6)
     arguments = (q, q, None, None, 0.3, 1) if shape[1] else (q, q, q, q, 0.3, 0)
-    torch.library.opcheck(ops.am_flow, (*arguments, 1.0, "none", False, impl))
+    library.opcheck(ops.am_flow, (*arguments, 1.0, "none", False, impl))
     dflow = torch.zeros(shape[0], max(0, shape[1] - arguments[5]), 2, 5)
     needed = [x is not None for x in arguments[:4]]
-    torch.library.opcheck(ops.am_flow_backward, (dflow, *arguments, 1.0, "none", needed, impl, torch.empty(0)))
+    library.opcheck(ops.am_flow_backward, (dflow, *arguments, 1.0, "none", needed, impl, torch.empty(0)))
 
 
 def head(q: Tensor, k: Tensor, impl: str, **options: Any) -> Tensor:

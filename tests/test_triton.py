@@ -13,6 +13,7 @@ import pytest
 import test_matrix as matrix
 import torch
 from test_ops import sample
+from torch import library
 
 from amflow_kernels import am_flow, explain, ops
 from amflow_kernels import testing as tt
@@ -158,11 +159,11 @@ def test_block_d_pads_little() -> None:
 def test_opcheck(name: str) -> None:
     """Both ops keep their schema, fake, autograd and dynamic-shape promises, with what the forward saves."""
     frames, options = sample(name)
-    torch.library.opcheck(ops.am_flow, (*frames, *options, False, "triton"))
+    library.opcheck(ops.am_flow, (*frames, *options, False, "triton"))
     flow, saved = ops.am_flow(*frames, *options, False, "triton")
     needed = [x is not None for x in frames]
     arguments = (tt.make_dflow(flow.shape), *frames, *options, needed, "triton", saved.detach())
-    torch.library.opcheck(ops.am_flow_backward, arguments)
+    library.opcheck(ops.am_flow_backward, arguments)
 
 
 def test_explain() -> None:

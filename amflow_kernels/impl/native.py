@@ -67,7 +67,7 @@ def describe() -> list[str]:
     why_not = unavailable()
     if why_not is not None:
         return [*lines, f"cpu kernels: not available: {why_not}"]
-    lines.append(f"cpu kernels: {torch.ops.amflow_native.isa(_isa())}, from {_ext.library_path()}")
+    lines.append(f"cpu kernels: {torch.ops.amflow_native.isa(_isa())}, from {_ext.binary()}")
     return lines
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -30,39 +30,18 @@ def saved_sizes(q: Tensor, pair: bool, lag: int, head_reduction: str) -> list[in
     return [maps] * (4 if pair else 2) + [pairs]
 
 
-def am_flow(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    center: bool,
-    saved: Tensor,
-) -> Tensor:
+def am_flow(*arguments: Any) -> Tensor:
+    """As `launch.am_flow`."""
     from amflow_kernels.impl.triton import launch
 
-    return launch.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, saved)
+    return launch.am_flow(*arguments)
 
 
-def am_flow_backward(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    needs: Sequence[bool],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def am_flow_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `launch.am_flow_backward`."""
     from amflow_kernels.impl.triton import launch
 
-    return launch.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, saved)
+    return launch.am_flow_backward(*arguments)
 
 
 def describe() -> list[str]:
