@@ -9,13 +9,14 @@ The host code of `amflow_kernels` runs on tensors without storage, and what it w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amflow_kernels.impl.triton import kernels, launch, saved_sizes
+from amflow_kernels.impl.triton import configs, launch, saved_sizes
 from benchmarks.report import Table
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +34,15 @@ REPORT = ROOT / "docs" / "compile_report.md"
 RESULT = ROOT / "benchmarks" / "results" / "compile_report.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = ((8, 16, 12, 257, 64), (8, 16, 12, 577, 64))  # B, T, heads, N, D: by strips, by tiles
+B, T, H, D = 8, 16, 12, 64
+STRIPS, TILED = (64, 197, 257, 400), (577, 1370, 4096)  # N; in float32, all are tiled
 MOST_EXPONENTIALS = 2.3  # of one pass, per map element
 TOLERANCE = 1.05  # over the committed figures, of the same Triton version
 
 # An H100: multiprocessors, clock, instructions of threads that one multiprocessor issues in a cycle, exponentials.
 PROCESSORS, CLOCK, ISSUED, EXPONENTIALS = 132, 1.7e9, 128, 16
+L2_RATE = 5.5e12  # bytes a second from its L2 to all multiprocessors: assumed
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KINDS = {
     "MMA": r"HMMA|HGMMA|QGMMA|UTC\w*MMA",
@@ -50,33 +54,30 @@ KINDS = {
 }
 
 
-class _Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments, its options
 
 
 @contextmanager
-def _recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    with ExitStack() as stack:
-        for name in dir(kernels):
-            if re.fullmatch(r"am_flow_\w+_kernel", name):
-                stack.enter_context(mock.patch.object(kernels, name, _Recorder(getattr(kernels, name), launches)))
-        stack.enter_context(mock.patch.object(launch, "_processors", return_value=PROCESSORS))
-        yield launches
+def _recording(architecture: int) -> Iterator[list[Launch]]:
+    """What `launch` would run on a GPU."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append((kernel, arguments, options))
+
+    device = configs.Device(architecture, SHARED[architecture], PROCESSORS)
+    with (
+        mock.patch.object(launch, "run", record),
+        mock.patch.object(configs.Device, "of", return_value=device),
+    ):
+        yield found
 
 
-def launches(dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def launches(dtype: torch.dtype, N: int, architecture: int) -> list[Launch]:
     """Every kernel launch of a forward and a backward, with its arguments."""
-    B, T, H, N, D = shape
-    q, k = torch.empty(2, *shape, dtype=dtype, device="meta")
+    q, k = torch.empty(2, B, T, H, N, D, dtype=dtype, device="meta")
     saved = torch.empty(sum(saved_sizes(q, False, 1, "none")), device="meta")
-    with _recording() as found:
+    with _recording(architecture) as found:
         options = (None, None, D**-0.5, 1, 1.0, "none")
         launch.am_flow(q, k, *options, False, saved)
         dflow = torch.empty(B, T - 1, H, N, device="meta")
@@ -84,9 +85,15 @@ def launches(dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[Any, tupl
     return found
 
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: int) -> dict[str, Any]:
+def name(kernel: Any) -> str:
+    return str(kernel.__name__).removeprefix("am_flow_").removesuffix("_kernel")
+
+
+def compile_launch(
+    kernel: Any, args: tuple[Any, ...], options: dict[str, Any], N: int, architecture: int
+) -> dict[str, Any]:
     """Figures of one kernel as it would be launched, compiled for sm_{architecture}."""
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    constants = {option: value for option, value in options.items() if option in kernel.arg_names}
     ones: dict[tuple[int, ...], int] = {}  # the launcher makes constants of integers that are 1
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
@@ -106,13 +113,14 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
             return "*" + names[value.dtype]
         return "i32" if value < 2**31 else "i64"
 
-    signature = {name: typed(value, (n,)) for n, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False))}
+    named = zip(kernel.arg_names, args, strict=False)
+    signature = {argument: typed(value, (n,)) for n, (argument, value) in enumerate(named)}
     signature |= dict.fromkeys(constants, "constexpr")
     known: dict[Any, Any] = {**constants, **ones}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={name: value for name, value in options.items() if name not in constants},
+        options={option: value for option, value in options.items() if option not in constants},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -121,11 +129,12 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     threads = options["num_warps"] * 32
     loop = main_loop(code)
-    keys = constants["BLOCK_N"] + constants.get("REST", 0)
-    elements = constants["BLOCK_M"] * keys  # of the map that one round of the loop makes
+    strip = name(kernel) == "strip"
+    # Elements of the map that one round of the loop makes, without those that only fill up a strip's last tile.
+    elements = constants["BLOCK_M"] * (constants["ROW_TILES"] * N if strip else constants["BLOCK_N"])
     counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
     return {
-        "kernel": kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel"),
+        "kernel": f"strip, N = {N}" if strip else name(kernel),
         "registers": registers,
         "stack": stack,
         "shared bytes": compiled.metadata.shared,
@@ -158,13 +167,13 @@ def main_loop(code: str) -> list[str]:
 def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for every kernel, dtype and architecture."""
     found = []
-    for dtype in DTYPES:
-        unique = {launch[0].__name__: launch for shape in SHAPES for launch in launches(dtype, shape)}
-        for kernel, args, options in unique.values():
-            for architecture in architectures:
-                key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
-                found.append({**key, **compile_launch(kernel, args, options, architecture)})
-                print(*found[-1].values(), file=sys.stderr)
+    for architecture, dtype in itertools.product(architectures, DTYPES):
+        key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
+        for N in (*STRIPS, TILED[0]):
+            for kernel, args, options in launches(dtype, N, architecture):
+                if N in TILED or name(kernel) == "strip":
+                    found.append({**key, **compile_launch(kernel, args, options, N, architecture)})
+                    print(*found[-1].values(), file=sys.stderr)
     return found
 
 
@@ -173,35 +182,47 @@ def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str
     reasons = []
     before = {(r["sm"], r["dtype"], r["kernel"]): r for r in committed["rows"]} if committed else {}
     for row in found:
-        name = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
+        where = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
         if row["stack"] or row["local"]:
-            reasons.append(f"{name}: spills ({row['stack']} bytes of stack)")
-        if row["kernel"] in ("strip", "rows", "weights", "fwd") and row["ex2"] > MOST_EXPONENTIALS:
-            reasons.append(f"{name}: {row['ex2']:.2f} exponentials per element")
+            reasons.append(f"{where}: spills ({row['stack']} bytes of stack)")
+        if not row["kernel"].startswith("bwd") and row["ex2"] > MOST_EXPONENTIALS:
+            reasons.append(f"{where}: {row['ex2']:.2f} exponentials per element")
         old = before.get((row["sm"], row["dtype"], row["kernel"]))
         if old and committed["triton"] == triton.__version__:
             for figure in ("registers", "stack", "shared bytes", "all", *KINDS):
                 if row[figure] > TOLERANCE * old[figure]:
-                    reasons.append(f"{name}: {figure} went from {old[figure]:.4g} to {row[figure]:.4g}")
+                    reasons.append(f"{where}: {figure} went from {old[figure]:.4g} to {row[figure]:.4g}")
     return reasons
 
 
 def model(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Modelled microseconds of the bfloat16 forward on an H100, by what is issued, against the bound."""
+    """Modelled microseconds of the bfloat16 forward on an H100, against the bound."""
+    figures = {r["kernel"]: r for r in found if (r["sm"], r["dtype"]) == (90, "bfloat16")}
     lines = []
-    for N in (197, 257, 577, 1370, 4096):
-        maps, seconds, padded = 8 * 16 * 12, 0.0, 0.0
-        for kernel, _, options in launches(torch.bfloat16, (8, 16, 12, N, 64)):
-            name = kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel")
-            if name.startswith("bwd"):
+    for N in sorted((*STRIPS, *TILED)):
+        maps, issue, L2, padded = B * T * H, 0.0, 0.0, 0.0
+        for kernel, _, o in launches(torch.bfloat16, N, 90):
+            if name(kernel).startswith("bwd"):
                 continue
-            row = next(r for r in found if (r["sm"], r["dtype"], r["kernel"]) == (90, "bfloat16", name))
-            M, K = options["BLOCK_M"], options["BLOCK_N"]
-            elements = maps * -(-N // M) * M * (N if name == "strip" else -(-N // K) * K)
-            padded = max(padded, elements / (maps * N * N) - 1)
-            seconds += elements * max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
-        bound = maps * N * N * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
-        lines.append([str(N), f"{padded:.0%}", f"{seconds * 1e6:.0f}", f"{bound * 1e6:.0f}", f"{bound / seconds:.0%}"])
+            if name(kernel) == "strip":
+                row, M, size = figures[f"strip, N = {N}"], o["ROW_TILES"] * o["BLOCK_M"], 16
+                blocks = -(-N // M)
+                queries = blocks * M - (M - size if o["TAIL"] else 0)
+                work, keys = queries * N, o["KEY_TILES"] * o["BLOCK_N"] + o["REST"]
+                read = queries + blocks * N
+            else:
+                row, M, K = figures[name(kernel)], o["BLOCK_M"], o["BLOCK_N"]
+                owned, inner = (K, M) if name(kernel) == "fwd" else (M, K)
+                queries, keys = -(-N // owned) * owned, N // inner * inner + o["TAIL"]
+                work = queries * keys
+                tiles = -(-N // inner)  # the first pass keeps its queries, the others go through frames tile by tile
+                read = queries // owned * (M + tiles * K if name(kernel) == "rows" else tiles * (M + K))
+            padded = max(padded, queries * keys / N**2 - 1)
+            issue += maps * work * max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
+            L2 += maps * read * D * 2 / L2_RATE
+        bound = maps * N**2 * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
+        times = [f"{seconds * 1e6:.0f}" for seconds in (issue, L2, bound)]
+        lines.append([str(N), f"{padded:.0%}", *times, f"{bound / max(issue, L2):.0%}"])
     return lines
 
 
@@ -210,12 +231,11 @@ def write(found: list[dict[str, Any]]) -> None:
     RESULT.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
     heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
     table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
-    B, T, H, _, D = SHAPES[0]
     REPORT.write_text(f"""# What the compiler makes of the Triton kernels
 
 Written by `python -m benchmarks.compile_report` with Triton {triton.__version__}; nothing here was measured, and the
-kernels are **not yet run on a GPU**. The launches are those of clips of (B, T, heads, N, D) = {SHAPES[0]} (strip) and
-{SHAPES[1]} (the other kernels).
+kernels are **not yet run on a GPU**. The launches are those of clips of (B, T, heads, D) = {B, T, H, D}, for the
+kernels in tiles with N = {TILED[0]}.
 
 Registers of a thread; bytes of stack (spills) and of shared memory of a program; programs that fit on a multiprocessor;
 then instructions of the main loop for each element of the map that it makes: all, matrix (one such instruction does
@@ -224,13 +244,15 @@ Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to
 neighbours.
 
 {Table("Kernels", heads, table, []).markdown()}
-bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100: each pass (one by strips, three by tiles) at its
-instructions issued or its exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz,
-{ISSUED} instructions of threads and {EXPONENTIALS} exponentials a cycle), memory and latency left out. Bound: two
-exponentials for each element of each map, all in the special-function units. Padded: the share of work on what only
-fills up tiles.
+The forward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds. Issue: each pass (one by
+strips up to N = 512, three by tiles) at its instructions issued or its exponentials, whichever takes longer
+({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} instructions of threads and {EXPONENTIALS} exponentials a
+cycle). L2: what the programs read of q and k, at {L2_RATE / 1e12:g} TB/s (assumed). Latency is left out. Bound: two
+exponentials for each element of each map, all in the special-function units; over the larger of the two, in the last
+column. Padded: the work on what only fills up tiles, over that on the maps. The longest rows are made three times, with
+five exponentials for each element: 40% of the bound is the most that three passes can reach.
 
-{Table("Modelled forward", ["N", "padded", "modelled us", "bound us", "bound / modelled"], model(found), []).markdown()}
+{Table("Modelled forward", ["N", "padded", "issue", "L2", "bound", "bound / model"], model(found), []).markdown()}
 """)
 
 

@@ -102,7 +102,7 @@ def test_chunks_and_wide_offsets_change_no_bit(monkeypatch: pytest.MonkeyPatch) 
     expected = results(q, k)
     for processors, index in ((10**6, None), (1, launch.tl.int64)):
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_processors", lambda _, n=processors: n)
+            patch.setattr(configs.Device, "of", lambda _, n=processors: configs.Device(90, 232448, n))
             if index is not None:
                 patch.setattr(launch, "_index_type", lambda _, t=index: t)
             for got, want in zip(results(q, k), expected, strict=True):
@@ -119,32 +119,85 @@ def test_chunk_sizes() -> None:
     assert configs.chunk(1, 1, 132) == 1
 
 
-def test_strips_where_they_waste_nothing() -> None:
-    """Strips take 2^n keys and up to 8 more, of 16 bits and in one product; the tiled kernels take the rest."""
-    for Nk, width in (
-        (16, 16),
-        (24, 16),
-        (49, None),
-        (64, 64),
-        (197, None),
-        (257, 256),
-        (264, 256),
-        (265, None),
-        (577, None),
-    ):
-        config = configs.strip(Nk, 64, torch.bfloat16)
-        assert (config.BLOCK_N if config else None) == width
-    assert configs.strip(257, 64, torch.float32) is None
-    assert configs.strip(257, 72, torch.bfloat16) is None
+H100 = configs.Device(90, 232448, 132)
 
 
-@pytest.mark.parametrize("Nk", [256, 261])
-def test_strip_of_256_keys(Nk: int) -> None:
-    """The widest strip, without and with keys beyond its tile."""
-    q, k = tt.make_qk(1, 3, (2,), 70, Nk, 64, dtype=torch.float16)
-    exact = tt.oracle_flow(q, k, center=True)
-    tt.assert_flow(am_flow(q, k, impl="triton"), exact, 70)
-    tt.assert_centred(am_flow(q, k, center=True, impl="triton"), exact, 70, frame_step=0.2)
+@pytest.mark.parametrize(
+    ("Nk", "tiles", "rest"),
+    [
+        (12, (1, 16), 0),
+        (17, (1, 16), 1),
+        (49, (1, 64), 0),
+        (66, (3, 32), 0),
+        (197, (7, 32), 0),
+        (225, (4, 64), 0),
+        (257, (1, 256), 1),
+        (262, (1, 256), 6),
+        (263, (5, 64), 0),
+        (512, (8, 64), 0),
+    ],
+)
+def test_strips(Nk: int, tiles: tuple[int, int], rest: int) -> None:
+    """A strip covers all keys, in tiles of one width and columns."""
+    strip = configs.strip(Nk, 64, torch.bfloat16, H100)
+    assert strip is not None
+    assert (strip.KEY_TILES, strip.BLOCK_N, strip.REST) == (*tiles, rest)  # noqa: SIM300
+    covered = strip.KEY_TILES * strip.BLOCK_N + strip.REST
+    assert covered - strip.BLOCK_N < Nk <= covered
+    assert strip.PARTIAL is (covered > Nk)
+
+
+def test_no_strips() -> None:
+    """Long rows, wide heads and float32 are for the tiled kernels."""
+    assert configs.strip(513, 64, torch.bfloat16, H100) is None
+    assert configs.strip(257, 64, torch.float32, H100) is None
+    assert configs.strip(257, 72, torch.bfloat16, H100) is None
+
+
+@pytest.mark.parametrize(("N", "most"), [(197, 0.21), (257, 0.07), (261, 0.07), (577, 0.14), (1370, 0.04)])
+def test_little_is_padded(N: int, most: float) -> None:
+    """How much more than the maps the forward computes on an H100."""
+    strip = configs.strip(N, 64, torch.bfloat16, H100)
+    if strip is not None:
+        left = N % strip.rows
+        rows = N - left + (16 if 0 < left <= 16 else strip.rows if left else 0)
+        padded = rows * (strip.KEY_TILES * strip.BLOCK_N + strip.REST) / N**2 - 1
+        assert padded <= most
+        return
+    for kernel in ("rows", "weights", "fwd"):
+        config = configs.config(kernel, 64, torch.bfloat16, H100)
+        owned, inner = config.BLOCK_M, config.BLOCK_N
+        if kernel == "fwd":
+            owned, inner = inner, owned
+        computed = -(-N // owned) * owned * (N // inner * inner + configs.tail(N, inner))
+        assert computed / N**2 - 1 <= most
+
+
+def test_small_shared_memory() -> None:
+    """Where a program can have less shared memory, fewer stages of the pipeline take it."""
+    small = configs.Device(80, 101376, 84)
+    strip = configs.strip(400, 64, torch.bfloat16, small)
+    assert strip is not None
+    assert strip.num_stages == 1
+    assert configs.config("weights", 256, torch.bfloat16, small).num_stages == 1
+    assert configs.config("weights", 256, torch.bfloat16, H100).num_stages == 2
+
+
+def test_architectures() -> None:
+    """Every GPU takes the configurations of the nearest that is in the table."""
+    found = [configs.architecture(*version) for version in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (7, 5))]
+    assert found == [80, 80, 90, 100, 100, 80, 80]
+
+
+@pytest.mark.parametrize("N", [12, 33, 49, 70, 110, 230, 256, 261, 330])
+def test_every_kind_of_strip(N: int) -> None:
+    """One tile and several, whole and partial, with columns and without, the last rows in a small block and not."""
+    q, k = tt.make_qk(1, 3, (1,), N if N < 200 else 40, N, 64, dtype=torch.float16)
+    for scale in (None, -0.125):
+        exact = tt.oracle_flow(q, k, center=True, scale=scale)
+        tt.assert_flow(am_flow(q, k, impl="triton", scale=scale), exact, q.shape[-2])
+        centred = am_flow(q, k, center=True, impl="triton", scale=scale)
+        tt.assert_centred(centred, exact, q.shape[-2], frame_step=0.2)
 
 
 def test_block_d_pads_little() -> None:
@@ -167,11 +220,26 @@ def test_opcheck(name: str) -> None:
 
 
 def test_explain() -> None:
-    """explain names the implementation and Triton's version."""
+    """explain names the implementation, Triton's version, and how the forward is launched."""
     q, k = tt.make_qk(1, 2, (1,), 4, 4, 8)
     told = explain(q, k, impl="triton")
     assert told.impl == "triton"
     assert "triton kernels: Triton " in str(told)
+    assert "forward in three passes, tiles of 64 x 32, 64 x 16, 16 x 64; configurations for sm_90" in str(told)
+    q, k = tt.make_qk(1, 2, (1,), 257, 257, 64, dtype=torch.float16)
+    assert "forward in one pass, strips of 64 rows and 1 x 256 + 1 keys" in str(explain(q, k, impl="triton"))
+
+
+@pytest.mark.parametrize("tokens", [(4096, 24), (24, 4096)])
+def test_long_rows_and_columns(tokens: tuple[int, int]) -> None:
+    """Many tiles in a row, and many in a column, forward and backward."""
+    q, k = tt.make_qk(1, 2, (1,), *tokens, 16)
+    exact = tt.oracle_flow(q, k, center=True)
+    flow = am_flow(q.requires_grad_(), k.requires_grad_(), impl="triton")
+    tt.assert_flow(flow.detach(), exact, tokens[0])
+    arguments = (tt.make_dflow(flow.shape), q, k)
+    grads = torch.autograd.grad(flow, (q, k), arguments[0])
+    tt.assert_grads(grads, tt.oracle_grads(*arguments), tt.grad_tie(*arguments))
 
 
 def test_cpu_tensors_need_the_interpreter(cold_python: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from math import e, log2
 from typing import Any
 
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amflow_kernels.impl.triton import configs, kernels, saved_sizes
+from amflow_kernels.impl.triton import configs, saved_sizes
+from amflow_kernels.impl.triton.kernels import backward, forward, strip
+from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 
@@ -47,62 +50,88 @@ class _Problem:
         if q_b is not None and k_b is not None:
             tensors += [q_b, k_b]
             self.second = self._frames(q_b, k_b, *statistics[2:])
-        self.pairs = kernels.Pairs(
-            self.P, lag, self.step, self.Z, self.H, self.G, self.Nq, self.Nk, scale * log2(e), 1 / temperature
+        self.pairs = Pairs(
+            self.P, lag, self.step, self.Z, self.H, self.G, self.Nq, self.Nk, abs(scale) * log2(e), 1 / temperature
         )
-        self.product = {
+        self.device = configs.Device.of(q.device)
+        self.common = {
             "D": self.D,
             "BLOCK_D": configs.block_d(self.D),
-            "PRECISION": _precision(q),
+            "NEGATE": scale < 0,
             "INDEX": _index_type(tensors),
+            "enable_fp_fusion": True,  # of products into sums: where bits matter, kernels say so (`maps.product`)
         }
+        self.product = {**self.common, "PRECISION": _precision(q)}
         self.options = {"MEAN_MAP": self.mean_map, "SHARP": temperature < 1}
 
-    def _frames(self, q: Tensor, k: Tensor, row_max: Tensor, row_norm: Tensor) -> kernels.Frames:
-        return kernels.Frames(q, k, _strides(q), _strides(k), row_max, row_norm, self.T)
+    def _frames(self, q: Tensor, k: Tensor, row_max: Tensor, row_norm: Tensor) -> Frames:
+        return Frames(q, k, _strides(q), _strides(k), row_max, row_norm, self.T)
 
-    def frame_kernel(self, name: str, frames: Any, *arguments: Any, owns: str, **constants: Any) -> None:
+    def config(self, name: str) -> configs.Config:
+        return configs.config(name, self.D, self.q.dtype, self.device)
+
+    def frame_kernel(self, kernel: Any, name: str, *arguments: Any, owns: str, **constants: Any) -> None:
         """Launch a kernel whose programs own a block of rows (queries) or columns (keys) of one head's map."""
-        config = configs.config(name, self.q.dtype)
+        config = self.config(name)
         blocks = self._blocks(config, owns)
-        kernel = getattr(kernels, f"am_flow_{name}_kernel")
-        kernel[(blocks * self.B * self.T * self.H * self.G,)](
-            frames, *arguments, blocks, **self.product, **constants, **_launch(config)
-        )
+        programs = blocks * self.B * self.T * self.H * self.G
+        run(kernel, programs, (*arguments, blocks), {**self.product, **constants, **asdict(config)})
 
-    def pair_kernel(self, name: str, *arguments: Any, owns: str) -> None:
+    def pair_kernel(self, kernel: Any, name: str, *arguments: Any, owns: str, **constants: Any) -> None:
         """Launch a kernel whose programs own a block of rows or columns of a run of pairs of a chain."""
-        config = configs.config(name, self.q.dtype)
+        config = self.config(name)
         blocks = self._blocks(config, owns)
         chunk, chunks, programs = self._chunks(blocks)
-        kernel = getattr(kernels, f"am_flow_{name}_kernel")
-        kernel[(programs,)](
-            self.first, self.second, self.pairs, *arguments, blocks, chunks,
-            CHUNK=chunk, **self.product, **self.options, **_launch(config),
-        )  # fmt: skip
+        arguments = (self.first, self.second, self.pairs, *arguments, blocks, chunks)
+        constants = {**self.product, **self.options, **constants, "CHUNK": chunk}
+        run(kernel, programs, arguments, {**constants, **asdict(config)})
 
-    def strip_kernel(self, config: configs.Config, flow: Tensor, base: float) -> None:
-        """The whole forward in one pass; each program leaves the flow of its rows."""
-        blocks = -(-self.Nq // config.BLOCK_M)
+    def tiled_forward(self, flow: Tensor, base: float) -> None:
+        """Three passes over tiles."""
+        for f in (self.first, self.second) if self.pair else (self.first,):
+            tail = configs.tail(self.Nk, self.config("rows").BLOCK_N)
+            self.frame_kernel(
+                forward.am_flow_rows_kernel, "rows", f, self.pairs, f.row_max, f.row_norm, owns="rows", TAIL=tail
+            )
+        w = torch.empty_like(self.e_sum)
+        tail = configs.tail(self.Nk, self.config("weights").BLOCK_N)
+        self.pair_kernel(forward.am_flow_weights_kernel, "weights", self.e_sum, w, owns="rows", TAIL=tail)
+        lost = (w * self.e_sum).view(-1, self.Nq).sum(-1)  # sum_i w_i e_ij lies sum_i w_i ebar_i too high
+        base_of_pairs = lost.div_(-self.Nk).add_(base)
+        tail = configs.tail(self.Nq, self.config("fwd").BLOCK_M)
+        self.pair_kernel(forward.am_flow_fwd_kernel, "fwd", w, base_of_pairs, flow, owns="columns", TAIL=tail)
+
+    def strip_forward(self, config: configs.Strip, flow: Tensor, base: float) -> None:
+        """One pass; each program leaves the flow of its rows, to be summed up."""
+        blocks = -(-self.Nq // config.rows)
+        left = self.Nq % config.rows
         chunk, chunks, programs = self._chunks(blocks)
         part = torch.empty((blocks, *flow.shape), dtype=torch.float32, device=flow.device)
-        product = {name: self.product[name] for name in ("D", "BLOCK_D", "INDEX")}
-        kernels.am_flow_strip_kernel[(programs,)](
-            self.first, self.second, self.pairs, self.e_sum, part, flow.numel(), blocks, chunks,
-            CHUNK=chunk, REST=self.Nk - config.BLOCK_N, SHARP=self.options["SHARP"], **product, **_launch(config),
-        )  # fmt: skip
+        arguments = (self.first, self.second, self.pairs, self.e_sum, part, flow.numel(), blocks, chunks)
+        constants = {
+            **self.common,
+            "SHARP": self.options["SHARP"],
+            "CHUNK": chunk,
+            "TAIL": 0 < left <= 16 < config.rows,
+        }
+        run(strip.am_flow_strip_kernel, programs, arguments, {**constants, **asdict(config)})
         torch.sum(part, 0, out=flow).add_(base)
 
     def _chunks(self, blocks: int) -> tuple[int, int, int]:
         """Pairs of a chain in one program, such chunks in a chain, and programs."""
         longest = -(-self.P // self.step)
         chains = blocks * min(self.step, self.P) * self.B * self.Z * self.G
-        chunk = configs.chunk(longest, chains, _processors(self.q))
+        chunk = configs.chunk(longest, chains, self.device.processors)
         chunks = -(-longest // chunk)
         return chunk, chunks, chains * chunks
 
     def _blocks(self, config: configs.Config, owns: str) -> int:
         return -(-self.Nq // config.BLOCK_M) if owns == "rows" else -(-self.Nk // config.BLOCK_N)
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launch."""
+    kernel[(programs,)](*arguments, **options)
 
 
 def am_flow(
@@ -123,14 +152,11 @@ def am_flow(
     shape = (pb.B, pb.P, *([] if pb.mean_map else [pb.H]), *q.shape[3:-2], pb.Nk)
     flow = torch.empty(shape, dtype=torch.float32, device=q.device)
     with _on(q):
-        strip = None if pb.mean_map else configs.strip(pb.Nk, pb.D, q.dtype)
-        if strip is not None:
-            pb.strip_kernel(strip, flow, 0.0 if mean else base)
+        config = None if pb.mean_map else configs.strip(pb.Nk, pb.D, q.dtype, pb.device)
+        if config is not None:
+            pb.strip_forward(config, flow, 0.0 if mean else base)
         else:
-            for frames in (pb.first, pb.second) if pb.pair else (pb.first,):
-                pb.frame_kernel("rows", frames, pb.pairs, frames.row_max, frames.row_norm, owns="rows")
-            pb.pair_kernel("weights", pb.e_sum, owns="rows")
-            pb.pair_kernel("fwd", pb.e_sum, flow, 0.0 if mean else base, owns="columns")
+            pb.tiled_forward(flow, 0.0 if mean else base)
     return flow.mean(HEADS).add_(base) if mean else flow
 
 
@@ -161,41 +187,54 @@ def am_flow_backward(
     if q.dim() == 5:
         g = g.unsqueeze(-2)
     rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
-    d = kernels.Gradient(g, g.stride()[:4], *rows)
+    d = backward.Gradient(g, g.stride()[:4], *rows)
     with _on(q):
-        pb.pair_kernel("bwd_rows", d, pb.e_sum, scale, owns="rows")
+        pb.pair_kernel(backward.am_flow_bwd_rows_kernel, "bwd_rows", d, pb.e_sum, scale, owns="rows")
         if pb.pair:
-            _frames_backward(pb, kernels.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk)
-            _frames_backward(pb, kernels.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b)
+            _frames_backward(pb, backward.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk)
+            _frames_backward(pb, backward.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b)
         else:
-            _frames_backward(pb, kernels.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk)
+            _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk)
     return dq, dk, dq_b, dk_b
 
 
-def _frames_backward(pb: _Problem, frame: kernels.Frame, d: kernels.Gradient, dq: Tensor, dk: Tensor) -> None:
+def _frames_backward(pb: _Problem, frame: backward.Frame, d: backward.Gradient, dq: Tensor, dk: Tensor) -> None:
     """dq and dk of one set of frames, of those that have room for them."""
     if not dq.numel() and not dk.numel():
         return
     rho = d.rho  # mean maps have one for each head, too
     if pb.mean_map:
         rho = torch.empty(pb.B * pb.T * pb.H * pb.G * pb.Nq, dtype=torch.float32, device=pb.q.device)
-        pb.frame_kernel("bwd_rho", frame, d, pb.pairs, rho, owns="rows", SHARP=pb.options["SHARP"])
+        pb.frame_kernel(
+            backward.am_flow_bwd_rho_kernel, "bwd_rho", frame, d, pb.pairs, rho, owns="rows", SHARP=pb.options["SHARP"]
+        )
     wide = max(16, triton.next_power_of_2(pb.D))
     if dq.numel():
-        pb.frame_kernel("bwd_dq", frame, d, pb.pairs, rho, dq, owns="rows", WIDE_D=wide, **pb.options)
+        pb.frame_kernel(
+            backward.am_flow_bwd_dq_kernel,
+            "bwd_dq",
+            frame,
+            d,
+            pb.pairs,
+            rho,
+            dq,
+            owns="rows",
+            WIDE_D=wide,
+            **pb.options,
+        )
     if dk.numel():
-        pb.frame_kernel("bwd_dk", frame, d, pb.pairs, rho, dk, owns="columns", WIDE_D=wide, **pb.options)
-
-
-def _launch(config: configs.Config) -> dict[str, Any]:
-    # No fusing of products and sums but where the kernels say so: a frame has to give the same bits in every place.
-    return {
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": False,
-    }
+        pb.frame_kernel(
+            backward.am_flow_bwd_dk_kernel,
+            "bwd_dk",
+            frame,
+            d,
+            pb.pairs,
+            rho,
+            dk,
+            owns="columns",
+            WIDE_D=wide,
+            **pb.options,
+        )
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -212,10 +251,6 @@ def _index_type(tensors: Sequence[Tensor]) -> tl.dtype:
 def _on(q: Tensor) -> AbstractContextManager[object]:
     """Launch on the tensors' GPU, whichever is current."""
     return torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext()
-
-
-def _processors(q: Tensor) -> int:
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.device.type == "cuda" else 1
 
 
 def _precision(q: Tensor) -> str:

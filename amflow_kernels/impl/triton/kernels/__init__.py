@@ -1,0 +1,1 @@
+"""Device code, which `launch` runs."""

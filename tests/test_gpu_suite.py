@@ -1,0 +1,53 @@
+"""The GPU suite's own logic, as far as it can be tried without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks import gpu_suite
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # NumPy's, of infinities
+
+
+def test_problems() -> None:
+    """No problem twice, every dtype alike, and every choice of kernels among them."""
+    problems = gpu_suite.problems()
+    assert len({str(problem) for problem in problems}) == len(problems)
+    counts = {
+        dtype: sum(p.dtype == dtype for p in problems) for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    assert len(set(counts.values())) == 1
+    for name in ("lag", "temperature", "scale", "head_reduction"):
+        assert any(name in problem.options for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        gpu_suite.Problem((17, 17), 16, dtype=torch.float32),
+        gpu_suite.Problem((33, 33), 16, dtype=torch.float16, pair=True, layout="offset"),
+        gpu_suite.Problem((2, 2), 8, dtype=torch.float32, options={"head_reduction": "mean_map"}),
+    ],
+    ids=str,
+)
+def test_verdict(problem: gpu_suite.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A right result passes, and a wrong one is told."""
+    assert gpu_suite.verdict(problem, "cpu") is None
+    name = "am_flow_pair" if problem.pair else "am_flow"
+    right = getattr(gpu_suite, name)
+    monkeypatch.setattr(gpu_suite, name, lambda *frames, **options: right(*frames, **options) * (1 + 1e-4))
+    assert "budget" in str(gpu_suite.verdict(problem, "cpu"))
+
+
+def test_time_table() -> None:
+    """Ratios are of the peer's time over ours, and a peer that did not fit leaves a gap."""
+    row = {"shape": "1x2x3x4x5", "direction": "forward", "bytes": 2_000_000, "bound": 1e-4}
+    rows = [
+        {**row, "provider": "am_flow bf16", "median": 2e-4},
+        {**row, "provider": "SDPA bf16", "median": 3e-4},
+        {**row, "provider": "eager fp32", "bytes": -1},
+    ]
+    assert gpu_suite.time_table(rows, "forward").rows == [["1x2x3x4x5", "200", "50%", "1.50x", "", "2.0"]]
