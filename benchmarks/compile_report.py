@@ -51,6 +51,7 @@ KINDS = {
     "shuffle": r"SHFL",
     "shared": r"LDS|STS|LDSM|STSM",
     "local": r"LDL|STL",
+    "fp64": r"D(ADD|MUL|FMA|SETP)\b|MUFU\.\w+64H",
 }
 
 
@@ -185,6 +186,8 @@ def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str
         where = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
         if row["stack"] or row["local"]:
             reasons.append(f"{where}: spills ({row['stack']} bytes of stack)")
+        if row["fp64"]:
+            reasons.append(f"{where}: float64 arithmetic, from a constant that is no float32")
         if not row["kernel"].startswith("bwd") and row["ex2"] > MOST_EXPONENTIALS:
             reasons.append(f"{where}: {row['ex2']:.2f} exponentials per element")
         old = before.get((row["sm"], row["dtype"], row["kernel"]))
@@ -239,7 +242,8 @@ kernels in tiles with N = {TILED[0]}.
 
 Registers of a thread; bytes of stack (spills) and of shared memory of a program; programs that fit on a multiprocessor;
 then instructions of the main loop for each element of the map that it makes: all, matrix (one such instruction does
-many multiply-adds of many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory (spills).
+many multiply-adds of many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory (spills),
+float64 arithmetic (a mistake).
 Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to three maps of a frame and its
 neighbours.
 

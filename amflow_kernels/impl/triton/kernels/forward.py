@@ -30,7 +30,7 @@ def _statistics(
     """Row maxima (of unscaled logits) and sums, with BLOCK_N keys more; PARTIAL: with those of them that there are."""
     j = j0 + tl.arange(0, BLOCK_N).to(INDEX)
     s = tl.zeros([top.shape[0], BLOCK_N], tl.float32)
-    for n in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for n in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         d = n * BLOCK_D + tl.arange(0, BLOCK_D)
         k_tile = tile(k, kn, tl.minimum(j, p.Nk - 1)[None, :], d[:, None], D, D % BLOCK_D != 0)
         s = tl.dot(q_tiles[n], k_tile, acc=s, input_precision=PRECISION)
@@ -58,7 +58,7 @@ def am_flow_rows_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
     i = tl.minimum(row, p.Nq - 1)
     q_tiles = ()
-    for n in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for n in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         d = n * BLOCK_D + tl.arange(0, BLOCK_D)
         q_tile = tile(queries(f, b, t, h, g), f.q_stride[4], i[:, None], d[None, :], D, D % BLOCK_D != 0)
         q_tiles = q_tiles + (q_tile,)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LOWEST = tl.constexpr(-3.40282347e38)
+LOWEST = tl.constexpr(-3.4028234e38)  # about the lowest float32; a digit more, and Triton takes it for a float64
 
 
 class Frames(NamedTuple):
