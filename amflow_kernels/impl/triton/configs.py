@@ -71,16 +71,19 @@ _CONFIGS = {
     ("weights", 4): Config(64, 16, 4),
     ("fwd", 2): Config(64, 128, 8),
     ("fwd", 4): Config(16, 64, 4),
-    ("bwd_rows", 2): Config(64, 64, 8),
+    ("bwd_rows", 2): Config(128, 64, 8),
     ("bwd_rows", 4): Config(64, 32, 8),
     ("bwd_rho", 2): Config(64, 32, 8),
     ("bwd_rho", 4): Config(32, 32, 8),
-    ("bwd_dq", 2): Config(64, 32, 8),
+    ("bwd_dq", 2): Config(64, 32, 4),
     ("bwd_dq", 4): Config(32, 32, 8),
-    ("bwd_dk", 2): Config(32, 32, 4),
+    ("bwd_dk", 2): Config(32, 64, 4),
     ("bwd_dk", 4): Config(32, 32, 8),
 }
-_OTHERWISE = {(100, "fwd", 2): Config(64, 128, 8, 1)}  # where another architecture needs another
+_OTHERWISE = {  # where an architecture needs another
+    (100, "fwd", 2): Config(64, 128, 8, 1),
+    (100, "bwd_rows", 2): Config(64, 64, 8),
+}
 LARGEST_BLOCK = 128
 SCRATCH = 16384  # bytes of shared memory that sums across warps may take
 MAX_CHUNK = 16  # pairs of one program, whose row or column sums stay in registers

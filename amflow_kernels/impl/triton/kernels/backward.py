@@ -14,6 +14,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     frame_owner,
     head_map,
     keys,
+    of_rows,
     pair_owner,
     queries,
     reciprocal,
@@ -73,10 +74,12 @@ def am_flow_bwd_rows_kernel(
         for j0 in range(0, p.Nk, BLOCK_N):
             key = j0 + tl.arange(0, BLOCK_N).to(INDEX)
             j = tl.minimum(key, p.Nk - 1)
-            A = any_map(first, p, b, first_pair, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
+            A = any_map(first, p, b, first_pair, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, False)
             for n in range(0, pairs):
                 at = first_pair + n * p.step
-                B = any_map(second, p, b, at + p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
+                B = any_map(
+                    second, p, b, at + p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, False
+                )
                 g_j = _dflow(d, p, b, at, z, g, key)
                 y, e = _signed_exp(A - B, SHARP)
                 y = tl.where(key[None, :] < p.Nk, y, 0.0)
@@ -113,39 +116,39 @@ class Frame(NamedTuple):
 
 
 @triton.jit
-def _pair_gradient(A, B, d, p, b, pair, z, g, row, i, key, SHARP: tl.constexpr):
+def _pair_gradient(A, B, d, p, b, pair, z, g, row, i, key, SHARP: tl.constexpr, TURNED: tl.constexpr):
     """What the pair (A, B) adds to the gradient of A; 0 in rows beyond the last."""
     y, _ = _signed_exp(A - B, SHARP)
     at = (((b * p.P + pair) * p.Z + z) * p.G + g) * p.Nq
     slope = tl.load(d.slope + at + i, mask=row < p.Nq, other=0.0)
     offset = tl.load(d.offset + at + i, mask=row < p.Nq, other=0.0)
     g_j = _dflow(d, p, b, pair, z, g, key)
-    return y * tl.fma(slope[:, None], g_j[None, :], -offset[:, None])
+    return y * tl.fma(of_rows(slope, TURNED), of_rows(g_j, not TURNED), -of_rows(offset, TURNED))
 
 
 @triton.jit
 def _gradient(
     f, d, p, b, t, h, g, row, key,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr,
-    MEAN_MAP: tl.constexpr, SHARP: tl.constexpr,
+    MEAN_MAP: tl.constexpr, SHARP: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """A of head h, and the gradient of the map whose change is measured, [BLOCK_M, BLOCK_N]."""
+    """A of head h, and the gradient of the map whose change is measured, [BLOCK_M, BLOCK_N], or TURNED."""
     i = tl.minimum(row, p.Nq - 1)
     j = tl.minimum(key, p.Nk - 1)
     unit = p.inv_temperature
     z = h
     if MEAN_MAP:
         z = h * 0
-    A = any_map(f.own, p, b, t, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
-    dA = tl.zeros([row.shape[0], key.shape[0]], tl.float32)
+    A = any_map(f.own, p, b, t, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, TURNED)
+    dA = tl.zeros_like(A)
     if t < f.n_after:
-        B = any_map(f.after, p, b, t + p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
-        dA += _pair_gradient(A, B, d, p, b, t, z, g, row, i, key, SHARP)
+        B = any_map(f.after, p, b, t + p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, TURNED)
+        dA += _pair_gradient(A, B, d, p, b, t, z, g, row, i, key, SHARP, TURNED)
     if t >= f.n_before:
-        B = any_map(f.before, p, b, t - p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
-        dA -= _pair_gradient(B, A, d, p, b, t - p.shift, z, g, row, i, key, SHARP)
+        B = any_map(f.before, p, b, t - p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, TURNED)
+        dA -= _pair_gradient(B, A, d, p, b, t - p.shift, z, g, row, i, key, SHARP, TURNED)
     if MEAN_MAP:
-        A = head_map(f.own, p, b, t, h, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, False)
+        A = head_map(f.own, p, b, t, h, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, TURNED)
     return A, dA
 
 
@@ -161,7 +164,7 @@ def am_flow_bwd_rho_kernel(
     rho = tl.zeros([BLOCK_M], tl.float32)
     for j0 in range(0, p.Nk, BLOCK_N):
         key = j0 + tl.arange(0, BLOCK_N).to(INDEX)
-        A, dA = _gradient(f, d, p, b, t, h, g, row, key, D, BLOCK_D, PRECISION, NEGATE, True, SHARP)
+        A, dA = _gradient(f, d, p, b, t, h, g, row, key, D, BLOCK_D, PRECISION, NEGATE, True, SHARP, False)
         rho += tl.sum(tl.where(key[None, :] < p.Nk, A * dA, 0.0), 1)
     tl.store(rho_ptr + at * p.Nq + row, rho / p.inv_temperature, mask=row < p.Nq)
 
@@ -185,12 +188,12 @@ def _rho(f, d, p, rho_ptr, b, t, h, g, at, row, MEAN_MAP: tl.constexpr):
 def _dlogits(
     f, d, p, rho_ptr, b, t, h, g, at, row, key,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr,
-    MEAN_MAP: tl.constexpr, SHARP: tl.constexpr,
+    MEAN_MAP: tl.constexpr, SHARP: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """scale * dL/dlogits, [BLOCK_M, BLOCK_N]; 0 in rows beyond the last."""
-    A, dA = _gradient(f, d, p, b, t, h, g, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP)
+    """scale * dL/dlogits, [BLOCK_M, BLOCK_N], or TURNED; 0 in rows beyond the last."""
+    A, dA = _gradient(f, d, p, b, t, h, g, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP, TURNED)
     rho = _rho(f, d, p, rho_ptr, b, t, h, g, at, row, MEAN_MAP)
-    dlogits = A * (dA - rho[:, None])
+    dlogits = A * (dA - of_rows(rho, TURNED))
     if MEAN_MAP:
         dlogits /= p.H
     return dlogits
@@ -229,7 +232,9 @@ def am_flow_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, WIDE_D], tl.float32)
     for j0 in range(0, p.Nk, BLOCK_N):
         key = j0 + tl.arange(0, BLOCK_N).to(INDEX)
-        dlogits = _dlogits(f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP)
+        dlogits = _dlogits(
+            f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP, False
+        )
         dq = _dot(dlogits, _matrix(k, f.own.k_stride[4], key, p.Nk, col, D, WIDE_D), dq, PRECISION)
     to = dq_ptr + at * p.Nq * D + row[:, None] * D + col[None, :]
     tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=(row[:, None] < p.Nq) & (col[None, :] < D))
@@ -249,7 +254,9 @@ def am_flow_bwd_dk_kernel(
     dk = tl.zeros([BLOCK_N, WIDE_D], tl.float32)
     for i0 in range(0, p.Nq, BLOCK_M):
         row = i0 + tl.arange(0, BLOCK_M).to(INDEX)
-        dlogits = _dlogits(f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP)
-        dk = _dot(tl.trans(dlogits), _matrix(q, f.own.q_stride[4], row, p.Nq, col, D, WIDE_D), dk, PRECISION)
+        dlogits = _dlogits(
+            f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP, True
+        )
+        dk = _dot(dlogits, _matrix(q, f.own.q_stride[4], row, p.Nq, col, D, WIDE_D), dk, PRECISION)
     to = dk_ptr + at * p.Nk * D + key[:, None] * D + col[None, :]
     tl.store(to, dk.to(dk_ptr.dtype.element_ty), mask=(key[:, None] < p.Nk) & (col[None, :] < D))

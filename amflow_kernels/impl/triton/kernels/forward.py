@@ -90,10 +90,10 @@ def _e_sums(
     key = j0 + tl.arange(0, BLOCK_N).to(INDEX)
     j = tl.minimum(key, p.Nk - 1)
     unit = p.inv_temperature
-    A = any_map(first, p, b, first_pair, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
+    A = any_map(first, p, b, first_pair, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, False)
     for n in range(0, pairs):
         t = first_pair + n * p.step + p.shift
-        B = any_map(second, p, b, t, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP)
+        B = any_map(second, p, b, t, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, False)
         e = expm1(tl.abs(A - B), SHARP)
         if PARTIAL:
             e = tl.where(key[None, :] < p.Nk, e, 0.0)

@@ -67,6 +67,12 @@ def reciprocal(x):
 
 
 @triton.jit
+def of_rows(x, TURNED: tl.constexpr):
+    """One value for each row of a map, to go with a tile of it, [BLOCK_M, 1], or TURNED."""
+    return x[None, :] if TURNED else x[:, None]
+
+
+@triton.jit
 def tile(base, stride, n, d, D: tl.constexpr, MASK_D: tl.constexpr):
     """Rows n, columns d of a matrix of D columns, 0 beyond; n, d broadcast: [BLOCK, 1] and [1, BLOCK_D], or turned."""
     if MASK_D:
@@ -126,16 +132,15 @@ def head_map(
     row = (((b * f.T + t) * p.H + h) * p.G + g) * p.Nq
     row_max = tl.load(f.row_max + row + i)
     row_norm = tl.load(f.row_norm + row + i) * factor
-    row_max = row_max[None, :] if TURNED else row_max[:, None]
-    row_norm = row_norm[None, :] if TURNED else row_norm[:, None]
-    return product(tl.exp2(tl.fma(s, p.scale_log2, -row_max)), row_norm)
+    x = tl.exp2(tl.fma(s, p.scale_log2, -of_rows(row_max, TURNED)))
+    return product(x, of_rows(row_norm, TURNED))
 
 
 @triton.jit
 def any_map(
     f, p, b, t, z, g, i, j, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, MEAN_MAP: tl.constexpr,
-    TURNED: tl.constexpr = False,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """The map whose change is measured, times factor: head z's, or the mean of all heads'."""
     if MEAN_MAP:
