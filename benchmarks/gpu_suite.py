@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # where memory is poisoned, only deterministic products run
 
 import torch  # noqa: E402
 import triton  # noqa: E402
