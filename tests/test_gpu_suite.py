@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from amflow_kernels.impl.triton import configs
 from benchmarks import gpu_suite
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # NumPy's, of infinities
@@ -22,6 +23,17 @@ def test_problems() -> None:
     assert len(set(counts.values())) == 1
     for name in ("lag", "temperature", "scale", "head_reduction"):
         assert any(name in problem.options for problem in problems)
+    h100 = configs.Device(90, 232448, 132)
+    strips = [configs.strip(p.tokens[1], p.D, p.dtype, h100) for p in problems]
+    assert None in strips
+    for kind in ("REST", "PARTIAL"):
+        assert {bool(getattr(strip, kind)) for strip in strips if strip} == {False, True}
+    assert {(s.ROW_TILES, s.BLOCK_N, s.KEY_TILES > 1) for s in strips if s} >= {
+        (1, 64, False),
+        (1, 256, False),
+        (2, 32, True),
+        (1, 64, True),
+    }
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,6 @@ def test_time_table() -> None:
     rows = [
         {**row, "provider": "am_flow bf16", "median": 2e-4},
         {**row, "provider": "SDPA bf16", "median": 3e-4},
-        {**row, "provider": "eager fp32", "bytes": -1},
+        {"shape": "1x2x3x4x5", "direction": "forward", "provider": "eager fp32"},
     ]
     assert gpu_suite.time_table(rows, "forward").rows == [["1x2x3x4x5", "200", "50%", "1.50x", "", "2.0"]]

@@ -59,7 +59,7 @@ def product(x, y):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to one unit in the last place, for x >= 1; a division would test for what can't be here."""
+    """1 / x to one unit in the last place, for x >= 1, and infinity for 0; a division would test for what can't be."""
     if INTERPRETED:
         return 1.0 / x
     else:
