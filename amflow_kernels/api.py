@@ -25,6 +25,7 @@ def am_flow(
     temperature: float = 1.0,
     head_reduction: str = "none",
     center: bool = False,
+    lse: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """AM flow of a clip: how much each key token's attention changes from frame t to frame t + lag.
@@ -52,6 +53,10 @@ def am_flow(
             (flow of the head-averaged maps).
         center: return ``flow - Nq / Nk``, computed without the cancellation: the flow of real clips is
             Nq / Nk plus a signal of 1e-4 to 1e-2, and only the centred form keeps full relative precision.
+        lse: the rows' log-sum-exps, ``logsumexp(scale * q @ k.mT, -1)``: natural logarithm, float32, (B, T, *G, Nq),
+            as flash attention of the same q, k and scale returns it, from products of the same precision. It is not
+            checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
+            gain nothing, or lose precision, make their own.
         impl: None picks by device; ``"reference"``, ``"cpu"`` or ``"triton"`` runs just that, or raises.
 
     Returns:
@@ -72,7 +77,8 @@ def am_flow(
         raise ValueError(f"lag: expected at least 1, got {lag}")
     if q.shape[1] <= lag:
         raise ValueError(f"q: expected more frames (dimension 1) than lag = {lag}, got T = {q.shape[1]}")
-    return _call(q, k, None, None, scale, lag, temperature, head_reduction, center, impl)
+    _check_lse(lse, q, "lse", "q")
+    return _call(q, k, None, None, lse, None, scale, lag, temperature, head_reduction, center, impl)
 
 
 def am_flow_pair(
@@ -85,6 +91,8 @@ def am_flow_pair(
     temperature: float = 1.0,
     head_reduction: str = "none",
     center: bool = False,
+    lse_a: Tensor | None = None,
+    lse_b: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """AM flow of explicit frame pairs: frames aligned to each other, or streamed one by one.
@@ -95,6 +103,7 @@ def am_flow_pair(
     Args:
         q_a, q_b: queries of the two frames of each pair, (B, P, *G, Nq, D).
         k_a, k_b: keys of the two frames of each pair, (B, P, *G, Nk, D).
+        lse_a, lse_b: the rows' log-sum-exps of either, (B, P, *G, Nq), as `am_flow` describes them.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head
@@ -108,7 +117,9 @@ def am_flow_pair(
             raise ValueError(
                 f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
             )
-    return _call(q_a, k_a, q_b, k_b, scale, 0, temperature, head_reduction, center, impl)
+    _check_lse(lse_a, q_a, "lse_a", "q_a")
+    _check_lse(lse_b, q_b, "lse_b", "q_b")
+    return _call(q_a, k_a, q_b, k_b, lse_a, lse_b, scale, 0, temperature, head_reduction, center, impl)
 
 
 def _call(
@@ -116,6 +127,8 @@ def _call(
     k: Tensor,
     q_b: Tensor | None,
     k_b: Tensor | None,
+    lse: Tensor | None,
+    lse_b: Tensor | None,
     scale: float | None,
     lag: int,
     temperature: float,
@@ -134,7 +147,7 @@ def _call(
     if not isinstance(center, bool):
         raise TypeError(f"center: expected a bool, got {type(center).__name__}")
     check_impl(impl, q)
-    flow, _ = ops.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+    flow, _ = ops.am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
     return flow
 
 
@@ -184,4 +197,20 @@ def _check_frames(q: Tensor, k: Tensor, q_name: str, k_name: str) -> None:
         raise ValueError(
             f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
             f"{tuple(q.shape)}, got {tuple(k.shape)}"
+        )
+
+
+def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
+    if lse is None:
+        return
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"{name}: expected None or a torch.Tensor, got {type(lse).__name__}")
+    if lse.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {lse.dtype}")
+    if lse.device != q.device:
+        raise ValueError(f"{name}: expected the device of {q_name}, {q.device}, got {lse.device}")
+    if lse.shape != q.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected one number for each row of {q_name}, without padding, {tuple(q.shape[:-1])}, "
+            f"got {tuple(lse.shape)}"
         )

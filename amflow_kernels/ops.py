@@ -29,7 +29,7 @@ class Impl:
     module: ModuleType
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None  # None: any
-    saves: bool = False  # whether its forward leaves statistics for its backward
+    row_statistics: bool = False  # its forward can be given them (as log-sum-exps), and leaves them for its backward
 
     def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
@@ -48,7 +48,7 @@ _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = {
     "reference": Impl(reference, None, None),
     "cpu": Impl(native, ("cpu",), _FUSED_DTYPES),
-    "triton": Impl(triton, ("cuda", "cpu") if triton.interpreted() else ("cuda",), _FUSED_DTYPES, saves=True),
+    "triton": Impl(triton, ("cuda", "cpu") if triton.interpreted() else ("cuda",), _FUSED_DTYPES, row_statistics=True),
 }
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device, when impl is None; the reference is the last resort
 
@@ -121,6 +121,8 @@ def am_flow(
     k: Tensor,
     q_b: Tensor | None,
     k_b: Tensor | None,
+    lse: Tensor | None,
+    lse_b: Tensor | None,
     scale: float,
     lag: int,
     temperature: float,
@@ -128,12 +130,15 @@ def am_flow(
     center: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The flow, and what the implementation saves for its backward (possibly nothing)."""
+    """The flow, and what the implementation saves for its backward (possibly nothing).
+
+    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels have use for them.
+    """
     if q.shape[0] == 0 or q.shape[1] == 0:
-        return _fake_am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, impl)
+        return _fake_am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
     chosen = _impl(q, impl)
     saved = _new_saved(q, q_b is not None, lag, head_reduction, impl)
-    extra = (saved,) if chosen.saves else ()
+    extra = (lse, lse_b, saved) if chosen.row_statistics else ()
     flow = chosen.module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, *extra)
     return flow, saved
 
@@ -144,6 +149,8 @@ def _fake_am_flow(
     k: Tensor,
     q_b: Tensor | None,
     k_b: Tensor | None,
+    lse: Tensor | None,
+    lse_b: Tensor | None,
     scale: float,
     lag: int,
     temperature: float,
@@ -176,7 +183,7 @@ def am_flow_backward(
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl, saved)
     chosen = _impl(q, impl)
-    extra = (saved,) if chosen.saves else ()
+    extra = (saved,) if chosen.row_statistics else ()
     return chosen.module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, *extra)
 
 
@@ -202,7 +209,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, q_b, k_b, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, _, ctx.impl = inputs
+    q, k, q_b, k_b, _, _, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, q_b, k_b, output[1])
 
@@ -213,7 +220,7 @@ def _backward(ctx: Any, dflow: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     grads = am_flow_backward(
         dflow, *frames, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, needs, ctx.impl, saved
     )
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 6)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 8)
 
 
 def _no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:

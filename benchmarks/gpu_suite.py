@@ -75,6 +75,7 @@ class Problem:
     logit_std: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     pair: bool = False
+    lse: bool = False  # the rows' log-sum-exps are given
 
     def __str__(self) -> str:
         standard = Problem()
@@ -97,6 +98,7 @@ def problems() -> list[Problem]:
         for N in (257, 600):
             found += [Problem((N, N), dtype=dtype, frame_step=1e-3), Problem((N, N), dtype=dtype, logit_std=6.0)]
             found += [Problem((N, N), T=18, dtype=dtype, groups=(1,)), Problem((N, N), dtype=dtype, pair=True)]
+            found += [Problem((N, N), dtype=dtype, lse=True, logit_std=3.0)]
             options: tuple[dict[str, Any], ...] = (
                 {"lag": 2},
                 {"temperature": 0.25},
@@ -119,13 +121,16 @@ def check_problem(problem: Problem, device: str) -> None:
     function: Callable[..., Tensor] = am_flow_pair if problem.pair else am_flow
     exact = tt.oracle_flow(*frames, center=True, **problem.options)
     temperature = problem.options.get("temperature", 1.0)
+    known: dict[str, Any] = {}
+    if problem.lse:
+        known["lse"] = torch.logsumexp(problem.D**-0.5 * (q.double() @ k.double().mT), -1).float()
     inputs = [x.detach().requires_grad_() for x in frames]
     with tt.poison_allocations():
-        flow = function(*inputs, impl="triton", **problem.options)
-        centred = function(*inputs, impl="triton", center=True, **problem.options)
+        flow = function(*inputs, impl="triton", **problem.options, **known)
+        centred = function(*inputs, impl="triton", center=True, **problem.options, **known)
         dflow = tt.make_dflow(flow.shape, device=device)
         grads = torch.autograd.grad(flow, inputs, dflow)
-        only_q = torch.autograd.grad(function(*inputs, impl="triton", **problem.options), inputs[:1], dflow)
+        only_q = torch.autograd.grad(function(*inputs, impl="triton", **problem.options, **known), inputs[:1], dflow)
     tt.assert_flow(flow.detach(), exact, problem.tokens[0], temperature=temperature)
     tt.assert_centred(
         centred.detach(), exact, problem.tokens[0], frame_step=problem.frame_step, temperature=temperature

@@ -91,6 +91,34 @@ def test_bad_frames(name: str) -> None:
         am_flow(q, k, **options)
 
 
+BAD_LSE: dict[str, tuple[Any, type[Exception], str]] = {
+    "not a tensor": (1.0, TypeError, r"expected None or a torch\.Tensor, got float"),
+    "half": (x(2, 3, 2, 5, dtype=torch.float16), TypeError, r"expected float32, got torch\.float16"),
+    "device": (x(2, 3, 2, 5).to("meta"), ValueError, r"expected the device of q(_.)?, cpu, got meta"),
+    "padded": (x(2, 3, 2, 32), ValueError, r"without padding, \(2, 3, 2, 5\), got \(2, 3, 2, 32\)"),
+    "folded": (x(6, 2, 5), ValueError, r"one number for each row of q(_.)?, .*got \(6, 2, 5\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LSE)
+def test_bad_lse(name: str) -> None:
+    """A log-sum-exp that breaks its contract raises an error that names it."""
+    lse, error, message = BAD_LSE[name]
+    with pytest.raises(error, match="^lse: " + message):
+        am_flow(x(), x(), lse=lse)
+    for argument in ("lse_a", "lse_b"):
+        with pytest.raises(error, match=f"^{argument}: {message}"):
+            am_flow_pair(x(), x(), x(), x(), **{argument: lse})
+
+
+def test_lse_changes_nothing_where_it_is_not_needed(impl: str, must_run: MustRun) -> None:
+    """Implementations that make their own row sums give the same bits with and without a log-sum-exp."""
+    q, k = tt.make_qk(1, 3, (2,), 5, 7, 4)
+    if must_run(impl, lambda: am_flow(q, k, impl=impl)):
+        wrong = torch.zeros(1, 3, 2, 5)
+        assert torch.equal(am_flow(q, k, lse=wrong, impl=impl), am_flow(q, k, impl=impl))
+
+
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_bad_options(name: str) -> None:
     """A bad option raises the same error in both forms."""

@@ -51,8 +51,8 @@ def sample(name: str, requires_grad: tuple[bool, bool] = (False, False)) -> tupl
 def test_opcheck_forward(name: str, center: bool, requires_grad: tuple[bool, bool], impl: str, must_run: Impl) -> None:
     """amflow::am_flow keeps its schema, fake, autograd and dynamic-shape promises."""
     frames, options = sample(name, requires_grad)
-    if must_run(impl, lambda: ops.am_flow(*frames, *options, center, impl)):
-        library.opcheck(ops.am_flow, (*frames, *options, center, impl))
+    if must_run(impl, lambda: ops.am_flow(*frames, None, None, *options, center, impl)):
+        library.opcheck(ops.am_flow, (*frames, None, None, *options, center, impl))
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
@@ -72,11 +72,12 @@ def test_opcheck_backward(name: str, needs: tuple[bool, bool], impl: str, must_r
 def test_opcheck_empty(shape: tuple[int, int], impl: str) -> None:
     """So do both ops on no clips and on no pairs."""
     q = torch.zeros(*shape, 2, 5, 6)
-    arguments = (q, q, None, None, 0.3, 1) if shape[1] else (q, q, q, q, 0.3, 0)
-    library.opcheck(ops.am_flow, (*arguments, 1.0, "none", False, impl))
-    dflow = torch.zeros(shape[0], max(0, shape[1] - arguments[5]), 2, 5)
-    needed = [x is not None for x in arguments[:4]]
-    library.opcheck(ops.am_flow_backward, (dflow, *arguments, 1.0, "none", needed, impl, torch.empty(0)))
+    frames, lag = ((q, q, None, None), 1) if shape[1] else ((q, q, q, q), 0)
+    options = (0.3, lag, 1.0, "none")
+    library.opcheck(ops.am_flow, (*frames, None, None, *options, False, impl))
+    dflow = torch.zeros(shape[0], max(0, shape[1] - lag), 2, 5)
+    needed = [x is not None for x in frames]
+    library.opcheck(ops.am_flow_backward, (dflow, *frames, *options, needed, impl, torch.empty(0)))
 
 
 def head(q: Tensor, k: Tensor, impl: str, **options: Any) -> Tensor:

@@ -5,6 +5,7 @@ The interpreter's bfloat16 products are wrong: that dtype needs a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from math import ceil, prod
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from test_ops import sample
 from torch import library
 
-from amflow_kernels import am_flow, explain, ops
+from amflow_kernels import am_flow, am_flow_pair, explain, ops
 from amflow_kernels import testing as tt
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -212,8 +213,9 @@ def test_block_d_pads_little() -> None:
 def test_opcheck(name: str) -> None:
     """Both ops keep their schema, fake, autograd and dynamic-shape promises, with what the forward saves."""
     frames, options = sample(name)
-    library.opcheck(ops.am_flow, (*frames, *options, False, "triton"))
-    flow, saved = ops.am_flow(*frames, *options, False, "triton")
+    lse = [None if x is None else lse_of(x, y, options[0]) for x, y in (frames[:2], frames[2:])]
+    library.opcheck(ops.am_flow, (*frames, *lse, *options, False, "triton"))
+    flow, saved = ops.am_flow(*frames, *lse, *options, False, "triton")
     needed = [x is not None for x in frames]
     arguments = (tt.make_dflow(flow.shape), *frames, *options, needed, "triton", saved.detach())
     library.opcheck(ops.am_flow_backward, arguments)
@@ -228,6 +230,51 @@ def test_explain() -> None:
     assert "forward in three passes, tiles of 64 x 32, 64 x 16, 16 x 64; configurations for sm_90" in str(told)
     q, k = tt.make_qk(1, 2, (1,), 257, 257, 64, dtype=torch.float16)
     assert "forward in one pass, strips of 64 rows and 1 x 256 + 1 keys" in str(explain(q, k, impl="triton"))
+
+
+def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.logsumexp(scale * (q.float() @ k.float().mT), -1)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("head_reduction", ["none", "mean_map"])
+@pytest.mark.parametrize(("scale", "logit_std"), [(0.2, 1.0), (-0.2, 1.0), (0.2, 4.0)])
+def test_log_sum_exp(
+    pair: bool, head_reduction: str, scale: float, logit_std: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the rows' log-sum-exps, no pass is made for them, and every result keeps its budget."""
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
+    q, k = tt.make_qk(1, 4, (2,), 33, 70, 24, logit_std=logit_std)
+    options: dict[str, Any] = {"scale": scale, "head_reduction": head_reduction}
+    function: Callable[..., torch.Tensor] = am_flow_pair if pair else am_flow
+    frames = [q[:, ::2], k[:, ::2], q[:, 1::2], k[:, 1::2]] if pair else [q, k]
+    names = ["lse_a", "lse_b"] if pair else ["lse"]
+    lse = {n: lse_of(*frames[2 * i : 2 * i + 2], scale).mT.contiguous().mT for i, n in enumerate(names)}
+    frames = [x.detach().requires_grad_() for x in frames]
+    exact = tt.oracle_flow(*frames, center=True, **options).detach()
+    centred = function(*frames, center=True, impl="triton", **options, **lse)
+    tt.assert_centred(centred.detach(), exact, 33, frame_step=0.2)
+    flow = function(*frames, impl="triton", **options, **lse)
+    tt.assert_flow(flow.detach(), exact, 33)
+    dflow = tt.make_dflow(flow.shape)
+    grads = torch.autograd.grad(flow, frames, dflow)
+    arguments = (dflow, *frames)
+    tt.assert_grads(grads, tt.oracle_grads(*arguments, **options), tt.grad_tie(*arguments, **options))
+    assert launched
+    assert "am_flow_rows_kernel" not in launched
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_sum_exp_not_finite(value: float) -> None:
+    """A log-sum-exp that is not finite makes NaN of the flows that use its row, and of no other."""
+    q, k = tt.make_qk(1, 4, (1,), 5, 70, 8)
+    lse = lse_of(q, k, 8**-0.5)
+    lse[0, 1, 0, 2] = value
+    flow = am_flow(q, k, lse=lse, impl="triton")
+    assert flow[0, :2].isnan().all()
+    assert flow[0, 2].isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [(4096, 24), (24, 4096)])

@@ -39,6 +39,7 @@ class _Problem:
         self.G = q.shape[3] if q.dim() == 6 else 1
         self.Nq, self.Nk, self.D = q.shape[-2], k.shape[-2], q.shape[-1]
         self.P = self.T - lag
+        self.scale = scale
         self.mean_map = head_reduction == "mean_map"
         self.Z = 1 if self.mean_map else self.H
         self.q = q
@@ -86,9 +87,12 @@ class _Problem:
         constants = {**self.product, **self.options, **constants, "CHUNK": chunk}
         run(kernel, programs, arguments, {**constants, **asdict(config)})
 
-    def tiled_forward(self, flow: Tensor, base: float) -> None:
-        """Three passes over tiles."""
-        for f in (self.first, self.second) if self.pair else (self.first,):
+    def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
+        """Three passes over tiles, the first only where the rows' log-sum-exps are not given."""
+        for f, known in ((self.first, lse), (self.second, lse_b)) if self.pair else ((self.first, lse),):
+            if known is not None:
+                self._take(known, f)
+                continue
             tail = configs.tail(self.Nk, self.config("rows").BLOCK_N)
             self.frame_kernel(
                 forward.am_flow_rows_kernel, "rows", f, self.pairs, f.row_max, f.row_norm, owns="rows", TAIL=tail
@@ -100,6 +104,17 @@ class _Problem:
         base_of_pairs = lost.div_(-self.Nk).add_(base)
         tail = configs.tail(self.Nq, self.config("fwd").BLOCK_M)
         self.pair_kernel(forward.am_flow_fwd_kernel, "fwd", w, base_of_pairs, flow, owns="columns", TAIL=tail)
+
+    def _take(self, lse: Tensor, f: Frames) -> None:
+        """Row statistics from log-sum-exps; one that is not finite makes NaN of its row.
+
+        What row_max can't hold of one goes into row_norm. The factor is the logits' as the kernels round it: with
+        log2(e) itself the large elements of a map would be wrong by that rounding.
+        """
+        rounded = torch.tensor(self.pairs.scale_log2, dtype=torch.float32).item()
+        exact = lse.detach().flatten().double() * (rounded / abs(self.scale) if rounded else log2(e))
+        f.row_max.copy_(exact).clamp_(min=torch.finfo(torch.float32).min)
+        torch.exp2((f.row_max - exact).float(), out=f.row_norm)
 
     def strip_forward(self, config: configs.Strip, flow: Tensor, base: float) -> None:
         """One pass; each program leaves the flow of its rows, to be summed up."""
@@ -144,6 +159,8 @@ def am_flow(
     temperature: float,
     head_reduction: str,
     center: bool,
+    lse: Tensor | None,
+    lse_b: Tensor | None,
     saved: Tensor,
 ) -> Tensor:
     pb = _Problem(q, k, q_b, k_b, scale, lag, temperature, head_reduction, saved)
@@ -156,7 +173,7 @@ def am_flow(
         if config is not None:
             pb.strip_forward(config, flow, 0.0 if mean else base)
         else:
-            pb.tiled_forward(flow, 0.0 if mean else base)
+            pb.tiled_forward(lse, lse_b, flow, 0.0 if mean else base)
     return flow.mean(HEADS).add_(base) if mean else flow
 
 
