@@ -55,6 +55,9 @@ KINDS = {
 }
 
 
+MODELLED = ["N", "padded", "issue", "lse given", "L2", "bound", "bound / model"]
+MODELLED += ["backward: padded", "issue", "L2"]
+
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments, its options
 
 
@@ -130,12 +133,13 @@ def compile_launch(
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     threads = options["num_warps"] * 32
     loop = main_loop(code)
-    strip = name(kernel) == "strip"
     # Elements of the map that one round of the loop makes, without those that only fill up a strip's last tile.
-    elements = constants["BLOCK_M"] * (constants["ROW_TILES"] * N if strip else constants["BLOCK_N"])
+    M, K, strip = constants["BLOCK_M"], constants["BLOCK_N"], "strip" in name(kernel)
+    owned = {"strip": M * constants.get("ROW_TILES", 1), "bwd_strip_q": M, "bwd_strip_k": K}
+    elements = owned[name(kernel)] * N if strip else M * K
     counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
     return {
-        "kernel": f"strip, N = {N}" if strip else name(kernel),
+        "kernel": f"{name(kernel)}, N = {N}" if strip else name(kernel),
         "registers": registers,
         "stack": stack,
         "shared bytes": compiled.metadata.shared,
@@ -172,7 +176,7 @@ def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
         key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
         for N in (*STRIPS, TILED[0]):
             for kernel, args, options in launches(dtype, N, architecture):
-                if N in TILED or name(kernel) == "strip":
+                if N in TILED or "strip" in name(kernel):
                     found.append({**key, **compile_launch(kernel, args, options, N, architecture)})
                     print(*found[-1].values(), file=sys.stderr)
     return found
@@ -198,36 +202,50 @@ def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str
     return reasons
 
 
+def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
+    """Modelled seconds of a launch by instructions or exponentials, by what it reads of q and k; what it pads."""
+    M, K, blocks = o["BLOCK_M"], o["BLOCK_N"], 1
+    if "strip" in kernel:
+        inner = {"strip": "KEY_TILES"}.get(kernel, "TILES")
+        owned = M * o.get("ROW_TILES", 1) if kernel != "bwd_strip_k" else K
+        blocks = -(-N // owned)
+        lines = blocks * owned - (owned - 16 if o.get("TAIL") else 0)
+        across = o[inner] * (M if kernel == "bwd_strip_k" else K) + o["REST"]
+        work = lines * N  # the figures of strips are for elements of the map alone
+        read = lines + blocks * across * (1 if kernel == "strip" else 2)
+    else:
+        owned, inner = (K, M) if kernel in ("fwd", "bwd_dk") else (M, K)
+        blocks, tiles = -(-N // owned), -(-N // inner)
+        lines, across = blocks * owned, N // inner * inner + o["TAIL"] if "TAIL" in o else tiles * inner
+        work = lines * across
+        # The first pass keeps its queries, the others go through frames tile by tile, the last two through three.
+        each = {"rows": inner, "bwd_dq": 3 * M + 4 * K, "bwd_dk": 4 * M + 3 * K}.get(kernel, M + K)
+        read = blocks * (tiles * each + (owned if kernel == "rows" else 0))
+    busy = max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
+    maps = B * T * H
+    return maps * work * busy, maps * read * D * 2 / L2_RATE, lines * across / N**2 - 1
+
+
 def model(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Modelled microseconds of the bfloat16 forward on an H100, against the bound."""
+    """Modelled microseconds of the bfloat16 forward and backward on an H100, against the forward's bound."""
     figures = {r["kernel"]: r for r in found if (r["sm"], r["dtype"]) == (90, "bfloat16")}
     lines = []
     for N in sorted((*STRIPS, *TILED)):
-        maps, issue, given, L2, padded = B * T * H, 0.0, 0.0, 0.0, 0.0
+        costs: dict[str, list[tuple[float, float, float]]] = {"forward": [], "backward": [], "rows": [(0.0, 0.0, 0.0)]}
         for kernel, _, o in launches(torch.bfloat16, N, 90):
-            if name(kernel).startswith("bwd"):
-                continue
-            if name(kernel) == "strip":
-                row, M, size = figures[f"strip, N = {N}"], o["ROW_TILES"] * o["BLOCK_M"], 16
-                blocks = -(-N // M)
-                queries = blocks * M - (M - size if o["TAIL"] else 0)
-                work, keys = queries * N, o["KEY_TILES"] * o["BLOCK_N"] + o["REST"]
-                read = queries + blocks * N
-            else:
-                row, M, K = figures[name(kernel)], o["BLOCK_M"], o["BLOCK_N"]
-                owned, inner = (K, M) if name(kernel) == "fwd" else (M, K)
-                queries, keys = -(-N // owned) * owned, N // inner * inner + o["TAIL"]
-                work = queries * keys
-                tiles = -(-N // inner)  # the first pass keeps its queries, the others go through frames tile by tile
-                read = queries // owned * (M + tiles * K if name(kernel) == "rows" else tiles * (M + K))
-            padded = max(padded, queries * keys / N**2 - 1)
-            seconds = maps * work * max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
-            issue += seconds
-            given += seconds * (name(kernel) == "rows")
-            L2 += maps * read * D * 2 / L2_RATE
-        bound = maps * N**2 * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
+            row = figures[f"{name(kernel)}, N = {N}" if "strip" in name(kernel) else name(kernel)]
+            one = cost(name(kernel), o, row, N)
+            costs["backward" if name(kernel).startswith("bwd") else "forward"].append(one)
+            if name(kernel) == "rows":
+                costs["rows"].append(one)
+        (issue, L2), (b_issue, b_L2), (given, _) = (
+            [sum(one[n] for one in costs[key]) for n in range(2)] for key in ("forward", "backward", "rows")
+        )
+        bound = B * T * H * N**2 * 2 / EXPONENTIALS / (PROCESSORS * CLOCK)
         times = [f"{seconds * 1e6:.0f}" for seconds in (issue, issue - given, L2, bound)]
-        lines.append([str(N), f"{padded:.0%}", *times, f"{bound / max(issue, L2):.0%}"])
+        padded = [f"{max(one[2] for one in costs[key]):.0%}" for key in ("forward", "backward")]
+        share = f"{bound / max(issue, L2):.0%}"
+        lines.append([str(N), padded[0], *times, share, padded[1], f"{b_issue * 1e6:.0f}", f"{b_L2 * 1e6:.0f}"])
     return lines
 
 
@@ -250,15 +268,17 @@ Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to
 neighbours.
 
 {Table("Kernels", heads, table, []).markdown()}
-The forward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds. Issue: each pass (one by
-strips up to N = 512, three by tiles) at its instructions issued or its exponentials, whichever takes longer
-({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} instructions of threads and {EXPONENTIALS} exponentials a
-cycle); lse given: without the pass that a log-sum-exp from the attention call saves. L2: what the programs read of q and k, at {L2_RATE / 1e12:g} TB/s (assumed). Latency is left out. Bound: two
-exponentials for each element of each map, all in the special-function units; over the larger of the two, in the last
-column. Padded: the work on what only fills up tiles, over that on the maps. The longest rows are made three times, with
-five exponentials for each element: 40% of the bound is the most that three passes can reach.
+Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds. Issue: each pass
+at its instructions issued or its exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g}
+GHz, {ISSUED} instructions of threads and {EXPONENTIALS} exponentials a cycle); the forward is one pass by strips up
+to N = 512 and three by tiles, the backward two by strips up to N = 320 and three by tiles. lse given: without the
+pass that a log-sum-exp from the attention call saves. L2: what the programs read of q and k, at {L2_RATE / 1e12:g}
+TB/s (assumed; what the first-level cache saves is not counted). Latency is left out. Bound: two exponentials for each
+element of each map, all in the special-function units; then that over the larger of the two. Padded: the work on what
+only fills up tiles, over that on the maps. The longest rows are made three times, with five exponentials for each
+element: 40% of the bound is the most that three passes can reach.
 
-{Table("Modelled forward", ["N", "padded", "issue", "lse given", "L2", "bound", "bound / model"], model(found), []).markdown()}
+{Table("Modelled times", MODELLED, model(found), []).markdown()}
 """)
 
 

@@ -78,10 +78,11 @@ def test_minus_inf_logit_weighs_nothing(scale: float) -> None:
     matrix.test_minus_inf_logit_weighs_nothing(torch.float32, scale, "triton", lambda *_: True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
-def test_equal_frames(head_reduction: str) -> None:
+def test_equal_frames(head_reduction: str, dtype: torch.dtype) -> None:
     """Frames that are the same give Nq / Nk exactly, a centred flow of 0 and no gradient at all."""
-    q, k = (x[:, :1].expand(-1, 3, -1, -1, -1).contiguous() for x in tt.make_qk(1, 1, (2,), 33, 70, 24))
+    q, k = (x[:, :1].expand(-1, 3, -1, -1, -1).contiguous() for x in tt.make_qk(1, 1, (2,), 33, 70, 24, dtype=dtype))
     q, k = q.requires_grad_(), k.requires_grad_()
     flow = am_flow(q, k, head_reduction=head_reduction, impl="triton")
     assert torch.equal(flow, torch.full_like(flow, 33 / 70))
@@ -97,9 +98,10 @@ def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape))]
 
 
-def test_chunks_and_wide_offsets_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_and_wide_offsets_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many pairs a program takes, and how wide its offsets are, has no influence on any result."""
-    q, k = tt.make_qk(1, 9, (1,), 20, 70, 16)
+    q, k = tt.make_qk(1, 9, (1,), 20, 70, 16, dtype=dtype)
     expected = results(q, k)
     for processors, index in ((10**6, None), (1, launch.tl.int64)):
         with monkeypatch.context() as patch:
@@ -201,6 +203,71 @@ def test_every_kind_of_strip(N: int) -> None:
         tt.assert_centred(centred, exact, q.shape[-2], frame_step=0.2)
 
 
+def gradients(frames: list[torch.Tensor], needed: tuple[bool, ...], **options: Any) -> None:
+    """The gradients that are asked for are within their budget."""
+    function: Callable[..., torch.Tensor] = am_flow_pair if len(frames) == 4 else am_flow
+    inputs = [x.detach().requires_grad_(need) for x, need in zip(frames, needed, strict=True)]
+    flow = function(*inputs, impl="triton", **options)
+    dflow = tt.make_dflow(flow.shape)
+    grads = torch.autograd.grad(flow, [x for x in inputs if x.requires_grad], dflow)
+    exact, tie = tt.oracle_grads(dflow, *frames, **options), tt.grad_tie(dflow, *frames, **options)
+    tt.assert_grads(grads, *([x for x, need in zip(of, needed, strict=True) if need] for of in (exact, tie)))
+
+
+@pytest.mark.parametrize(
+    "tokens", [(20, 64), (64, 20), (65, 130), (24, 197), (197, 24), (24, 257), (257, 24), (300, 33)]
+)
+def test_every_kind_of_gradient_strip(tokens: tuple[int, int]) -> None:
+    """Few tiles and many, whole and not, with a row or key more and without, in both directions."""
+    q, k = tt.make_qk(1, 3, (1,), *tokens, 16, dtype=torch.float16)
+    gradients([q, k], (True, True))
+
+
+@pytest.mark.parametrize("needed", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_some_gradients_of_pairs(needed: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Any of the four gradients without the others."""
+    q, k = tt.make_qk(1, 4, (1,), 17, 40, 16, dtype=dtype)
+    gradients([q[:, ::2], k[:, ::2], q[:, 1::2], k[:, 1::2]], tuple(map(bool, needed)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_frames_in_no_pair(dtype: torch.dtype) -> None:
+    """With lag 3 of five frames, the third is in no pair: its gradient is 0, whatever was in memory."""
+    q, k = tt.make_qk(1, 5, (1,), 17, 40, 16, dtype=dtype)
+    with tt.poison_allocations():
+        gradients([q, k], (True, True), lag=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scale_of_zero(dtype: torch.dtype) -> None:
+    """All maps are then uniform, padding or none: no flow and no gradient."""
+    q, k = (x.requires_grad_() for x in tt.make_qk(1, 3, (1,), 20, 49, 16, dtype=dtype))
+    flow = am_flow(q, k, scale=0.0, center=True, impl="triton")
+    assert torch.equal(flow, torch.zeros_like(flow))
+    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("kernel", ["bwd_strip_q", "bwd_strip_k"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_strips(kernel: str, dtype: torch.dtype) -> None:
+    """A strip covers all rows or keys, for any number of them up to 320, and with its tiles no warp repeats another."""
+    for n in range(1, 321):
+        strip = configs.gradient_strip(kernel, n, 64, dtype)
+        assert strip is not None
+        owned, wide = (strip.BLOCK_M, strip.BLOCK_N) if kernel == "bwd_strip_q" else (strip.BLOCK_N, strip.BLOCK_M)
+        covered = strip.TILES * wide + strip.REST
+        assert covered - wide < n <= covered
+        assert strip.PARTIAL is (covered > n)
+        assert not (strip.PARTIAL and strip.REST)
+        assert owned < wide
+        assert wide >= 8 * strip.num_warps
+    assert configs.gradient_strip(kernel, 321, 64, dtype) is None
+    assert configs.gradient_strip(kernel, 64, 72, dtype) is None
+    assert configs.gradient_strip(kernel, 64, 64, torch.float32) is None
+
+
 def test_block_d_pads_little() -> None:
     """A product never pads D beyond the next multiple of 16."""
     for D in range(1, 257):
@@ -227,9 +294,11 @@ def test_explain() -> None:
     told = explain(q, k, impl="triton")
     assert told.impl == "triton"
     assert "triton kernels: Triton " in str(told)
-    assert "forward in three passes, tiles of 64 x 32, 64 x 16, 16 x 64; configurations for sm_90" in str(told)
+    assert "forward in three passes, tiles of 64 x 32, 64 x 16, 16 x 64; backward in three passes by tiles" in str(told)
+    assert "configurations for sm_90" in str(told)
     q, k = tt.make_qk(1, 2, (1,), 257, 257, 64, dtype=torch.float16)
-    assert "forward in one pass, strips of 64 rows and 1 x 256 + 1 keys" in str(explain(q, k, impl="triton"))
+    told = explain(q, k, impl="triton")
+    assert "forward in one pass, strips of 64 rows and 1 x 256 + 1 keys; backward in two passes by strips" in str(told)
 
 
 def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

@@ -55,14 +55,17 @@ def describe() -> list[str]:
 
 
 def describe_launch(q: Tensor, k: Tensor) -> str:
-    """What `explain` says of the launches for q and k: the forward's, per head."""
+    """What `explain` says of the launches for q and k, without a head reduction."""
     from amflow_kernels.impl.triton import configs
 
-    device, Nk, D = configs.Device.of(q.device), k.shape[-2], q.shape[-1]
+    device, Nq, Nk, D = configs.Device.of(q.device), q.shape[-2], k.shape[-2], q.shape[-1]
     strip = configs.strip(Nk, D, q.dtype, device)
     if strip is not None:
         told = f"one pass, strips of {strip.rows} rows and {strip.KEY_TILES} x {strip.BLOCK_N} + {strip.REST} keys"
     else:
         tiles = (configs.config(name, D, q.dtype, device) for name in ("rows", "weights", "fwd"))
         told = "three passes, tiles of " + ", ".join(f"{tile.BLOCK_M} x {tile.BLOCK_N}" for tile in tiles)
-    return f"forward in {told}; configurations for sm_{device.sm}"
+    fits = (("bwd_strip_q", Nk), ("bwd_strip_k", Nq))
+    by_strips = all(configs.gradient_strip(kernel, n, D, q.dtype) is not None for kernel, n in fits)
+    backward = "two passes by strips" if by_strips else "three passes by tiles"
+    return f"forward in {told}; backward in {backward}; configurations for sm_{device.sm}"

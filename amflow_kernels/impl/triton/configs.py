@@ -63,6 +63,20 @@ class Strip:
         return self.ROW_TILES * self.BLOCK_M
 
 
+@dataclass(frozen=True)
+class GradientStrip:
+    """How a strip kernel of the backward is launched: a program owns BLOCK_M rows (or BLOCK_N keys), and all keys (or
+    rows) are TILES tiles of the other and REST more."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    TILES: int
+    REST: int
+    PARTIAL: bool
+
+
 # By kernel and bytes of an element. Exact float32 products take many registers, hence their smaller tiles.
 _CONFIGS = {
     ("rows", 2): Config(128, 64, 8),
@@ -72,7 +86,7 @@ _CONFIGS = {
     ("fwd", 2): Config(64, 128, 8),
     ("fwd", 4): Config(16, 64, 4),
     ("bwd_rows", 2): Config(128, 64, 8),
-    ("bwd_rows", 4): Config(64, 32, 8),
+    ("bwd_rows", 4): Config(32, 32, 4),
     ("bwd_rho", 2): Config(64, 32, 8),
     ("bwd_rho", 4): Config(32, 32, 8),
     ("bwd_dq", 2): Config(64, 32, 4),
@@ -114,7 +128,9 @@ def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
         return Strip(64, wide, 8 if wide > 64 else 4, REST=rest)
     if Nk < 64:
         return Strip(64, max(16, 2 * wide), 4, PARTIAL=True)
-    if Nk <= 224:  # three stages, which load ahead, where registers suffice
+    if Nk <= 192 or (
+        Nk <= 224 and (device.sm < 100 or Nk == 224)
+    ):  # three stages, which load ahead, where registers suffice
         few = Strip(16, 32, 4, 3 if device.sm == 90 and not 160 < Nk <= 192 else 1, ROW_TILES=2)
     elif Nk < 256:
         few = Strip(32, 64, 4, 1)
@@ -123,6 +139,25 @@ def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
     else:
         return None
     return replace(few, KEY_TILES=-(-Nk // few.BLOCK_N), PARTIAL=Nk % few.BLOCK_N != 0)
+
+
+def gradient_strip(kernel: str, n: int, D: int, dtype: torch.dtype) -> GradientStrip | None:
+    """For the backward's strip kernels, of n keys ("bwd_strip_q") or rows ("bwd_strip_k"), or None: take the tiled.
+
+    Up to four maps of a strip have to fit in registers. Eight warps side by side need tiles of 64, or they repeat each
+    other's work.
+    """
+    if dtype.itemsize != 2 or block_d(D) < D or n > 320:
+        return None
+    wide = 32 if n <= 32 else 64
+    rest = 1 if n > wide and n % wide == 1 else 0
+    half, keys = dtype == torch.float16, kernel == "bwd_strip_k"  # float16 is multiplied as tf32, which takes registers
+    owned = 32 if 32 < n <= (128 if half and keys else 192) else 16
+    warps, stages = 4 if n <= 64 else 8, 2 if keys and n > 192 else 1
+    if keys and n - rest == 256 and not half:
+        owned, wide = 32, 256
+    blocks = (owned, wide) if kernel == "bwd_strip_q" else (wide, owned)
+    return GradientStrip(*blocks, warps, stages, -(-(n - rest) // wide), rest, (n - rest) % wide != 0)
 
 
 def _stages(wanted: int, rows: int, device: Device) -> int:

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from amflow_kernels.impl.triton import configs, saved_sizes
-from amflow_kernels.impl.triton.kernels import backward, forward, strip
+from amflow_kernels.impl.triton.kernels import backward, forward, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
+TINY = torch.finfo(torch.float32).tiny
 
 
 class _Problem:
@@ -51,8 +52,9 @@ class _Problem:
         if q_b is not None and k_b is not None:
             tensors += [q_b, k_b]
             self.second = self._frames(q_b, k_b, *statistics[2:])
+        scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would make NaN of -inf
         self.pairs = Pairs(
-            self.P, lag, self.step, self.Z, self.H, self.G, self.Nq, self.Nk, abs(scale) * log2(e), 1 / temperature
+            self.P, lag, self.step, self.Z, self.H, self.G, self.Nq, self.Nk, scale_log2, 1 / temperature
         )
         self.device = configs.Device.of(q.device)
         self.common = {
@@ -87,6 +89,16 @@ class _Problem:
         constants = {**self.product, **self.options, **constants, "CHUNK": chunk}
         run(kernel, programs, arguments, {**constants, **asdict(config)})
 
+    def strip_kernel(
+        self, kernel: Any, config: configs.GradientStrip, *arguments: Any, owns: str, **constants: Any
+    ) -> None:
+        """Launch a strip kernel of the backward."""
+        blocks = self._blocks(config, owns)
+        chunk, chunks, programs = self._chunks(blocks)
+        arguments = (self.first, self.second, self.pairs, *arguments, blocks, chunks)
+        constants = {**self.common, **constants, "SHARP": self.options["SHARP"], "CHUNK": chunk}
+        run(kernel, programs, arguments, {**constants, **asdict(config)})
+
     def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
         """Three passes over tiles, the first only where the rows' log-sum-exps are not given."""
         for f, known in ((self.first, lse), (self.second, lse_b)) if self.pair else ((self.first, lse),):
@@ -112,7 +124,7 @@ class _Problem:
         log2(e) itself the large elements of a map would be wrong by that rounding.
         """
         rounded = torch.tensor(self.pairs.scale_log2, dtype=torch.float32).item()
-        exact = lse.detach().flatten().double() * (rounded / abs(self.scale) if rounded else log2(e))
+        exact = lse.detach().flatten().double() * (rounded / abs(self.scale) if self.scale else log2(e))
         f.row_max.copy_(exact).clamp_(min=torch.finfo(torch.float32).min)
         torch.exp2((f.row_max - exact).float(), out=f.row_norm)
 
@@ -140,7 +152,7 @@ class _Problem:
         chunks = -(-longest // chunk)
         return chunk, chunks, chains * chunks
 
-    def _blocks(self, config: configs.Config, owns: str) -> int:
+    def _blocks(self, config: configs.Config | configs.GradientStrip, owns: str) -> int:
         return -(-self.Nq // config.BLOCK_M) if owns == "rows" else -(-self.Nk // config.BLOCK_N)
 
 
@@ -203,9 +215,11 @@ def am_flow_backward(
         g = g.unsqueeze(HEADS)
     if q.dim() == 5:
         g = g.unsqueeze(-2)
-    rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
-    d = backward.Gradient(g, g.stride()[:4], *rows)
     with _on(q):
+        if _strips_backward(pb, g, scale, (dq, dk, dq_b, dk_b)):
+            return dq, dk, dq_b, dk_b
+        rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
+        d = backward.Gradient(g, g.stride()[:4], *rows)
         pb.pair_kernel(backward.am_flow_bwd_rows_kernel, "bwd_rows", d, pb.e_sum, scale, owns="rows")
         if pb.pair:
             _frames_backward(pb, backward.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk)
@@ -213,6 +227,28 @@ def am_flow_backward(
         else:
             _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk)
     return dq, dk, dq_b, dk_b
+
+
+def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
+    """All gradients in two passes by strips, if those fit."""
+    by_rows = configs.gradient_strip("bwd_strip_q", pb.Nk, pb.D, pb.q.dtype)
+    by_columns = configs.gradient_strip("bwd_strip_k", pb.Nq, pb.D, pb.q.dtype)
+    if by_rows is None or by_columns is None or pb.mean_map:
+        return False
+    for grad in grads:
+        if grad.numel():
+            grad[:, pb.P : pb.step] = 0  # frames that are in no pair
+    dq, dk, dq_b, dk_b = grads if pb.pair else (*grads[:2], *grads[:2])
+    slope, offset = torch.empty((2, pb.e_sum.numel()), dtype=torch.float32, device=g.device)
+    rho = torch.empty((1 + pb.pair, pb.first.row_max.numel()), dtype=torch.float32, device=g.device)
+    d = strip_backward.StripGradient(g, g.stride()[:4], slope, offset, rho[0], rho[-1])
+    needed = {"NEEDED": dq.numel() > 0, "NEEDED_B": dq_b.numel() > 0}
+    arguments = (d, pb.e_sum, dq, dq_b, scale)
+    pb.strip_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, *arguments, owns="rows", **needed)
+    needed = {"NEEDED": dk.numel() > 0, "NEEDED_B": dk_b.numel() > 0}
+    if any(needed.values()):
+        pb.strip_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, d, dk, dk_b, owns="columns", **needed)
+    return True
 
 
 def _frames_backward(pb: _Problem, frame: backward.Frame, d: backward.Gradient, dq: Tensor, dk: Tensor) -> None:

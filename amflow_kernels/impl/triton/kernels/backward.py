@@ -37,11 +37,10 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def _signed_exp(d, SHARP: tl.constexpr):
-    """S e^|d|, S = sign(d), exactly 0 where d is 0; and e^|d| - 1."""
-    e = expm1(tl.abs(d), SHARP)
-    y = tl.where(d < 0, -1.0 - e, 1.0 + e)
-    return tl.where(d == 0, 0.0, y), e
+def signed_exp(d, SHARP: tl.constexpr):
+    """S e^|d|, S = sign(d), exactly 0 where d is 0; and e^|d|."""
+    h = 1.0 + expm1(tl.abs(d), SHARP)
+    return tl.where(d == 0, 0.0, tl.where(d < 0, -h, h)), h
 
 
 @triton.jit
@@ -64,8 +63,7 @@ def am_flow_bwd_rows_kernel(
     i = tl.minimum(row, p.Nq - 1)
     c = tl.arange(0, CHUNK)
     unit = p.inv_temperature
-    g_sum = tl.zeros([CHUNK], tl.float32)
-    e_g = tl.zeros([BLOCK_M, CHUNK], tl.float32)
+    h_g = tl.zeros([BLOCK_M, CHUNK], tl.float32)
     A_y = tl.zeros([BLOCK_M, CHUNK], tl.float32)
     A_y_g = tl.zeros([BLOCK_M, CHUNK], tl.float32)
     B_y = tl.zeros([BLOCK_M, CHUNK], tl.float32)
@@ -81,12 +79,11 @@ def am_flow_bwd_rows_kernel(
                     second, p, b, at + p.shift, z, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, False
                 )
                 g_j = _dflow(d, p, b, at, z, g, key)
-                y, e = _signed_exp(A - B, SHARP)
+                y, h = signed_exp(A - B, SHARP)
                 y = tl.where(key[None, :] < p.Nk, y, 0.0)
                 y_g = y * g_j[None, :]
                 here = c[None, :] == n
-                g_sum += tl.where(c == n, tl.sum(g_j), 0.0)
-                e_g += tl.where(here, tl.sum(e * g_j[None, :], 1)[:, None], 0.0)
+                h_g += tl.where(here, tl.sum(h * g_j[None, :], 1)[:, None], 0.0)
                 A_y += tl.where(here, tl.sum(A * y, 1)[:, None], 0.0)
                 A_y_g += tl.where(here, tl.sum(A * y_g, 1)[:, None], 0.0)
                 B_y += tl.where(here, tl.sum(B * y, 1)[:, None], 0.0)
@@ -96,7 +93,7 @@ def am_flow_bwd_rows_kernel(
         to = (((b * p.P + pair[None, :]) * p.Z + z) * p.G + g) * p.Nq + row[:, None]
         inside = (row[:, None] < p.Nq) & (c[None, :] < pairs)
         w = reciprocal(p.Nk + tl.load(e_sum_ptr + to, mask=inside, other=0.0))
-        delta = w * (g_sum[None, :] + e_g)
+        delta = w * h_g
         slope = scale * w
         tl.store(d.slope + to, slope, mask=inside)
         tl.store(d.offset + to, slope * delta, mask=inside)
@@ -118,7 +115,7 @@ class Frame(NamedTuple):
 @triton.jit
 def _pair_gradient(A, B, d, p, b, pair, z, g, row, i, key, SHARP: tl.constexpr, TURNED: tl.constexpr):
     """What the pair (A, B) adds to the gradient of A; 0 in rows beyond the last."""
-    y, _ = _signed_exp(A - B, SHARP)
+    y, _ = signed_exp(A - B, SHARP)
     at = (((b * p.P + pair) * p.Z + z) * p.G + g) * p.Nq
     slope = tl.load(d.slope + at + i, mask=row < p.Nq, other=0.0)
     offset = tl.load(d.offset + at + i, mask=row < p.Nq, other=0.0)
@@ -200,7 +197,7 @@ def _dlogits(
 
 
 @triton.jit
-def _matrix(base, stride, n, N, d, D: tl.constexpr, WIDE_D: tl.constexpr):
+def matrix(base, stride, n, N, d, D: tl.constexpr, WIDE_D: tl.constexpr):
     """Whole rows n of q or k, [BLOCK, WIDE_D], 0 beyond the last and beyond D."""
     at = base + n[:, None] * stride + d[None, :]
     if D == WIDE_D:
@@ -210,7 +207,7 @@ def _matrix(base, stride, n, N, d, D: tl.constexpr, WIDE_D: tl.constexpr):
 
 
 @triton.jit
-def _dot(dlogits, x, acc, PRECISION: tl.constexpr):
+def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
     """Gradients reach far below float16's range, bfloat16's or float32's they fit."""
     if x.dtype == tl.float16:
         return tl.dot(dlogits, x.to(tl.float32), acc=acc, input_precision="tf32")  # float16 fits in tf32
@@ -235,7 +232,7 @@ def am_flow_bwd_dq_kernel(
         dlogits = _dlogits(
             f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP, False
         )
-        dq = _dot(dlogits, _matrix(k, f.own.k_stride[4], key, p.Nk, col, D, WIDE_D), dq, PRECISION)
+        dq = product_with(dlogits, matrix(k, f.own.k_stride[4], key, p.Nk, col, D, WIDE_D), dq, PRECISION)
     to = dq_ptr + at * p.Nq * D + row[:, None] * D + col[None, :]
     tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=(row[:, None] < p.Nq) & (col[None, :] < D))
 
@@ -257,6 +254,6 @@ def am_flow_bwd_dk_kernel(
         dlogits = _dlogits(
             f, d, p, rho_ptr, b, t, h, g, at, row, key, D, BLOCK_D, PRECISION, NEGATE, MEAN_MAP, SHARP, True
         )
-        dk = _dot(dlogits, _matrix(q, f.own.q_stride[4], row, p.Nq, col, D, WIDE_D), dk, PRECISION)
+        dk = product_with(dlogits, matrix(q, f.own.q_stride[4], row, p.Nq, col, D, WIDE_D), dk, PRECISION)
     to = dk_ptr + at * p.Nk * D + key[:, None] * D + col[None, :]
     tl.store(to, dk.to(dk_ptr.dtype.element_ty), mask=(key[:, None] < p.Nk) & (col[None, :] < D))

@@ -41,8 +41,6 @@ def _statistics(
     new_top = tl.maximum(top, tl.max(s, 1))
     high = tl.maximum(new_top * p.scale_log2, LOWEST)
     x = tl.exp2(tl.fma(s, p.scale_log2, -high[:, None]))
-    if PARTIAL:
-        x = tl.where(j[None, :] < p.Nk, x, 0.0)  # a scale of 0 makes NaN of -inf
     total = tl.fma(total, tl.exp2(tl.maximum(top * p.scale_log2, LOWEST) - high), tl.sum(x, 1))
     return new_top, total
 

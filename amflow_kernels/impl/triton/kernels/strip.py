@@ -1,9 +1,11 @@
 """The whole forward in one pass, where rows of two frames' maps fit in registers.
 
-A row of a map is KEY_TILES tiles of BLOCK_N keys, the last of them with PARTIAL not all there, and REST keys more, each
-a column of its own: 257 keys are one tile and one column. All tiles have one width, since the compiler would give tiles
-of different widths layouts in which warps repeat each other's work. A program has ROW_TILES tiles of BLOCK_M rows, so
-that keys once loaded serve all of them; the last block of rows, if 16 hold what is left, is one of 16 (TAIL).
+A row of a map is KEY_TILES tiles of BLOCK_N keys and REST keys more, each a column of its own: 257 keys are one tile
+and one column. With PARTIAL the keys do not fill the tiles: the last one begins early and leaves out what the one
+before it has, or if there is one alone, reads the last key again. All tiles have one width, since the compiler would
+give tiles of different widths layouts in which warps repeat each other's work. A program has ROW_TILES tiles of
+BLOCK_M rows, so that keys once loaded serve all of them; the last block of rows, if 16 hold what is left, is one of
+16 (TAIL).
 
 The tiles and columns of all rows are one flat tuple: of row tile r, [r * width : (r + 1) * width].
 """
@@ -25,7 +27,34 @@ from amflow_kernels.impl.triton.kernels.maps import (
 
 
 @triton.jit
-def _logits(
+def begins(c, n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
+    """First of the n rows or keys in tile c."""
+    if PARTIAL and c == TILES - 1 and TILES > 1:
+        return n - BLOCK
+    else:
+        return c * BLOCK
+
+
+@triton.jit
+def members(n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
+    """The rows or keys of a tile, from its first on."""
+    if PARTIAL and TILES == 1:
+        return tl.minimum(tl.arange(0, BLOCK), n - 1)
+    else:
+        return tl.arange(0, BLOCK)
+
+
+@triton.jit
+def own_members(c, n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
+    """Which of a tile's rows or keys no other tile has."""
+    if TILES == 1:
+        return tl.arange(0, BLOCK) < n
+    else:
+        return tl.arange(0, BLOCK) >= TILES * BLOCK - n
+
+
+@triton.jit
+def whole_rows(
     f, p, b, t, h, g, row0,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, KEY_TILES: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -33,7 +62,7 @@ def _logits(
 ):  # fmt: skip
     """Whole rows of +-q k^T, as a flat tuple."""
     d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N).to(INDEX)
+    j = members(p.Nk, BLOCK_N, KEY_TILES, PARTIAL).to(INDEX)
     sn = f.q_stride[4]
     q = queries(f, b, t, h, g) + row0 * sn
     q_tiles = ()
@@ -44,17 +73,15 @@ def _logits(
     k = keys(f, b, t, h, g)
     found = ()
     for c in tl.static_range(KEY_TILES):
-        left = p.Nk - c * BLOCK_N
-        j = n
-        if PARTIAL and c == KEY_TILES - 1:
-            j = tl.minimum(n, left - 1)
-        k_tile = tile(k + c * BLOCK_N * kn, kn, j[None, :], d[:, None], D, D != BLOCK_D)
+        k_tile = tile(
+            k + begins(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL) * kn, kn, j[None, :], d[:, None], D, D != BLOCK_D
+        )
         for r in tl.static_range(ROW_TILES):
             s = tl.dot(q_tiles[r], k_tile)
             if NEGATE:
                 s = -s
             if PARTIAL and c == KEY_TILES - 1:
-                s = tl.where(n[None, :] < left, s, -float("inf"))
+                s = tl.where(own_members(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL)[None, :], s, -float("inf"))
             found = found + (s,)
     rest = ()
     for x in tl.static_range(REST):
@@ -74,7 +101,7 @@ def _logits(
 
 
 @triton.jit
-def _row_sum(x, r: tl.constexpr, KEY_TILES: tl.constexpr, REST: tl.constexpr):
+def row_sum(x, r: tl.constexpr, KEY_TILES: tl.constexpr, REST: tl.constexpr):
     """Of the rows of tile r."""
     width: tl.constexpr = KEY_TILES + REST
     tiles = x[r * width]
@@ -94,7 +121,7 @@ def _strip(
     REST: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows of A / temperature, as a flat tuple. Stores the row statistics of A."""
-    s = _logits(
+    s = whole_rows(
         f, p, b, t, h, g, row0, D, BLOCK_D, NEGATE, INDEX, ROW_TILES, BLOCK_M, KEY_TILES, BLOCK_N, REST, PARTIAL
     )
     width: tl.constexpr = KEY_TILES + REST
@@ -112,7 +139,7 @@ def _strip(
             x = x + (tl.exp2(tl.fma(s[r * width + c], p.scale_log2, -top[:, None])),)
         for c in tl.static_range(KEY_TILES, width):
             x = x + (tl.exp2(tl.fma(s[r * width + c], p.scale_log2, -top)),)
-        norm = reciprocal(_row_sum(x, 0, KEY_TILES, REST))
+        norm = reciprocal(row_sum(x, 0, KEY_TILES, REST))
         factor = norm * p.inv_temperature
         for c in tl.static_range(KEY_TILES):
             A = A + (product(x[c], factor[:, None]),)
@@ -134,7 +161,6 @@ def _rows(
 ):  # fmt: skip
     """What ROW_TILES * BLOCK_M rows add to the flow of a run of pairs."""
     width: tl.constexpr = KEY_TILES + REST
-    n = tl.arange(0, BLOCK_N)
     A = _strip(
         first, p, b, first_pair, z, g, row0,
         D, BLOCK_D, NEGATE, INDEX, ROW_TILES, BLOCK_M, KEY_TILES, BLOCK_N, REST, PARTIAL,
@@ -153,7 +179,7 @@ def _rows(
         lost = 0.0
         for r in tl.static_range(ROW_TILES):
             row = row0 + r * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
-            e_sum = _row_sum(e, r, KEY_TILES, REST)
+            e_sum = row_sum(e, r, KEY_TILES, REST)
             tl.store(e_sum_ptr + pair * p.Nq + row, e_sum, mask=row < p.Nq)
             w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
             lost += tl.sum(w_r * e_sum)
@@ -164,10 +190,11 @@ def _rows(
             x = w[0][:, None] * e[c]
             for r in tl.static_range(1, ROW_TILES):
                 x = tl.fma(w[r][:, None], e[r * width + c], x)
+            to_tile = to + begins(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL) + tl.arange(0, BLOCK_N)
             if PARTIAL and c == KEY_TILES - 1:
-                tl.store(to + c * BLOCK_N + n, tl.sum(x, 0) - lost, mask=c * BLOCK_N + n < p.Nk)
+                tl.store(to_tile, tl.sum(x, 0) - lost, mask=own_members(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL))
             else:
-                tl.store(to + c * BLOCK_N + n, tl.sum(x, 0) - lost)
+                tl.store(to_tile, tl.sum(x, 0) - lost)
         for c in tl.static_range(REST):
             x = w[0] * e[KEY_TILES + c]
             for r in tl.static_range(1, ROW_TILES):
