@@ -1,6 +1,7 @@
 """AM flow: how attention maps change from one video frame to the next, without ever forming the maps."""
 
 from amflow_kernels.api import am_flow, am_flow_pair, explain
+from amflow_kernels.attention import am_flow_attention
 
-__all__ = ["am_flow", "am_flow_pair", "explain"]
+__all__ = ["am_flow", "am_flow_attention", "am_flow_pair", "explain"]
 __version__ = "0.1.0"

@@ -70,13 +70,8 @@ def am_flow(
         TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
         RuntimeError: the implementation asked for by ``impl`` can't run here; the message says why.
     """
-    _check_frames(q, k, "q", "k")
-    if not isinstance(lag, int) or isinstance(lag, bool):
-        raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
-    if lag < 1:
-        raise ValueError(f"lag: expected at least 1, got {lag}")
-    if q.shape[1] <= lag:
-        raise ValueError(f"q: expected more frames (dimension 1) than lag = {lag}, got T = {q.shape[1]}")
+    check_frames(q, k, "q", "k")
+    check_lag(q, lag)
     _check_lse(lse, q, "lse", "q")
     return _call(q, k, None, None, lse, None, scale, lag, temperature, head_reduction, center, impl)
 
@@ -109,10 +104,10 @@ def am_flow_pair(
         float32 (float64 for float64 inputs), contiguous: (B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head
         reduction. Differentiable once with respect to all four inputs.
     """
-    _check_frames(q_a, k_a, "q_a", "k_a")
-    _check_frames(q_b, k_b, "q_b", "k_b")
+    check_frames(q_a, k_a, "q_a", "k_a")
+    check_frames(q_b, k_b, "q_b", "k_b")
     for name, value, other_name, other in (("q_b", q_b, "q_a", q_a), ("k_b", k_b, "k_a", k_a)):
-        _check_same(name, value, other_name, other)
+        check_same(name, value, other_name, other)
         if value.shape != other.shape:
             raise ValueError(
                 f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
@@ -136,6 +131,25 @@ def _call(
     center: bool,
     impl: str | None,
 ) -> Tensor:
+    scale, temperature = check_options(q, scale, temperature, head_reduction, center, impl)
+    flow, _ = ops.am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
+    return flow
+
+
+def check_lag(q: Tensor, lag: int) -> None:
+    """Raises unless the clip of q has pairs of frames that far apart."""
+    if not isinstance(lag, int) or isinstance(lag, bool):
+        raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
+    if lag < 1:
+        raise ValueError(f"lag: expected at least 1, got {lag}")
+    if q.shape[1] <= lag:
+        raise ValueError(f"q: expected more frames (dimension 1) than lag = {lag}, got T = {q.shape[1]}")
+
+
+def check_options(
+    q: Tensor, scale: float | None, temperature: float, head_reduction: str, center: bool, impl: str | None
+) -> tuple[float, float]:
+    """Scale and temperature as numbers; raises unless all options are as documented."""
     scale = q.shape[-1] ** -0.5 if scale is None else _check_number("scale", scale)
     temperature = _check_number("temperature", temperature)
     if temperature < MIN_TEMPERATURE:
@@ -147,8 +161,7 @@ def _call(
     if not isinstance(center, bool):
         raise TypeError(f"center: expected a bool, got {type(center).__name__}")
     check_impl(impl, q)
-    flow, _ = ops.am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
-    return flow
+    return scale, temperature
 
 
 def _check_number(name: str, value: float) -> float:
@@ -159,14 +172,14 @@ def _check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
     if value.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
 
 
-def _check_frames(q: Tensor, k: Tensor, q_name: str, k_name: str) -> None:
+def check_frames(q: Tensor, k: Tensor, q_name: str, k_name: str) -> None:
     for name, value in ((q_name, q), (k_name, k)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -190,7 +203,7 @@ def _check_frames(q: Tensor, k: Tensor, q_name: str, k_name: str) -> None:
                 f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; "
                 "call .contiguous() on it"
             )
-    _check_same(k_name, k, q_name, q)
+    check_same(k_name, k, q_name, q)
     if q.dim() != k.dim():
         raise ValueError(f"{k_name}: expected {q.dim()} dimensions as {q_name}, got {k.dim()}: {tuple(k.shape)}")
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:

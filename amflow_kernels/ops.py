@@ -92,6 +92,14 @@ def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
     return Choice("reference", "; ".join(reasons), fallback=True)
 
 
+def uses_lse(q: Tensor, k: Tensor, impl: str | None) -> bool:
+    """Whether the forward of q and k would be faster for the rows' log-sum-exps. Traced code can't tell: no."""
+    if torch.compiler.is_compiling():
+        return False
+    chosen = IMPLS[choose(q.device.type, q.dtype, impl).name]
+    return chosen.row_statistics and bool(chosen.module.uses_lse(q, k))
+
+
 _warned: set[str] = set()
 
 

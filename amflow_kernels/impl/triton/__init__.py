@@ -44,6 +44,13 @@ def am_flow_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch.am_flow_backward(*arguments)
 
 
+def uses_lse(q: Tensor, k: Tensor) -> bool:
+    """Whether the forward has a pass for row statistics, which log-sum-exps spare."""
+    from amflow_kernels.impl.triton import configs
+
+    return configs.strip(k.shape[-2], q.shape[-1], q.dtype, configs.Device.of(q.device)) is None
+
+
 def describe() -> list[str]:
     """What `explain` says of the Triton kernels."""
     why_not = unavailable()

@@ -1,0 +1,115 @@
+"""Attention and its AM flow in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from amflow_kernels import api, ops
+
+__all__ = ["am_flow_attention"]
+
+
+def am_flow_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+    center: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scaled_dot_product_attention` of every frame, and the AM flow of the same attention maps.
+
+    A drop-in for the attention call of a video model whose frames lie side by side::
+
+        out, flow = am_flow_attention(q.unflatten(0, (B, T)), k.unflatten(0, (B, T)), v.unflatten(0, (B, T)))
+        out = out.flatten(0, 1)
+
+    Args:
+        q, k: queries (B, T, *G, Nq, D) and keys (B, T, *G, Nk, D) of T frames, as `am_flow` takes them.
+        v: values, (B, T, *G, Nk, Dv), dtype and device of q.
+        attn_mask, dropout_p, is_causal, enable_gqa: where `scaled_dot_product_attention` has them, so that calls can be
+            exchanged. AM flow is defined for the plain softmax(q k^T): anything but the defaults raises.
+        scale, lag, temperature, head_reduction, center, impl: as in `am_flow`; `scale` is the attention's, too.
+
+    Returns:
+        out: (B, T, *G, Nq, Dv) in the dtype of v, from PyTorch's own attention kernels, run on frames folded into the
+            batch and windows into the heads: memory layout and bits are those of such a call.
+        flow: as `am_flow` returns it. Both are differentiable in q and k, `out` in v, too.
+
+    Under autocast q, k and v are cast as `scaled_dot_product_attention` casts them, and both results are of the cast
+    ones; `am_flow` itself casts nothing. Where flash attention runs on a GPU and the flow has use for its log-sum-exps,
+    the flow takes them (not in compiled code).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
+    """
+    for name, value, plain in (
+        ("attn_mask", attn_mask, None), ("dropout_p", dropout_p, 0.0), ("is_causal", is_causal, False),
+        ("enable_gqa", enable_gqa, False),
+    ):  # fmt: skip
+        if value is not plain and not (isinstance(value, (int, float)) and value == plain):
+            told = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"{name}: expected {plain} (AM flow is of plain attention maps), got {told}")
+    api.check_frames(q, k, "q", "k")
+    api.check_lag(q, lag)
+    scale, temperature = api.check_options(q, scale, temperature, head_reduction, center, impl)
+    _check_values(q, k, v)
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    out, lse = _attention(q, k, v, scale, impl)
+    flow = api.am_flow(
+        q, k, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center, lse=lse,
+        impl=impl,
+    )  # fmt: skip
+    return out, flow
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v: expected a torch.Tensor, got {type(v).__name__}")
+    api.check_same("v", v, "q", q)
+    if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:
+        raise ValueError(
+            f"v: expected the shape of k but for the last dimension, {(*k.shape[:-1], 'Dv')}, got {tuple(v.shape)}"
+        )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str | None) -> tuple[Tensor, Tensor | None]:
+    """The attention's output, and its rows' log-sum-exps where the flow has use for them."""
+    frames, groups = q.shape[:2], q.shape[2:-2]
+    # Fused attention kernels take four dimensions, no more.
+    q4, k4, v4 = (x.flatten(0, 1).flatten(1, -3) for x in (q, k, v))
+    lse = None
+    if ops.uses_lse(q, k, impl) and _runs_flash(q4, k4, v4, scale):
+        out, lse = _flash(q4, k4, v4, scale)
+        lse = lse.unflatten(1, groups).unflatten(0, frames)
+    else:
+        out = scaled_dot_product_attention(q4, k4, v4, scale=scale)
+    return out.unflatten(1, groups).unflatten(0, frames), lse
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out, lse
+
+
+def _runs_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether the attention call will run flash attention on a GPU, on these very tensors.
+
+    The CPU's log-sum-exps are off by 1e-6, which nearly still clips feel.
+    """
+    chosen = torch._fused_sdp_choice(q, k, v, scale=scale)
+    flash = q.device.type == "cuda" and chosen == SDPBackend.FLASH_ATTENTION.value
+    return flash and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0  # else it gets padded ones
