@@ -95,7 +95,11 @@ BAD_LSE: dict[str, tuple[Any, type[Exception], str]] = {
     "not a tensor": (1.0, TypeError, r"expected None or a torch\.Tensor, got float"),
     "half": (x(2, 3, 2, 5, dtype=torch.float16), TypeError, r"expected float32, got torch\.float16"),
     "device": (x(2, 3, 2, 5).to("meta"), ValueError, r"expected the device of q(_.)?, cpu, got meta"),
-    "padded": (x(2, 3, 2, 32), ValueError, r"expected one number for each row of q.*without padding, \(2, 3, 2, 5\), got \(2, 3, 2, 32\)"),
+    "padded": (
+        x(2, 3, 2, 32),
+        ValueError,
+        r"expected one number for each row of q.*without padding, \(2, 3, 2, 5\), got \(2, 3, 2, 32\)",
+    ),
     "folded": (x(6, 2, 5), ValueError, r"expected one number for each row of q.*got \(6, 2, 5\)"),
 }
 
