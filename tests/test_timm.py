@@ -22,12 +22,12 @@ MODELS = {
 }
 
 
-def make(model_name: str, **options: object) -> nn.Module:
+def make(model_name: str, noise: float = 0.2, **options: object) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(model_name, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # fresh layers attend almost evenly, and their norms do nothing
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     return model
 
 

@@ -1,17 +1,129 @@
-"""The q and k that a timm vision transformer really uses, taken during its own forward."""
+"""AM flow of timm vision transformers, taken during their own forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["record_qk"]
+from amflow_kernels.api import am_flow
+from amflow_kernels.attention import am_flow_attention
+from amflow_kernels.integrations._calls import reading, replaced_forwards
+
+__all__ = ["BlockFlow", "record_am_flow", "record_qk"]
+
+_UNREAD = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
+
+
+@dataclass(frozen=True)
+class BlockFlow:
+    """AM flow of one block, on the grid of the tokens that enter it.
+
+    Attributes:
+        grid: of the image's tokens, (B, T - lag, heads, height, width), float32; without heads if those are reduced.
+        prefix: of the class token and registers, (B, T - lag, heads, prefix tokens); without heads if reduced.
+        windows: in how many windows the block's attention runs. Each window's flow sums to its queries, and tells
+            nothing of one window against another: no token attends to another window's.
+    """
+
+    grid: Tensor
+    prefix: Tensor
+    windows: int
+
+
+@contextmanager
+def record_am_flow(
+    model: nn.Module,
+    *,
+    num_frames: int,
+    blocks: Iterable[int] | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    head_reduction: str = "none",
+    center: bool = False,
+    impl: str | None = None,
+    replace_attention: bool = False,
+) -> Iterator[dict[int, BlockFlow]]:
+    """Records the AM flow of every block of a timm vision transformer while the model runs inside the ``with`` block.
+
+    The flows are of the q and k that enter ``scaled_dot_product_attention``: after q/k norm, rotary embedding and
+    pooling. Attention stays fused, and the model's output does not change by a bit::
+
+        with record_am_flow(vit, num_frames=T) as flows:
+            out = vit(frames)           # (B * T, 3, height, width), the frames of a clip side by side
+        flows[11].grid                  # (B, T - 1, heads, height, width), differentiable in the model's parameters
+
+    It works in compiled models (they are compiled anew for it), in `DistributedDataParallel` and with `fully_shard`.
+    Under activation checkpointing q and k are kept, and what is run again in the backward records nothing; with the
+    reentrant kind flows take no gradient, since its forward runs without one.
+
+    Args:
+        model: a timm model with a ``.blocks`` sequence whose attention is a single ``scaled_dot_product_attention`` per
+            block without mask or bias: ViT, DeiT, DINOv2, EVA, DINOv3, ..., or Hiera.
+        num_frames: T; the batch of images is B clips of T frames.
+        blocks: indices of the blocks to record, from 0; None means all.
+        lag, temperature, head_reduction, center, impl: as in `am_flow`.
+        replace_attention: run `am_flow_attention` in place of the model's attention call. Both results are then of one
+            call, which on a GPU lets the flow take what the attention has computed; where the model has windows, the
+            output may differ in its last bits.
+
+    Yields:
+        A dict, filled by the forward, of {block index: `BlockFlow`}. A second forward replaces them.
+
+    Raises:
+        TypeError: the model has no blocks with a timm attention layer.
+        ValueError: there is no block of such an index, or the images are not whole clips.
+        RuntimeError: a selected layer is not fused, adds a mask or bias to its logits, uses a scale other than
+            D ** -0.5, calls the attention more than once, does not see all tokens of one image, or (at the end of the
+            ``with`` block) did not run.
+
+    However the ``with`` block ends, the model is left as it was.
+    """
+    if not isinstance(num_frames, int) or isinstance(num_frames, bool):
+        raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
+    if num_frames <= lag:
+        raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
+    options: dict[str, Any] = {"lag": lag, "temperature": temperature, "head_reduction": head_reduction}
+    options |= {"center": center, "impl": impl}
+    timm_model: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    selected = _selected_layers(timm_model, blocks)
+    grid = _Grid(timm_model)
+    flows: dict[int, BlockFlow] = {}
+
+    def on_attention(index: int, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor | None]:
+        def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            if _in_backward():  # activation checkpointing runs the layer again
+                return None
+            grid.check(name, index, q, k)
+            if len(q) % num_frames:
+                raise ValueError(f"num_frames: expected a divisor of the {len(q)} images, got {num_frames}")
+            q, k, v = (x.unflatten(0, (-1, num_frames)) for x in (q, k, v))
+            out = None
+            with _kept_by_checkpoints():
+                if replace_attention:
+                    out, flow = am_flow_attention(q, k, v, **options)
+                    out = out.flatten(0, 1)
+                else:
+                    flow = am_flow(q, k, **options)
+            flows[index] = grid.block_flow(index, flow, k.shape[3] if k.dim() == 6 else None)
+            return out
+
+        return record
+
+    forwards = [(layer, reading(name, layer.forward, on_attention(i, name))) for i, name, layer in selected]
+    with replaced_forwards([*forwards, (timm_model.patch_embed, grid.seeing(timm_model.patch_embed.forward))]):
+        yield flows
+    missing = [name for index, name, _ in selected if index not in flows]
+    if missing:
+        raise RuntimeError(f"no AM flow of {', '.join(missing)}: {_UNREAD}")
 
 
 @contextmanager
@@ -27,22 +139,104 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
             flow = am_flow(q.unflatten(0, (B, T)), k.unflatten(0, (B, T)))  # (B, T - 1, heads, N)
 
     Args:
-        model: an eager timm model with a ``.blocks`` sequence whose attention is a single
-            ``scaled_dot_product_attention`` per block without mask or bias: ViT, DeiT, DINOv2, EVA, DINOv3, ...
-        blocks: indices of the blocks to record, from 0; None means all.
+        model, blocks: as in `record_am_flow`.
 
     Yields:
-        A dict, filled by the forward, of {block index: (q, k)}, each (batch, heads, N, D) in the dtype the layer
-        uses. They are not copied and stay attached to the autograd graph. A second forward replaces them.
+        A dict, filled by the forward, of {block index: (q, k)}, each (batch, heads, N, D), or (batch, heads, windows,
+        N, D) where attention runs in windows, in the dtype the layer uses. They are not copied and stay attached to the
+        autograd graph. A second forward replaces them.
 
     Raises:
-        TypeError: the model has no blocks with a timm attention layer.
-        ValueError: there is no block of such an index.
-        RuntimeError: a selected layer is not fused, adds a mask or bias to its logits, uses a scale other than
-            D ** -0.5, calls the attention more than once, or (at the end of the ``with`` block) did not run.
+        As `record_am_flow`.
 
     However the ``with`` block ends, the model is left as it was.
     """
+    selected = _selected_layers(model, blocks)
+    qk: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_attention(index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def record(q: Tensor, k: Tensor, v: Tensor) -> None:
+            qk[index] = q, k
+
+        return record
+
+    with replaced_forwards([(layer, reading(name, layer.forward, on_attention(i))) for i, name, layer in selected]):
+        yield qk
+    missing = [name for index, name, _ in selected if index not in qk]
+    if missing:
+        raise RuntimeError(f"no q and k seen in {', '.join(missing)}: {_UNREAD}")
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _kept_by_checkpoints() -> Any:
+    """What is saved for a backward here is kept: activation checkpointing would look for it when it runs the layer
+    again, which it may do after the ``with`` block."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    return saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+class _Grid:
+    """How a model's tokens lie on the image."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.hiera = hasattr(model, "reroll")
+        if not hasattr(model, "patch_embed") or not (self.hiera or hasattr(model, "num_prefix_tokens")):
+            raise TypeError(f"model: expected a timm ViT or Hiera, got {type(model).__name__}")
+        self.images = 0
+        self.size: tuple[int, int] = (0, 0)  # of the tokens of a ViT
+
+    def seeing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of the patch embedding, which notes the images' number and size on the way."""
+
+        @wraps(forward)
+        def seeing_forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.images = x.shape[0]
+            if not self.hiera:
+                embed = self.model.patch_embed
+                dynamic = getattr(embed, "dynamic_feat_size", None)
+                self.size = tuple(embed.grid_size if dynamic is None else dynamic(tuple(x.shape[-2:])))
+            return forward(x, *args, **kwargs)
+
+        return seeing_forward
+
+    def check(self, name: str, index: int, q: Tensor, k: Tensor) -> None:
+        """Raises unless q and k are of all tokens of each image."""
+        if self.hiera:
+            expected = prod(self.model.reroll.schedule[self._layout(index)][1])
+            found = k.shape[2] * k.shape[3] if k.dim() == 5 else k.shape[2]
+        else:
+            expected = self.model.num_prefix_tokens + self.size[0] * self.size[1]
+            found = k.shape[2] if k.dim() == 4 else -1
+        if q.shape[0] != self.images or found != expected:
+            raise RuntimeError(
+                f"{name}: expected keys of {self.images} images of {expected} tokens each, got q {tuple(q.shape)} and "
+                f"k {tuple(k.shape)}: attention in windows folded into the batch, or dropped tokens, can't be read"
+            )
+
+    def block_flow(self, index: int, flow: Tensor, windows: int | None) -> BlockFlow:
+        """flow (..., Nk), or (..., windows, Nk), from the order in which a block has its tokens to the grid."""
+        if not self.hiera:
+            prefix = self.model.num_prefix_tokens
+            return BlockFlow(flow[..., prefix:].unflatten(-1, self.size), flow[..., :prefix], 1)
+        if windows is not None:
+            flow = flow.transpose(-1, -2).flatten(-2)  # the order of tokens in Hiera: place in the window, window
+        tokens = flow.reshape(-1, flow.shape[-1], 1)
+        grid = self.model.reroll(tokens, self._layout(index)).squeeze(-1).unflatten(0, flow.shape[:-1])
+        return BlockFlow(grid, flow[..., :0], windows or 1)
+
+    @staticmethod
+    def _layout(index: int) -> int:
+        """The block whose output has the order of tokens that block `index` finds: it may pool its own."""
+        return max(index - 1, 0)
+
+
+def _selected_layers(model: nn.Module, blocks: Iterable[int] | None) -> list[tuple[int, str, Any]]:
+    """(index, name, layer) of the attention of the blocks that were asked for."""
     layers = _attention_layers(model)
     selected = range(len(layers)) if blocks is None else sorted(set(blocks))
     for index in selected:
@@ -55,26 +249,7 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
                 f"{name}: q and k are read where they enter scaled_dot_product_attention, which this layer does not "
                 "call; set its `fused_attn` to True"
             )
-
-    qk: dict[int, tuple[Tensor, Tensor]] = {}
-    forwards: list[tuple[nn.Module, Any]] = []
-    try:
-        for index in selected:
-            name, layer = layers[index]
-            forwards.append((layer, layer.__dict__.get("forward")))
-            layer.forward = _recording(layer.forward, name, index, qk)
-        yield qk
-    finally:
-        for layer, own in reversed(forwards):
-            del layer.forward
-            if own is not None:  # an instance attribute that somebody else had put there
-                layer.forward = own
-    missing = [layers[index][0] for index in selected if index not in qk]
-    if missing:
-        raise RuntimeError(
-            f"no q and k seen in {', '.join(missing)}: the model did not run inside the `with` block, or it ran "
-            "without calling scaled_dot_product_attention there"
-        )
+    return [(index, *layers[index]) for index in selected]
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -101,59 +276,3 @@ def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:
             f"with an attention layer `.attn`; got {type(model).__name__}"
         )
     return layers
-
-
-def _recording(
-    forward: Callable[..., Any], name: str, index: int, qk: dict[int, tuple[Tensor, Tensor]]
-) -> Callable[..., Any]:
-    @wraps(forward)
-    def recording_forward(*args: Any, **kwargs: Any) -> Any:
-        reader = _AttentionReader(name)
-        with reader:
-            out = forward(*args, **kwargs)
-        if reader.qk is not None:
-            qk[index] = reader.qk
-        return out
-
-    return recording_forward
-
-
-class _AttentionReader(TorchFunctionMode):
-    """Sees every torch call made while it is active and takes q and k off the one attention call."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.qk: tuple[Tensor, Tensor] | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            self._read(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _read(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        if self.qk is not None:
-            raise RuntimeError(f"{self.name}: calls the attention more than once; which q and k to take is unclear")
-        if attn_mask is not None or is_causal:
-            raise RuntimeError(
-                f"{self.name}: adds a mask or bias to its logits, so softmax(q k^T) is not its attention map"
-            )
-        if scale is not None and scale != query.shape[-1] ** -0.5:
-            raise RuntimeError(
-                f"{self.name}: scales its logits by {scale}, not by D ** -0.5 = {query.shape[-1] ** -0.5}"
-            )
-        if enable_gqa:
-            raise RuntimeError(f"{self.name}: shares keys between heads (grouped queries)")
-        self.qk = query, key
