@@ -65,10 +65,8 @@ def am_flow_attention(
     api.check_lag(q, lag)
     scale, temperature = api.check_options(q, scale, temperature, head_reduction, center, impl)
     _check_values(q, k, v)
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    out, lse = _attention(q, k, v, scale, impl)
+    q, k, v = autocast(q, k, v)
+    out, lse = attention(q, k, v, scale, impl)
     flow = api.am_flow(
         q, k, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center, lse=lse,
         impl=impl,
@@ -86,7 +84,16 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str | None) -> tuple[Tensor, Tensor | None]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k, v as `scaled_dot_product_attention` casts them."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str | None) -> tuple[Tensor, Tensor | None]:
     """The attention's output, and its rows' log-sum-exps where the flow has use for them."""
     frames, groups = q.shape[:2], q.shape[2:-2]
     # Fused attention kernels take four dimensions, no more.

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import wraps
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from amflow_kernels.api import am_flow
-from amflow_kernels.attention import am_flow_attention
-from amflow_kernels.integrations._calls import reading, replaced_forwards
+from amflow_kernels.integrations._recording import (
+    UNREAD,
+    BlockFlow,
+    FlowRecorder,
+    OnAttention,
+    reading,
+    replaced_forwards,
+)
 
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
-
-_UNREAD = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
-
-
-@dataclass(frozen=True)
-class BlockFlow:
-    """AM flow of one block, on the grid of the tokens that enter it.
-
-    Attributes:
-        grid: of the image's tokens, (B, T - lag, heads, height, width), float32; without heads if those are reduced.
-        prefix: of the class token and registers, (B, T - lag, heads, prefix tokens); without heads if reduced.
-        windows: in how many windows the block's attention runs. Each window's flow sums to its queries, and tells
-            nothing of one window against another: no token attends to another window's.
-    """
-
-    grid: Tensor
-    prefix: Tensor
-    windows: int
 
 
 @contextmanager
@@ -71,9 +55,8 @@ def record_am_flow(
         num_frames: T; the batch of images is B clips of T frames.
         blocks: indices of the blocks to record, from 0; None means all.
         lag, temperature, head_reduction, center, impl: as in `am_flow`.
-        replace_attention: run `am_flow_attention` in place of the model's attention call. Both results are then of one
-            call, which on a GPU lets the flow take what the attention has computed; where the model has windows, the
-            output may differ in its last bits.
+        replace_attention: run `am_flow_attention` in place of the model's attention call, where it has no windows. On a
+            GPU the flow may then take what the attention has computed.
 
     Yields:
         A dict, filled by the forward, of {block index: `BlockFlow`}. A second forward replaces them.
@@ -87,43 +70,25 @@ def record_am_flow(
 
     However the ``with`` block ends, the model is left as it was.
     """
-    if not isinstance(num_frames, int) or isinstance(num_frames, bool):
-        raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
-    if num_frames <= lag:
-        raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
-    options: dict[str, Any] = {"lag": lag, "temperature": temperature, "head_reduction": head_reduction}
-    options |= {"center": center, "impl": impl}
+    recorder = FlowRecorder(num_frames, lag, temperature, head_reduction, center, impl, replace_attention)
     timm_model: Any = model.module if isinstance(model, DistributedDataParallel) else model
     selected = _selected_layers(timm_model, blocks)
     grid = _Grid(timm_model)
-    flows: dict[int, BlockFlow] = {}
 
-    def on_attention(index: int, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor | None]:
+    def on_attention(index: int, name: str) -> OnAttention:
+        def on_grid(flow: Tensor, k: Tensor) -> BlockFlow:
+            return grid.block_flow(index, flow, k.shape[2] if k.dim() == 5 else None)
+
         def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            if _in_backward():  # activation checkpointing runs the layer again
-                return None
             grid.check(name, index, q, k)
-            if len(q) % num_frames:
-                raise ValueError(f"num_frames: expected a divisor of the {len(q)} images, got {num_frames}")
-            q, k, v = (x.unflatten(0, (-1, num_frames)) for x in (q, k, v))
-            out = None
-            with _kept_by_checkpoints():
-                if replace_attention:
-                    out, flow = am_flow_attention(q, k, v, **options)
-                    out = out.flatten(0, 1)
-                else:
-                    flow = am_flow(q, k, **options)
-            flows[index] = grid.block_flow(index, flow, k.shape[3] if k.dim() == 6 else None)
-            return out
+            return recorder.record(index, q, k, v, on_grid)
 
         return record
 
     forwards = [(layer, reading(name, layer.forward, on_attention(i, name))) for i, name, layer in selected]
     with replaced_forwards([*forwards, (timm_model.patch_embed, grid.seeing(timm_model.patch_embed.forward))]):
-        yield flows
-    missing = [name for index, name, _ in selected if index not in flows]
-    if missing:
-        raise RuntimeError(f"no AM flow of {', '.join(missing)}: {_UNREAD}")
+        yield recorder.flows
+    recorder.check_complete({index: name for index, name, _ in selected})
 
 
 @contextmanager
@@ -164,19 +129,7 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
         yield qk
     missing = [name for index, name, _ in selected if index not in qk]
     if missing:
-        raise RuntimeError(f"no q and k seen in {', '.join(missing)}: {_UNREAD}")
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _kept_by_checkpoints() -> Any:
-    """What is saved for a backward here is kept: activation checkpointing would look for it when it runs the layer
-    again, which it may do after the ``with`` block."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return nullcontext()
-    return saved_tensors_hooks(lambda x: x, lambda x: x)
+        raise RuntimeError(f"no q and k seen in {', '.join(missing)}: {UNREAD}")
 
 
 class _Grid:
