@@ -54,6 +54,11 @@ def test_verdict(problem: gpu_suite.Problem, monkeypatch: pytest.MonkeyPatch) ->
     assert "budget" in str(gpu_suite.verdict(problem, "cpu"))
 
 
+def test_drop_in() -> None:
+    """What the suite asks of the drop-in holds on the CPU."""
+    assert gpu_suite.drop_in("cpu") == {"failed": {}}
+
+
 def test_time_table() -> None:
     """Ratios are of the peer's time over ours, and a peer that did not fit leaves a gap."""
     row = {"shape": "1x2x3x4x5", "direction": "forward", "bytes": 2_000_000, "bound": 1e-4}
