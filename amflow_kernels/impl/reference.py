@@ -158,10 +158,11 @@ def am_flow_matmul(
         if not softmax:
             M = (A_a - A_b).abs()
             return M.mT @ x if transpose else M @ x
-        e, _, w = _row_weights(A_a, A_b, temperature)  # P = w (1 + e)
-        if transpose:
-            return (w * x).sum(-2, keepdim=True) + e.mT @ (w * x)
-        return w * (x.sum(-2, keepdim=True) + e @ x)
+        # P = w (1 + e): what the 1 gives is nearly all of the result, and summed up without rounding errors.
+        e, _, w = _row_weights(A_a, A_b, temperature)
+        terms = w * x if transpose else x
+        total = terms.sum(-2, keepdim=True, dtype=torch.float64).to(x.dtype)
+        return total + e.mT @ terms if transpose else w * (total + e @ terms)
 
 
 def am_flow_matmul_backward(
