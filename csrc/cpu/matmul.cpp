@@ -3,7 +3,8 @@
 //
 // A strip's M, or e with P = w (1 + e), is made where its map was, as long as that is in the second-level cache, and
 // multiplied a block of keys at a time. Products to the queries have queries in the lanes, so that x is read where it
-// lies; a strip owns their rows. Products to the keys are summed up over an item's strips, as dk is.
+// lies; a strip owns their rows. Products to the keys are summed up over an item's strips, as dk is; those of a few columns
+// are sums over lanes.
 
 #include "matmul.h"
 
@@ -11,6 +12,8 @@
 
 namespace amflow::AMFLOW_ISA {
 namespace {
+
+constexpr int64_t FEW = 4;  // columns: a row of a product to the keys would be a vector that is mostly padding
 
 // The gradient that the change from one map, A, to the next, A', sends to them: y to dL/dA and -y to dL/dA'.
 struct Change {
@@ -26,6 +29,7 @@ struct Scratch : MapScratch {
   float* turned;  // [c_cols][lane]: u, or a product to the queries
   float* product; // [lane][c_cols]: the same product
   float* part;    // [pair of the chain][Nk][c_cols]: a product to the keys, or null if it is summed up in the result
+  float* columns; // [pair of the chain][C][key_rows]: the same, of few columns, before it is turned
   double* v_sum;  // [pair of the chain][c_cols]: sum of v over the keys; for P alone, as is the next
   double* wu_sum; // [pair of the chain][c_cols]: sum of w u over the item's queries
   // backward
@@ -44,6 +48,8 @@ bool out_in_place(const MatmulProblem& pb, const Plan& plan) {
   return plan.groups == 1 && pb.out_dtype == Dtype::f32 && pb.C % W == 0;
 }
 
+bool few_columns(const MatmulProblem& pb) { return pb.C <= FEW; }
+
 bool wants_frame(const Frames& f) { return f.dq || f.dk; }
 bool wants_frames(const MatmulProblem& pb) { return wants_frame(pb.frames[0]) || wants_frame(pb.frames[1]); }
 
@@ -58,6 +64,7 @@ Scratch layout(const MatmulProblem& pb, const Plan& plan, bool backward, Arena& 
   s.turned = arena.take(cols * MAX_LANES);
   s.product = arena.take(MAX_LANES * cols);
   if (to_keys(pb) && !out_in_place(pb, plan)) s.part = arena.take(part_size(pb, plan));
+  if (to_keys(pb) && few_columns(pb)) s.columns = arena.take(pairs * pb.C * plan.key_rows);
   s.v_sum = take_doubles(pairs * cols);
   s.wu_sum = take_doubles(pairs * cols);
   if (backward && wants_frames(pb)) {
@@ -142,11 +149,13 @@ Keys load_v(const MatmulProblem& pb, const Where& pair, int64_t j0, int64_t n, c
 }
 
 void sum_v(const MatmulProblem& pb, const Where& pair, double* sum) {
-  alignas(64) float row[256];
+  alignas(64) float buffer[256];
   for (int64_t c = 0; c < c_cols(pb); ++c) sum[c] = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) {
-    load_row(pb.v.dtype, row_at(pb.v, pair, j), pb.C, row);
-    for (int64_t c = 0; c < c_cols(pb); ++c) sum[c] += row[c];
+    const char* const v = row_at(pb.v, pair, j);
+    if (pb.v.dtype != Dtype::f32) load_row(pb.v.dtype, v, pb.C, buffer);
+    const float* const row = pb.v.dtype == Dtype::f32 ? reinterpret_cast<const float*>(v) : buffer;
+    for (int64_t c = 0; c < pb.C; ++c) sum[c] += row[c];
   }
 }
 
@@ -204,55 +213,87 @@ void multiply_to_queries(const MatmulProblem& pb, const Plan& plan, const Where&
     store_row(pb.out_dtype, s.product + l * cols, pb.C, out_row(pb, pair, strip.first_query + l));
 }
 
-// What the strip gives to op^T u, from u in s.u: written to `out` if it is the item's first strip and else added. With e
-// only e^T w u is; the same sum of w u is missing in every row, and is made here. Overwrites s.u with w u.
-void multiply_to_keys(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m, const vec* w,
-                      double* wu_sum, float* out, bool first_strip, Scratch& s) {
-  const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = c_cols(pb);
-  if (pb.softmax) {
-    float weight[MAX_LANES];
-    for (int64_t v = 0; v < strip.vectors; ++v) store(weight + v * W, w[v]);
-    for (int64_t c = 0; first_strip && c < cols; ++c) wu_sum[c] = 0;
-    for (int64_t l = 0; l < queries; ++l)
-      for (int64_t c = 0; c < cols; ++c) {
-        s.u[l * cols + c] *= weight[l];
-        wu_sum[c] += s.u[l * cols + c];
-      }
-  }
+// w u of the strip in place of u, and its sum over the queries to wu_sum: of P^T u = e^T w u + (1 w)^T u it is the second
+// part, the same for every key.
+void weigh_u(const MatmulProblem& pb, const Strip& strip, const vec* w, double* wu_sum, bool first_strip, float* u) {
+  const int64_t cols = c_cols(pb);
+  float weight[MAX_LANES];
+  for (int64_t v = 0; v < strip.vectors; ++v) store(weight + v * W, w[v]);
+  for (int64_t c = 0; first_strip && c < cols; ++c) wu_sum[c] = 0;
+  for (int64_t l = 0; l < strip.queries(pb.Nq); ++l)
+    for (int64_t c = 0; c < cols; ++c) {
+      u[l * cols + c] *= weight[l];
+      wu_sum[c] += u[l * cols + c];
+    }
+}
+
+// What the strip gives to M^T u or e^T w u, from s.u: written to `out` if it is the item's first strip and else added.
+void multiply_to_keys(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m, float* out,
+                      bool first_strip, Scratch& s) {
+  const int64_t lanes = strip.lanes(), cols = c_cols(pb);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
     gather_block(plan, strip, m, j0, n, s.block);
     float* const rows = out + j0 * cols;
     product<Float, Out::plain, false>(
-        {.b = reinterpret_cast<const char*>(s.block), .b_row = lanes * 4, .b_k = 4, .x = s.u, .x_row = cols, .K = queries,
-         .out = rows, .out_row = cols, .out_vector = W, .add = !first_strip,
+        {.b = reinterpret_cast<const char*>(s.block), .b_row = lanes * 4, .b_k = 4, .x = s.u, .x_row = cols,
+         .K = strip.queries(pb.Nq), .out = rows, .out_row = cols, .out_vector = W, .add = !first_strip,
          .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4, .ahead_bytes = cols * 4},
         n, cols / W);
   }
 }
 
-// The product of one pair and strip. `u_loaded`: s.u holds u.
-void multiply(const MatmulProblem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
-              const float* m, const vec* w, bool first_strip, bool u_loaded, Scratch& s) {
-  const Where pair = pair_at(pb, item, frame);
-  double *const v_sum = s.v_sum + frame * c_cols(pb), *const wu_sum = s.wu_sum + frame * c_cols(pb);
-  if (pb.to_keys) {
-    if (!u_loaded) load_u(pb, pair, strip, s.u);
-    float* const out = s.part ? s.part + frame * pb.Nk * c_cols(pb) : reinterpret_cast<float*>(out_row(pb, pair, 0));
-    multiply_to_keys(pb, plan, strip, m, w, wu_sum, out, first_strip, s);
-  } else {
-    multiply_to_queries(pb, plan, pair, strip, m, w, v_sum, s);
+// The same for few columns, out [C][key_rows].
+void multiply_to_keys_by_lanes(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m, float* out,
+                               bool first_strip, Scratch& s) {
+  const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = c_cols(pb);
+  clear(s.u + queries * cols, (lanes - queries) * cols);
+  transpose_rows(s.u, lanes, cols, cols, s.turned, lanes, 0);
+  for (int64_t c = 0; c < pb.C; ++c) {
+    const float* const u = s.turned + c * lanes;
+    for (int64_t j = 0; j < plan.key_rows; j += W) {  // the rows after the last key hold anything, and nothing reads theirs
+      vec r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[i] = load(u) * load(m + (j + i) * W);
+      for (int64_t v = 1; v < strip.vectors; ++v) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = fma(load(u + v * W), load(m + (v * plan.key_rows + j + i) * W), r[i]);
+      }
+      const vec sum = sum_each(r);
+      float* const to = out + c * plan.key_rows + j;
+      store(to, first_strip ? sum : load(to) + sum);
+    }
   }
 }
 
-// After an item's last strip: the sum of w u to every row of its products to the keys.
-void add_wu_sums(const MatmulProblem& pb, const Item& item, const Scratch& s) {
-  if (!to_keys(pb) || !pb.softmax) return;
+// Where the item's product of a pair to the keys is summed up.
+float* key_rows_out(const MatmulProblem& pb, const Where& pair, int64_t frame, const Scratch& s) {
+  return s.part ? s.part + frame * pb.Nk * c_cols(pb) : reinterpret_cast<float*>(out_row(pb, pair, 0));
+}
+
+// The product of one pair and strip. `u_loaded`: s.u holds u. It does not afterwards.
+void multiply(const MatmulProblem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
+              const float* m, const vec* w, bool first_strip, bool u_loaded, Scratch& s) {
+  const Where pair = pair_at(pb, item, frame);
+  if (!pb.to_keys) return multiply_to_queries(pb, plan, pair, strip, m, w, s.v_sum + frame * c_cols(pb), s);
+  if (!u_loaded) load_u(pb, pair, strip, s.u);
+  if (pb.softmax) weigh_u(pb, strip, w, s.wu_sum + frame * c_cols(pb), first_strip, s.u);
+  if (few_columns(pb))
+    multiply_to_keys_by_lanes(pb, plan, strip, m, s.columns + frame * pb.C * plan.key_rows, first_strip, s);
+  else
+    multiply_to_keys(pb, plan, strip, m, key_rows_out(pb, pair, frame, s), first_strip, s);
+}
+
+// After an item's last strip: turns few columns into rows, and adds the sum of w u to every row.
+void complete_to_keys(const MatmulProblem& pb, const Plan& plan, const Item& item, const Scratch& s) {
+  if (!to_keys(pb)) return;
   const int64_t cols = c_cols(pb);
   alignas(64) float sum[256];
   for (int64_t frame = 0; frame + 1 < frames_of(pb, item.chain); ++frame) {
-    float* const out = s.part ? s.part + frame * pb.Nk * cols
-                              : reinterpret_cast<float*>(out_row(pb, pair_at(pb, item, frame), 0));
+    float* const out = key_rows_out(pb, pair_at(pb, item, frame), frame, s);
+    for (int64_t c = 0; few_columns(pb) && c < pb.C; ++c)
+      for (int64_t j = 0; j < pb.Nk; ++j) out[j * cols + c] = s.columns[(frame * pb.C + c) * plan.key_rows + j];
+    if (!pb.softmax) continue;
     for (int64_t c = 0; c < cols; ++c) sum[c] = static_cast<float>(s.wu_sum[frame * cols + c]);
     for (int64_t j = 0; j < pb.Nk; ++j)
       for (int64_t c = 0; c < cols; c += W) store(out + j * cols + c, load(out + j * cols + c) + load(sum + c));
@@ -289,7 +330,7 @@ void forward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* sc
       multiply(pb, plan, item, frame - 1, strip, previous.p, w, i == first, false, s);
     }
   }
-  add_wu_sums(pb, item, s);
+  complete_to_keys(pb, plan, item, s);
 }
 
 // Adds the item's products to the keys, left in its scratch, to the result; called in the order of the groups.
@@ -422,7 +463,7 @@ void backward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* s
     }
     backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], before, nullptr, s, i == first);
   }
-  add_wu_sums(pb, item, s);
+  complete_to_keys(pb, plan, item, s);
 }
 
 void finish_backward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
