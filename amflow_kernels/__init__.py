@@ -1,8 +1,16 @@
 """AM flow: how attention maps change from one video frame to the next, without ever forming the maps."""
 
-from amflow_kernels.api import am_flow, am_flow_pair, explain
+from amflow_kernels.api import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair, explain
 from amflow_kernels.attention import am_flow_attention
 from amflow_kernels.stream import AMFlowStream
 
-__all__ = ["AMFlowStream", "am_flow", "am_flow_attention", "am_flow_pair", "explain"]
+__all__ = [
+    "AMFlowStream",
+    "am_flow",
+    "am_flow_attention",
+    "am_flow_matmul",
+    "am_flow_matmul_pair",
+    "am_flow_pair",
+    "explain",
+]
 __version__ = "0.1.0"

@@ -31,11 +31,15 @@ _FLAGS = [
 ]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_OBJECTS = {
+_SOURCES = ("am_flow", "matmul")  # in csrc/cpu, each compiled for every instruction set
+_ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+_OBJECTS: dict[str, tuple[str, list[str]]] = {
     "bindings.o": ("bindings.cpp", []),
-    "cpu_avx2.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx2", *_AVX2]),
-    "cpu_avx512.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx512", *_AVX512]),
-    "cpu_avx512_bf16.o": ("cpu/am_flow.cpp", ["-DAMFLOW_ISA=avx512_bf16", *_AVX512, "-mavx512bf16"]),
+    **{
+        f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
+        for source in _SOURCES
+        for isa, flags in _ISAS.items()
+    },
 }
 
 

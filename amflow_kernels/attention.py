@@ -61,8 +61,7 @@ def am_flow_attention(
         if value is not plain and not (isinstance(value, (int, float)) and value == plain):
             told = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(f"{name}: expected {plain} (AM flow is of plain attention maps), got {told}")
-    api.check_frames(q, k, "q", "k")
-    api.check_lag(q, lag)
+    api.check_clip(q, k, lag)
     scale, temperature = api.check_options(q, scale, temperature, head_reduction, center, impl)
     _check_values(q, k, v)
     q, k, v = autocast(q, k, v)

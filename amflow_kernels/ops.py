@@ -31,8 +31,10 @@ class Impl:
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     row_statistics: bool = False  # its forward can be given them (as log-sum-exps), and leaves them for its backward
 
-    def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def unsupported(self, device_type: str, dtype: torch.dtype, op: str = "am_flow") -> str | None:
         """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
+        if not hasattr(self.module, op):
+            return f"{op} is not implemented by it"
         if self.devices is not None and device_type not in self.devices:
             return f"expected tensors on {' or '.join(self.devices)}, got {device_type}"
         if self.dtypes is not None and dtype not in self.dtypes:
@@ -62,19 +64,19 @@ class Choice:
     fallback: bool  # a fused kernel was expected here and could not be had
 
 
-def check_impl(impl: str | None, q: Tensor | None) -> None:
-    """Raises ValueError unless `impl` is None, or the name of an implementation that can take tensors like q."""
+def check_impl(impl: str | None, q: Tensor | None, op: str = "am_flow") -> None:
+    """Raises ValueError unless `impl` is None, or the name of one that has `op` for tensors like q."""
     if impl is None:
         return
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
-    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype)
+    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype, op)
     if reason:
         raise ValueError(f"impl={impl!r}: {reason}")
 
 
-def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
-    """The implementation for such input. Raises RuntimeError if the one asked for can't run here."""
+def choose(device_type: str, dtype: torch.dtype, impl: str | None, op: str = "am_flow") -> Choice:
+    """The implementation of `op` for such input. Raises RuntimeError if the one asked for can't run here."""
     if impl is not None:
         why_not = IMPLS[impl].unavailable()
         if why_not:
@@ -82,7 +84,7 @@ def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
         return Choice(impl, "asked for", fallback=False)
     reasons = []
     for name in _PREFERENCE.get(device_type, ()):
-        why_not = IMPLS[name].unsupported(device_type, dtype) or IMPLS[name].unavailable()
+        why_not = IMPLS[name].unsupported(device_type, dtype, op) or IMPLS[name].unavailable()
         if why_not is None:
             return Choice(name, f"fused kernel for {device_type} and {dtype}", fallback=False)
         reasons.append(f"{name}: {why_not}")
@@ -103,8 +105,9 @@ def uses_lse(q: Tensor, k: Tensor, impl: str | None) -> bool:
 _warned: set[str] = set()
 
 
-def _impl(q: Tensor, impl: str | None) -> Impl:
-    choice = choose(q.device.type, q.dtype, impl)
+def implementation(q: Tensor, impl: str | None, op: str = "am_flow") -> Impl:
+    """The implementation of `op` that runs for tensors like q. Warns where it is the reference for want of another."""
+    choice = choose(q.device.type, q.dtype, impl, op)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
         warnings.warn(
@@ -144,7 +147,7 @@ def am_flow(
     """
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
-    chosen = _impl(q, impl)
+    chosen = implementation(q, impl)
     saved = _new_saved(q, q_b is not None, lag, head_reduction, impl)
     extra = (lse, lse_b, saved) if chosen.row_statistics else ()
     flow = chosen.module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, *extra)
@@ -190,7 +193,7 @@ def am_flow_backward(
     """Gradients of q, k, q_b, k_b, contiguous and in their dtype; an empty tensor where `needs` is False."""
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl, saved)
-    chosen = _impl(q, impl)
+    chosen = implementation(q, impl)
     extra = (saved,) if chosen.row_statistics else ()
     return chosen.module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, *extra)
 
@@ -231,12 +234,12 @@ def _backward(ctx: Any, dflow: Tensor, _: Tensor | None) -> tuple[Tensor | None,
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 8)
 
 
-def _no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
+def no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("amflow_kernels: AM flow has first-order gradients only; a second-order gradient was requested")
 
 
 am_flow.register_autograd(_backward, setup_context=_setup_context)
-am_flow_backward.register_autograd(_no_second_order)
+am_flow_backward.register_autograd(no_second_order)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Inputs, the float64 oracle and the error budgets of this project, for its tests and benchmarks and for yours.
 
 The oracle is the reference implementation in float64 on the very same (already rounded) inputs, gradients by autograd
-through its forward. The budgets are promises: `flow_budget`, `centred_budget` and `grad_budget` say how far
-any implementation may be from the oracle, and `assert_flow`, `assert_centred` and `assert_grads` hold it to that.
+through its forward. The budgets are promises: `flow_budget`, `centred_budget`, `matmul_budget` and `grad_budget` say
+how far any implementation may be from the oracle, and `assert_flow`, `assert_centred`, `assert_matmul` and
+`assert_grads` hold it to that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from amflow_kernels.impl import reference
 
 LAYOUTS = ("contiguous", "fused_qkv", "offset", "tokens_first", "shared_keys")
 SHARP = 0.3  # temperatures below it amplify errors of the maps more than `flow_budget` grants at large logits
+EPS = 2.0**-23  # of float32
 TIE = 4e-6  # maps closer than this, relatively, have a difference whose sign no float32 computation can know
 
 _HEADS = 2  # dimension of the heads in (B, T, heads, ...)
@@ -122,6 +125,36 @@ def make_dflow(
     return (shape[-1] * x).to(device=device, dtype=dtype).expand(*shape)
 
 
+def make_features(
+    q: Tensor,
+    k: Tensor,
+    C: int,
+    *,
+    lag: int,
+    transpose: bool = False,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensor:
+    """Features x of standard deviation 1 for the motion operator: (B, P, *G, Nk, C), or (B, P, *G, Nq, C) transposed.
+
+    lag is 0 for the pair form. Layouts: contiguous; offset; tokens_first (both as for `make_qk`); shared (the same
+    features for all heads, stride 0).
+    """
+    generator = torch.Generator().manual_seed(seed + 2_000_003)
+    shape = (q.shape[0], q.shape[1] - lag, *q.shape[2:-2], (q if transpose else k).shape[-2], C)
+    x = torch.randn(shape, generator=generator).to(device=q.device, dtype=dtype)
+    if layout == "contiguous":
+        return x
+    if layout == "offset":
+        return _offset(x)
+    if layout == "tokens_first":
+        return _tokens_first(x)
+    if layout == "shared":
+        return x[:, :, :1].expand_as(x)
+    raise ValueError(f"layout: expected contiguous, offset, tokens_first or shared, got {layout!r}")
+
+
 def flow_shape(q: Tensor, k: Tensor, *, lag: int, head_reduction: str) -> tuple[int, ...]:
     """Shape of the flow; lag is 0 for the pair form."""
     groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
@@ -221,11 +254,7 @@ def _absolute_grads(
 ) -> tuple[Tensor, ...]:
     scale = _scale(q, scale)
     q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    A = reference.attention_maps(q, k, scale)
-    if q_b is None or k_b is None:
-        A_a, A_b = A[:, :-lag], A[:, lag:]
-    else:
-        A_a, A_b = A, reference.attention_maps(q_b, k_b, scale)
+    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
     g = dflow.double()
     M_a, M_b = A_a, A_b
     if head_reduction != "none":
@@ -240,6 +269,21 @@ def _absolute_grads(
     else:
         dM = P * (g.abs() + (P * g.abs()).sum(-1, keepdim=True))
     dM = (dM / temperature).expand_as(A_a)
+    return _absolute_maps_backward(q, k, q_b, k_b, scale, lag, dM, ties_only=ties_only)
+
+
+def _absolute_maps_backward(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    dM: Tensor,
+    *,
+    ties_only: bool,
+) -> tuple[Tensor, ...]:
+    """What gradients dM of |A[t] - A[t + lag]|, none of them negative, make of dq, dk (dq_b, dk_b) at most."""
 
     def map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
         rho = (A * dA).sum(-1, keepdim=True)
@@ -248,12 +292,140 @@ def _absolute_grads(
         dlogits = abs(scale) * A * (dA + rho)
         return dlogits @ k.abs(), dlogits.mT @ q.abs()
 
+    A = reference.attention_maps(q, k, scale)
     if q_b is not None and k_b is not None:
-        return *map_backward(q, k, A_a, dM), *map_backward(q_b, k_b, A_b, dM)
+        A_b = reference.attention_maps(q_b, k_b, scale)
+        return *map_backward(q, k, A, dM), *map_backward(q_b, k_b, A_b, dM)
     dA = torch.zeros_like(A)
     dA[:, :-lag] += dM
     dA[:, lag:] += dM
     return map_backward(q, k, A, dA)
+
+
+def oracle_matmul(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    transpose: bool = False,
+    softmax: bool = False,
+) -> Tensor:
+    """The exact motion operator times x: the reference in float64."""
+    with torch.no_grad():
+        q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+        x = x.detach().double()
+        return reference.am_flow_matmul(q, k, q_b, k_b, x, _scale(q, scale), lag, temperature, transpose, softmax)
+
+
+def oracle_matmul_grads(
+    dy: Tensor,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    transpose: bool = False,
+    softmax: bool = False,
+) -> tuple[Tensor, ...]:
+    """The exact gradients of q, k (and q_b, k_b) for dy = dL/dy: autograd through the reference in float64.
+
+    That of x is the transposed product with dy: `oracle_matmul` and `matmul_budget` know all of it.
+    """
+    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+    inputs = [f.requires_grad_() for f in (q, k, q_b, k_b) if f is not None]
+    x = x.detach().double()
+    y = reference.am_flow_matmul(q, k, q_b, k_b, x, _scale(q, scale), lag, temperature, transpose, softmax)
+    return torch.autograd.grad(y, inputs, dy.double())
+
+
+def matmul_tie(
+    dy: Tensor,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    transpose: bool = False,
+    softmax: bool = False,
+    ties_only: bool = True,
+) -> tuple[Tensor, ...]:
+    """What `grad_tie` is for a flow: how far ties can move the gradients of q, k (and q_b, k_b), elementwise.
+
+    With ties_only=False what `grad_magnitude` is: the gradients as if nothing in them cancelled.
+    """
+    scale = _scale(q, scale)
+    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
+    u, v = (x.double(), dy.double()) if transpose else (dy.double(), x.double())
+    dM = u @ v.mT if ties_only else u.abs() @ v.abs().mT
+    M = (A_a - A_b).abs()
+    if softmax:
+        P = torch.softmax(M / temperature, dim=-1)
+        rowsum = (P * dM).sum(-1, keepdim=True)
+        dM = P * ((dM - rowsum) if ties_only else (dM + rowsum)) / temperature
+    if ties_only:
+        dM = 2 * (torch.maximum(A_a, A_b) * TIE >= M) * dM.abs()
+    return _absolute_maps_backward(q, k, q_b, k_b, scale, lag, dM, ties_only=ties_only)
+
+
+def matmul_budget(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None = None,
+    k_b: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    lag: int = 1,
+    temperature: float = 1.0,
+    transpose: bool = False,
+    softmax: bool = False,
+) -> Tensor:
+    """Largest error that every element of the motion operator times x may have, whatever the dtypes of the input.
+
+    An element of the result is a sum over n entries of the operator times x. To first order, in units of `EPS`:
+
+    - a logit is off by L = |scale| |q|.|k|, its terms as if none cancelled, and its exponential by 1 + L, relatively;
+    - an entry of A, divided by the row's sum, by dA = A ((1 + L) + rowsum(A (1 + L)));
+    - an entry of M by dM = dA[t] + dA[t + lag], however small M is: that is what frames that hardly differ amount to;
+    - P = w (1 + e) by P (dM + rowsum(P dM)) / temperature, and by the four roundings of w, w x and the last sum;
+    - a chain of n additions by a random walk of n steps, which leaves sqrt(n) / 2 of the sum of |M x| or |w e x|, four
+      standard deviations, behind once in 10^4 times. That the terms w x add none is what P = w (1 + e) is for.
+    """
+    scale = _scale(q, scale)
+    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
+    n = x.shape[-2]
+
+    def map_error(q: Tensor, k: Tensor) -> Tensor:
+        A = reference.attention_maps(q, k, scale)
+        relative = 1 + abs(scale) * (q.abs() @ k.abs().mT)
+        return A * (relative + (A * relative).sum(-1, keepdim=True))
+
+    dA = map_error(q, k)
+    dA_a, dA_b = (dA[:, :-lag], dA[:, lag:]) if q_b is None or k_b is None else (dA, map_error(q_b, k_b))
+    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
+    M, dM = (A_a - A_b).abs(), dA_a + dA_b
+    if softmax:
+        e = torch.expm1(M / temperature)
+        w = 1 / (1 + e).sum(-1, keepdim=True)
+        P = w * (1 + e)
+        error = P * (2 + (dM + (P * dM).sum(-1, keepdim=True)) / temperature) + n**0.5 / 2 * w * e
+    else:
+        error = dM + n**0.5 / 2 * M
+    return EPS * ((error.mT if transpose else error) @ x.detach().double().abs())
 
 
 def flow_budget(Nq: int, Nk: int, temperature: float = 1.0) -> float:
@@ -312,6 +484,20 @@ def assert_centred(
         )
 
 
+def assert_matmul(y: Tensor, exact: Tensor, budget: Tensor) -> None:
+    """Raises AssertionError unless every element of y is within `budget`, from `matmul_budget`, of the exact one.
+
+    y may be the gradient of x, in whatever dtype x has: what rounding to that takes is granted too.
+    """
+    assert y.shape == exact.shape, f"the product is {tuple(y.shape)}, not {tuple(exact.shape)}"
+    assert y.is_contiguous(), f"the product has strides {y.stride()}"
+    if y.dtype not in (torch.float32, torch.float64):
+        info = torch.finfo(y.dtype)
+        budget = budget + info.eps / 2 * (exact.abs() + budget) + info.smallest_normal * info.eps
+    share = ((y.double() - exact).abs() / budget).nan_to_num(math.inf).where(y.double() != exact, 0).max().item()
+    assert share <= 1, f"the product is off by {share:.3g} times the budget"
+
+
 def assert_grads(
     grads: Sequence[Tensor | None],
     exact: Sequence[Tensor],
@@ -357,6 +543,15 @@ def _assert_like(flow: Tensor, exact: Tensor) -> None:
     assert flow.dtype in (torch.float32, torch.float64), f"flow is {flow.dtype}"
     assert flow.shape == exact.shape, f"flow is {tuple(flow.shape)}, not {tuple(exact.shape)}"
     assert flow.is_contiguous(), f"flow has strides {flow.stride()}"
+
+
+def _pair_maps(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int
+) -> tuple[Tensor, Tensor]:
+    A = reference.attention_maps(q, k, scale)
+    if q_b is None or k_b is None:
+        return A[:, :-lag], A[:, lag:]
+    return A, reference.attention_maps(q_b, k_b, scale)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

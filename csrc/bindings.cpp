@@ -14,11 +14,15 @@
 #include <string>
 
 #include "cpu/am_flow.h"
+#include "cpu/matmul.h"
 
 namespace {
 
 using amflow::Frames;
 using amflow::Kernels;
+using amflow::MatmulKernels;
+using amflow::MatmulProblem;
+using amflow::Pass;
 using amflow::Plan;
 using amflow::Problem;
 using torch::stable::Tensor;
@@ -27,6 +31,11 @@ using OptionalTensor = std::optional<Tensor>;
 const Kernels& kernels(int64_t vector_bits) {
   if (vector_bits == 256) return amflow::avx2::kernels;
   return __builtin_cpu_supports("avx512bf16") ? amflow::avx512_bf16::kernels : amflow::avx512::kernels;
+}
+
+const MatmulKernels& matmul_kernels(int64_t vector_bits) {
+  if (vector_bits == 256) return amflow::avx2::matmul;
+  return __builtin_cpu_supports("avx512bf16") ? amflow::avx512_bf16::matmul : amflow::avx512::matmul;
 }
 
 amflow::Dtype dtype_of(const Tensor& x) {
@@ -92,9 +101,10 @@ void for_each(int64_t n, int64_t workers, const Work& work) {
   });
 }
 
-// run(item, scratch) for every item, and finish(item, scratch, sum) when the places before it in its sum are finished.
-template <class Run, class Finish>
-void execute(const Problem& pb, const Kernels& isa, const Plan& plan, const Run& run, const Finish& finish) {
+// Runs every item, and finishes it when the places before it in its sum are finished.
+template <class Problem>
+void execute(const Problem& pb, const Pass<Problem>& pass) {
+  const Plan plan = pass.plan(pb);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = plan.items < threads ? plan.items : threads;
   const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two share a cache line
@@ -102,12 +112,12 @@ void execute(const Problem& pb, const Kernels& isa, const Plan& plan, const Run&
   const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[plan.sums]());
   for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
     float* const memory = scratch.get() + worker * stride;
-    run(pb, plan, item, memory);
+    pass.run(pb, plan, item, memory);
     // Items are handed out in order, so those that this one waits for are being worked on.
-    const amflow::Turn turn = isa.turn(pb, plan, item);
+    const amflow::Turn turn = pass.turn(pb, plan, item);
     std::atomic<int64_t>& place = finished[turn.sum];
     for (int64_t n; (n = place.load(std::memory_order_acquire)) != turn.place;) place.wait(n);
-    finish(pb, plan, item, memory, sums.get() + turn.sum * plan.sum_floats);
+    pass.finish(pb, plan, item, memory, sums.get() + turn.sum * plan.sum_floats);
     place.store(turn.place + 1, std::memory_order_release);
     place.notify_all();
   });
@@ -115,24 +125,61 @@ void execute(const Problem& pb, const Kernels& isa, const Plan& plan, const Run&
 
 void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag,
              double temperature, int64_t reduction, bool center, int64_t vector_bits) {
-  const Kernels& isa = kernels(vector_bits);
   Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
   pb.center = center;
   pb.flow = static_cast<float*>(flow.data_ptr());
-  execute(pb, isa, isa.plan_forward(pb), isa.forward, isa.finish_forward);
+  execute(pb, kernels(vector_bits).forward);
 }
 
 void* data_or_null(Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
 
+void set_gradients(Problem& pb, Tensor& dq, Tensor& dk, Tensor& dq_b, Tensor& dk_b) {
+  pb.frames[0].dq = data_or_null(dq), pb.frames[0].dk = data_or_null(dk);
+  pb.frames[1].dq = data_or_null(dq_b), pb.frames[1].dk = data_or_null(dk_b);
+}
+
 void am_flow_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tensor q, Tensor k,
                       OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag, double temperature,
                       int64_t reduction, int64_t vector_bits) {
-  const Kernels& isa = kernels(vector_bits);
   Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
   pb.dflow = static_cast<const float*>(dflow.data_ptr());
-  pb.frames[0].dq = data_or_null(dq), pb.frames[0].dk = data_or_null(dk);
-  pb.frames[1].dq = data_or_null(dq_b), pb.frames[1].dk = data_or_null(dk_b);
-  execute(pb, isa, isa.plan_backward(pb), isa.backward, isa.finish_backward);
+  set_gradients(pb, dq, dk, dq_b, dk_b);
+  execute(pb, kernels(vector_bits).backward);
+}
+
+amflow::Rows rows_of(const Tensor& x) {
+  amflow::Rows rows{x.data_ptr(), dtype_of(x), {}};
+  set_strides(x, rows.stride);
+  return rows;
+}
+
+MatmulProblem matmul_problem_of(const Problem& frames, const Tensor& x, Tensor& out, bool softmax, bool to_keys) {
+  MatmulProblem pb{frames};
+  pb.softmax = softmax;
+  pb.to_keys = to_keys;
+  pb.C = x.size(x.dim() - 1);
+  pb.out = data_or_null(out);
+  pb.out_dtype = dtype_of(out);
+  return pb;
+}
+
+void am_flow_matmul(Tensor y, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, Tensor x, double scale,
+                    int64_t lag, double temperature, bool transpose, bool softmax, int64_t vector_bits) {
+  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature, 0);
+  MatmulProblem pb = matmul_problem_of(frames, x, y, softmax, transpose);
+  (transpose ? pb.u : pb.v) = rows_of(x);
+  execute(pb, matmul_kernels(vector_bits).forward);
+}
+
+void am_flow_matmul_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dx, Tensor dy, Tensor q, Tensor k,
+                             OptionalTensor q_b, OptionalTensor k_b, Tensor x, double scale, int64_t lag,
+                             double temperature, bool transpose, bool softmax, int64_t vector_bits) {
+  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature, 0);
+  MatmulProblem pb = matmul_problem_of(frames, x, dx, softmax, !transpose);
+  (transpose ? pb.u : pb.v) = rows_of(x);
+  (transpose ? pb.v : pb.u) = rows_of(dy);
+  set_gradients(pb, dq, dk, dq_b, dk_b);
+  execute(pb, matmul_kernels(vector_bits).backward);
 }
 
 std::string isa_name(int64_t vector_bits) { return kernels(vector_bits).name; }
@@ -147,12 +194,21 @@ STABLE_TORCH_LIBRARY(amflow_native, m) {
       "am_flow_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor q, "
       "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int vector_bits) "
       "-> ()");
+  m.def(
+      "am_flow_matmul(Tensor(a!) y, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, "
+      "float temperature, bool transpose, bool softmax, int vector_bits) -> ()");
+  m.def(
+      "am_flow_matmul_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor(e!) dx, Tensor dy, "
+      "Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, float temperature, "
+      "bool transpose, bool softmax, int vector_bits) -> ()");
   m.def("isa(int vector_bits) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amflow_native, CPU, m) {
   m.impl("am_flow", TORCH_BOX(&am_flow));
   m.impl("am_flow_backward", TORCH_BOX(&am_flow_backward));
+  m.impl("am_flow_matmul", TORCH_BOX(&am_flow_matmul));
+  m.impl("am_flow_matmul_backward", TORCH_BOX(&am_flow_matmul_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amflow_native, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa_name)); }

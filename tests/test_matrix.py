@@ -352,10 +352,8 @@ else:
     cold_python(code, env={"ATEN_CPU_CAPABILITY": "default"})
 
 
-def test_scratch_is_written_before_it_is_read(cpu_kernels_run: bool, cold_python: Callable[..., Any]) -> None:
-    """The properties hold, too, if all memory that malloc hands out holds 3.4e38: no kernel reads unwritten scratch."""
-    if not cpu_kernels_run:
-        pytest.skip("without AVX2 no native kernel runs, and PyTorch's own allocations are poisoned already")
+def run_with_poisoned_malloc(cold_python: Callable[..., Any], file: str) -> None:
+    """Runs a file's property test of the CPU kernels in a process where all memory that malloc hands out is 3.4e38."""
     code = f"""
 import ctypes, sys
 import pytest
@@ -364,9 +362,16 @@ libc.malloc.restype = ctypes.c_void_p
 if ctypes.string_at(libc.malloc(1 << 20), 1 << 20) != b"\\x7f" * (1 << 20):
     print("no poison")
     sys.exit()
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", "test_any_problem and cpu"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {file!r}, "-k", "test_any_problem and cpu"]))
 """
     result = cold_python(code, env={"GLIBC_TUNABLES": "glibc.malloc.perturb=128"})
     if "no poison" in result.stdout:
         pytest.skip("this C library can't fill what malloc hands out (GLIBC_TUNABLES)")
     assert "1 passed" in result.stdout
+
+
+def test_scratch_is_written_before_it_is_read(cpu_kernels_run: bool, cold_python: Callable[..., Any]) -> None:
+    """The properties hold, too, if all memory that malloc hands out holds 3.4e38: no kernel reads unwritten scratch."""
+    if not cpu_kernels_run:
+        pytest.skip("without AVX2 no native kernel runs, and PyTorch's own allocations are poisoned already")
+    run_with_poisoned_malloc(cold_python, __file__)

@@ -61,6 +61,49 @@ def am_flow_backward(
     return dq, dk, dq_b, dk_b
 
 
+def am_flow_matmul(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    x: Tensor,
+    scale: float,
+    lag: int,
+    temperature: float,
+    transpose: bool,
+    softmax: bool,
+) -> Tensor:
+    rows = k.shape[-2] if transpose else q.shape[-2]
+    y = torch.empty((*x.shape[:-2], rows, x.shape[-1]), dtype=torch.float32)
+    torch.ops.amflow_native.am_flow_matmul(y, q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, _isa())
+    return y
+
+
+def am_flow_matmul_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    x: Tensor,
+    scale: float,
+    lag: int,
+    temperature: float,
+    transpose: bool,
+    softmax: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dq_b, dk_b, dx = (
+        like.new_empty(like.shape) if needed and like is not None else q.new_empty(0)
+        for like, needed in zip((q, k, q_b, k_b, x), needs, strict=True)
+    )
+    torch.ops.amflow_native.am_flow_matmul_backward(
+        dq, dk, dq_b, dk_b, dx, dy.contiguous(), q, k, q_b, k_b, x,
+        scale, lag, temperature, transpose, softmax, _isa(),
+    )  # fmt: skip
+    return dq, dk, dq_b, dk_b, dx
+
+
 def describe() -> list[str]:
     """What `explain` says of the CPU kernels."""
     lines = [f"cpu capability {_capability()} (torch)"]

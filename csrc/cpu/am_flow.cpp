@@ -1,40 +1,9 @@
 // AM flow on the CPU, forward and backward; the maths is derived in docs/maths.md. Compiled once per instruction set.
-//
-// Vector lanes are queries. A strip is up to 4 vectors of queries against all keys; the map of a strip is stored as
-// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum, and needs no
-// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only where it is.
-// A map is kept as p and one factor per block of keys, A = p * factor: p is taken relative to the largest logit so far,
-// which is known while the block still lies in the first-level cache. The same frame gives the same bits, so identical
-// frames give M = 0 exactly.
 
-#include "am_flow.h"
-#include "product.h"
-#include "rows.h"
-#include "vec.h"
+#include "maps.h"
 
 namespace amflow::AMFLOW_ISA {
 namespace {
-
-constexpr int STRIP_VECTORS = 4;
-constexpr int MAX_LANES = STRIP_VECTORS * W;
-constexpr int64_t KEY_BLOCK = 96;
-constexpr int64_t ROWS_AHEAD = 16;  // of a gradient, fetched before they are summed up
-constexpr float LOWEST = -3.40282347e38f;
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-#ifdef __AVX512BF16__
-constexpr bool NATIVE_BF16 = true;
-#else
-constexpr bool NATIVE_BF16 = false;
-#endif
-
-struct Map {
-  float* p;       // [vector][key_rows][W]
-  float* factor;  // [vector][blocks][W]
-};
 
 // What the backward knows of the change from one map, A, to the next, A': with y = S e^(|A - A'| / temperature),
 // S = sign(A - A'), the pair adds y (slope g - offset) to dL/dA and takes as much from dL/dA'.
@@ -45,102 +14,29 @@ struct Change {
   vec rho[STRIP_VECTORS], next_rho[STRIP_VECTORS];  // its part of rowsum(A * dL/dA), and of A'
 };
 
-struct Strip {
-  int64_t first_query, vectors;
-  float lane_weight[MAX_LANES];  // 1 for a query, 0 for a surplus lane
-
-  int64_t lanes() const { return vectors * W; }
-  int64_t queries(int64_t Nq) const { return lanes() < Nq - first_query ? lanes() : Nq - first_query; }
-};
-
-struct Where {  // one frame of one head and window
-  int64_t set, t, b, h, g;
-};
-
-struct Item {
-  int64_t b, h, g, chain, group;
-};
-
 // One worker's memory.
-struct Scratch {
-  float* rows;     // [lane][d_cols]: queries
-  float* queries;  // [d][lane]: the same, transposed
-  float* keys;     // [KEY_BLOCK][d_cols]
-  float* maxima;   // [vector][W]
-  Map maps[2];     // the previous and the current frame's
-  Map head_map;    // one head's, for mean_map
-  // backward
-  Change changes[2];  // from the previous frame to the current one, and the one before
-  float* dlogits;  // [KEY_BLOCK][lane]
-  float* dq;       // [lane][d_cols], or null if it is summed up in the result
-  float* dk;       // [frame][head][Nk][d_cols], or null if it is summed up in the result
-  // forward
-  float* flow;     // [pair of the chain][key_rows]
+struct Scratch : MapScratch {
+  Map head_map;       // one head's, for mean_map
+  Change changes[2];  // backward: from the previous frame to the current one, and the one before
+  float* flow;        // forward: [pair of the chain][key_rows]
 };
-
-struct Arena {  // hands out scratch; with no base it only counts
-  float* base;
-  int64_t used = 0;
-  float* take(int64_t floats) {
-    float* p = base ? base + used : nullptr;
-    used += round_up(floats, 16);
-    return p;
-  }
-};
-
-int64_t map_size(const Plan& plan) { return STRIP_VECTORS * plan.key_rows * W; }
-int64_t dk_size(const Problem& pb, const Plan& plan) {
-  return plan.chain_frames * plan.map_heads * pb.Nk * plan.d_cols;
-}
-
-bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
-
-// Whether rows of D are whole vectors of floats, which products can read and write where they lie.
-bool whole_rows(const Problem& pb) { return pb.dtype == Dtype::f32 && pb.D % W == 0; }
-
-// Whether an item has its dk to itself and it can be summed up in the result: no copy, no turn.
-bool dk_in_place(const Problem& pb, const Plan& plan) { return plan.groups == 1 && whole_rows(pb); }
 
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
-  const auto map = [&] { return Map{arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)}; };
   Scratch s{};
-  s.rows = arena.take(MAX_LANES * plan.d_cols);
-  s.queries = arena.take(plan.d_cols * MAX_LANES);
-  s.keys = arena.take(KEY_BLOCK * plan.d_cols);
-  s.maxima = arena.take(MAX_LANES);
-  s.maps[0] = map();
-  s.maps[1] = map();
-  if (pb.reduction == Reduction::mean_map) s.head_map = map();
+  take_maps(plan, arena, s);
+  if (pb.reduction == Reduction::mean_map) s.head_map = take_map(plan, arena);
   if (!backward) s.flow = arena.take((plan.chain_frames - 1) * plan.key_rows);
   if (backward) {
     for (Change& change : s.changes) {
       change.y = arena.take(map_size(plan));
       change.g = arena.take(plan.key_rows);
     }
-    s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
-    if (!whole_rows(pb)) s.dq = arena.take(MAX_LANES * plan.d_cols);
-    if (wants_dk(pb) && !dk_in_place(pb, plan)) s.dk = arena.take(dk_size(pb, plan));
+    take_gradient(pb, plan, arena, s);
   }
   return s;
 }
 
 // ---- the cut into items
-
-Plan plan_common(const Problem& pb) {
-  Plan plan{};
-  plan.map_heads = pb.reduction == Reduction::mean_map ? pb.H : 1;
-  plan.heads = pb.H / plan.map_heads;
-  plan.chains = pb.pair ? pb.T : min(pb.lag, pb.T);
-  plan.chain_frames = pb.pair ? 2 : div_up(pb.T, pb.lag);
-  plan.strip_vectors = div_up(pb.Nq, W);
-  plan.strips = div_up(plan.strip_vectors, STRIP_VECTORS);
-  plan.blocks = div_up(pb.Nk, KEY_BLOCK);
-  plan.key_rows = round_up(pb.Nk, W);
-  plan.d_cols = round_up(pb.D, W);
-  return plan;
-}
-
-int64_t whole_items(const Problem& pb, const Plan& plan) { return pb.B * plan.heads * pb.G * plan.chains; }
 
 Plan plan_forward(const Problem& pb) {
   Plan plan = plan_common(pb);
@@ -168,185 +64,11 @@ Plan plan_backward(const Problem& pb) {
   return plan;
 }
 
-Item item_at(const Problem& pb, const Plan& plan, int64_t index) {  // ((((b, h), g), chain), group)
-  Item item;
-  item.group = index % plan.groups, index /= plan.groups;
-  item.chain = index % plan.chains, index /= plan.chains;
-  item.g = index % pb.G, index /= pb.G;
-  item.h = index % plan.heads;
-  item.b = index / plan.heads;
-  return item;
-}
-
-Turn turn(const Problem& pb, const Plan& plan, int64_t index) {
-  const Item item = item_at(pb, plan, index);
-  const int64_t n = plan.summed_heads;
-  return {((item.b * (plan.heads / n) + item.h / n) * pb.G + item.g) * plan.chains + item.chain,
-          item.h % n * plan.groups + item.group};
-}
-
-int64_t frames_of(const Problem& pb, int64_t chain) { return pb.pair ? 2 : div_up(pb.T - chain, pb.lag); }
-
-Where frame_at(const Problem& pb, const Item& item, int64_t frame, int64_t head) {
-  const int64_t set = pb.pair ? frame : 0;
-  return {set, pb.pair ? item.chain : item.chain + frame * pb.lag, item.b, item.h + head, item.g};
-}
-
-int64_t pair_of(const Problem& pb, int64_t chain, int64_t frame) {  // the pair (frame, frame + 1) of a chain
-  return pb.pair ? chain : chain + frame * pb.lag;
-}
-
 // The row of flow or dflow of a pair.
 int64_t flow_offset(const Problem& pb, const Item& item, int64_t pair) {
   const int64_t pairs = pb.pair ? pb.T : pb.T - pb.lag;
   const bool per_head = pb.reduction == Reduction::none;
   return (((item.b * pairs + pair) * (per_head ? pb.H : 1) + (per_head ? item.h : 0)) * pb.G + item.g) * pb.Nk;
-}
-
-Strip strip_at(const Problem& pb, const Plan& plan, int64_t index) {  // all strips as wide as any other, or one less
-  const int64_t first = index * plan.strip_vectors / plan.strips;
-  Strip strip{first * W, (index + 1) * plan.strip_vectors / plan.strips - first, {}};
-  for (int64_t l = 0; l < strip.lanes(); ++l) strip.lane_weight[l] = strip.first_query + l < pb.Nq ? 1.f : 0.f;
-  return strip;
-}
-
-// ---- reading queries and keys
-
-const char* query_row(const Problem& pb, const Where& at, int64_t i) {
-  const Frames& f = pb.frames[at.set];
-  const int64_t* stride = f.q_stride;
-  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + i * stride[4];
-  return static_cast<const char*>(f.q) + offset * element_size(pb.dtype);
-}
-
-const char* key_row(const Problem& pb, const Where& at, int64_t j) {
-  const Frames& f = pb.frames[at.set];
-  const int64_t* stride = f.k_stride;
-  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + j * stride[4];
-  return static_cast<const char*>(f.k) + offset * element_size(pb.dtype);
-}
-
-// dq and dk are contiguous.
-char* dq_row(const Problem& pb, const Where& at, int64_t i) {
-  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nq + i;
-  return static_cast<char*>(pb.frames[at.set].dq) + row * pb.D * element_size(pb.dtype);
-}
-
-char* dk_row(const Problem& pb, const Where& at, int64_t j) {
-  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk + j;
-  return static_cast<char*>(pb.frames[at.set].dk) + row * pb.D * element_size(pb.dtype);
-}
-
-// The strip's queries as floats, [lane][d_cols].
-void load_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, float* rows) {
-  for (int64_t l = 0; l < strip.lanes(); ++l)
-    load_row(pb.dtype, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D, rows + l * plan.d_cols);
-}
-
-// Keys for a product, in place where their layout allows.
-struct Keys {
-  const char* first;
-  int64_t row;  // bytes
-};
-
-// As floats; `whole`: in whole vectors, padded with zeros.
-Keys float_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, bool whole, float* buffer) {
-  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 4};
-  for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, at, j0 + j), pb.D, buffer + j * plan.d_cols);
-  return {reinterpret_cast<const char*>(buffer), plan.d_cols * 4};
-}
-
-Keys bf16_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, float* buffer) {
-  if (pb.D % 2 == 0) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 2};
-  char* copy = reinterpret_cast<char*>(buffer);  // odd D: the last pair is completed with a zero
-  for (int64_t j = 0; j < n; ++j) {
-    char* row = copy + j * plan.d_cols * 4;
-    __builtin_memcpy(row, key_row(pb, at, j0 + j), pb.D * 2);
-    __builtin_memset(row + pb.D * 2, 0, 2);
-  }
-  return {copy, plan.d_cols * 4};
-}
-
-// ---- A = softmax(scale * q k^T) of one strip
-
-// The strip's queries, [d or pair of d][lane], for a product with keys. A negative scale flips their signs, so that the
-// largest product is the largest logit.
-void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, Scratch& s, bool bf16) {
-  const bool negative = pb.scale < 0;
-  if (!bf16) {
-    load_queries(pb, plan, at, strip, s.rows);
-    transpose_rows(s.rows, strip.lanes(), plan.d_cols, plan.d_cols, s.queries, strip.lanes(), negative ? 1u << 31 : 0);
-    return;
-  }
-  const int64_t cols = round_up(div_up(pb.D, 2), W);
-  for (int64_t l = 0; l < strip.lanes(); ++l) {
-    char* row = reinterpret_cast<char*>(s.rows + l * cols);
-    __builtin_memcpy(row, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D * 2);
-    __builtin_memset(row + pb.D * 2, 0, cols * 4 - pb.D * 2);
-  }
-  transpose_rows(s.rows, strip.lanes(), cols, cols, s.queries, strip.lanes(), negative ? 0x80008000u : 0);
-}
-
-// Part `step` of `steps` of the strip's queries, into the second-level cache.
-void prefetch_queries(const Problem& pb, const Where& at, const Strip& strip, int64_t step, int64_t steps) {
-  const int64_t n = strip.queries(pb.Nq), size = element_size(pb.dtype);
-  const int64_t l0 = n * step / steps, l1 = n * (step + 1) / steps;
-  prefetch_rows(query_row(pb, at, strip.first_query + l0), pb.frames[at.set].q_stride[4] * size, pb.D * size, l1 - l0);
-}
-
-// `next`, if any, is the map that will be computed after this one: its rows are fetched meanwhile.
-void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Where* next, const Strip& strip,
-                      Scratch& s, Map& map) {
-  const bool bf16 = NATIVE_BF16 && pb.dtype == Dtype::bf16;
-  pack_queries(pb, plan, at, strip, s, bf16);
-  const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
-  const int64_t column = plan.key_rows * W;
-  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // of the exponents so far; of p relative to it
-  for (int64_t v = 0; v < strip.vectors; ++v) {
-    shift[v] = set1(LOWEST);
-    sum[v] = set1(0.f);
-    store(s.maxima + v * W, set1(-__builtin_inff()));
-  }
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
-    const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, false, s.keys);
-    ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
-                     .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
-                     .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
-    if (next) {
-      args.ahead = key_row(pb, *next, j0);
-      args.ahead_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
-      args.ahead_bytes = pb.D * element_size(pb.dtype);
-    }
-#ifdef __AVX512BF16__
-    if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
-    else
-#endif
-      product_and_max<Float>(args, n, strip.vectors);
-    for (int64_t v = 0; v < strip.vectors; ++v) {
-      // -inf so far: the lowest finite number keeps exp2(-inf - shift) at 0. NaN stays NaN.
-      const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
-      float* p = map.p + v * column + j0 * W;
-      vec block_sum = set1(0.f);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j) {
-        const vec y = exp2(fma(load(p + j * W), scale, -top));
-        store(p + j * W, y);
-        block_sum += y;
-      }
-      sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
-      shift[v] = top;
-      store(map.factor + (v * plan.blocks + block) * W, top);
-      if (next) prefetch_queries(pb, *next, strip, block * strip.vectors + v, plan.blocks * strip.vectors);
-    }
-  }
-  for (int64_t v = 0; v < strip.vectors; ++v) {
-    const vec norm = set1(1.f / plan.map_heads) / sum[v];
-    for (int64_t block = 0; block < plan.blocks; ++block) {
-      float* factor = map.factor + (v * plan.blocks + block) * W;
-      store(factor, exp2(load(factor) - shift[v]) * norm);
-    }
-  }
 }
 
 // The map whose change is measured: one head's, or (mean_map) the mean of all heads'.
@@ -370,30 +92,6 @@ void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t 
       }
   }
 }
-
-// ---- M = |A - A'| and e = expm1(M / temperature)
-
-// For vector v of the strip: visit(j, offset of key j, A / temperature, A' / temperature) for every key, and end_block()
-// after every block. Two products and no FMA: equal maps are equal here too.
-template <class Visit, class EndBlock>
-inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit,
-                            EndBlock end_block) {
-  const vec inv_temperature = set1(pb.inv_temperature);
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    const int64_t j0 = block * KEY_BLOCK, j1 = min(j0 + KEY_BLOCK, pb.Nk);
-    const vec fa = load(a.factor + (v * plan.blocks + block) * W) * inv_temperature;
-    const vec fb = load(b.factor + (v * plan.blocks + block) * W) * inv_temperature;
-#pragma GCC unroll 4
-    for (int64_t j = j0; j < j1; ++j) {
-      const int64_t at = (v * plan.key_rows + j) * W;
-      visit(j, at, load(a.p + at) * fa, load(b.p + at) * fb);
-    }
-    end_block();
-  }
-}
-
-template <bool sharp>
-inline vec expm1(vec x) { return sharp ? expm1_wide(x) : expm1_unit(x); }
 
 // ---- forward
 
@@ -430,8 +128,6 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
     store(flow + j, load(flow + j) + (sum_each(r) - total_lost));
   }
 }
-
-void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 
 void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
@@ -482,15 +178,6 @@ void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
   const double mean = sum / pb.Nk, share = 1. / (pb.reduction == Reduction::mean ? pb.H : 1);
   for (int64_t j = 0; j < pb.Nk; ++j) g[j] = static_cast<float>((dflow[j] - mean) * share);
 }
-
-// A sum over keys, made block by block: its rounding error grows with the block and the number of blocks.
-struct Sum {
-  vec total = set1(0.f), block = set1(0.f);
-  void end_block() {
-    total += block;
-    block = set1(0.f);
-  }
-};
 
 // Fills `change` but for g, which is there.
 template <bool sharp>
@@ -545,53 +232,6 @@ void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map
       rho[v] = fma(sum, load(map.factor + (v * plan.blocks + block) * W), rho[v]);
     }
   }
-}
-
-// From dL/dA of one map and strip: dq of the strip's queries, and what dk of all keys gets from them, which is written if
-// it is the item's first strip and else added.
-template <class Gradient>
-void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
-                       const Gradient& gradient, const vec* rho, Scratch& s, float* dk, bool first_strip) {
-  const Frames& f = pb.frames[at.set];
-  const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = plan.d_cols;
-  float* const dq = s.dq ? s.dq : reinterpret_cast<float*>(dq_row(pb, at, strip.first_query));
-  if (f.dk) load_queries(pb, plan, at, strip, s.rows);
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
-    for (int64_t v = 0; v < strip.vectors; ++v) {
-      const vec factor = load(map.factor + (v * plan.blocks + block) * W);
-      const auto dA = gradient(v);
-      const vec rho_v = rho[v];
-      float* const dlogits = s.dlogits + v * W;
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = (v * plan.key_rows + j0 + j) * W;
-        store(dlogits + j * lanes, load(map.p + at) * factor * (dA(j0 + j, at) - rho_v));
-      }
-    }
-    const char* const dlogits = reinterpret_cast<const char*>(s.dlogits);
-    if (f.dq) {
-      const Keys keys = float_keys(pb, plan, at, j0, n, true, s.keys);
-      product<Float, Out::plain, true>(
-          {.b = dlogits, .b_row = 4, .b_k = lanes * 4, .x = reinterpret_cast<const float*>(keys.first),
-           .x_row = keys.row / 4, .K = n, .out = dq, .out_row = cols, .out_vector = W, .add = block > 0,
-           .ahead = block == 0 ? reinterpret_cast<const char*>(dq + ROWS_AHEAD * cols) : nullptr, .ahead_row = cols * 4,
-           .ahead_bytes = cols * 4},
-          queries, cols / W);
-    }
-    if (f.dk) {
-      float* const rows = dk + j0 * cols;
-      product<Float, Out::plain, false>(
-          {.b = dlogits, .b_row = lanes * 4, .b_k = 4, .x = s.rows, .x_row = cols, .K = queries, .out = rows,
-           .out_row = cols, .out_vector = W, .add = !first_strip,
-           .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4,
-           .ahead_bytes = cols * 4},
-          n, cols / W);
-    }
-  }
-  if (!f.dq || !s.dq) return;
-  for (int64_t l = 0; l < queries; ++l)
-    store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, at, strip.first_query + l));
 }
 
 // gradient(v)(j, offset of key j) is dL/dA, rho = rowsum(A * dL/dA).
@@ -668,31 +308,10 @@ void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch
   }
 }
 
-// Adds the item's dk, left in its scratch, to the result; called in the order of the groups. In float32 the sum is made in
-// the result, else in `sums` ([frame][head][Nk][d_cols]).
 void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
   if (!wants_dk(pb) || dk_in_place(pb, plan)) return;
   Arena arena{scratch};
-  const float* part = layout(pb, plan, true, arena).dk;
-  const Item item = item_at(pb, plan, index);
-  const bool first = item.group == 0, last = item.group == plan.groups - 1, in_result = pb.dtype == Dtype::f32;
-  float row[256];
-  for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
-    for (int64_t head = 0; head < plan.map_heads; ++head) {
-      const Where at = frame_at(pb, item, frame, head);
-      if (!pb.frames[at.set].dk) continue;
-      for (int64_t j = 0; j < pb.Nk; ++j) {
-        char* const dk = dk_row(pb, at, j);
-        const int64_t offset = ((frame * plan.map_heads + head) * pb.Nk + j) * plan.d_cols;
-        float* sum = in_result || plan.groups == 1 ? row : sums + offset;
-        if (in_result && !first) load_row(Dtype::f32, dk, pb.D, sum);
-        for (int64_t d = 0; d < plan.d_cols; d += W) {
-          const vec x = load(part + offset + d);
-          store(sum + d, first ? x : load(sum + d) + x);
-        }
-        if (in_result || last) store_row(pb.dtype, sum, pb.D, dk);
-      }
-    }
+  finish_dk(pb, plan, item_at(pb, plan, index), layout(pb, plan, true, arena).dk, sums);
 }
 
 }  // namespace
@@ -700,7 +319,8 @@ void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* 
 #define AMFLOW_NAME_OF(isa) #isa
 #define AMFLOW_NAME(isa) AMFLOW_NAME_OF(isa)
 
-const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA), turn, plan_forward, forward, finish_forward, plan_backward, backward,
-                         finish_backward};
+const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA),
+                         {plan_forward, turn, forward, finish_forward},
+                         {plan_backward, turn, backward, finish_backward}};
 
 }  // namespace amflow::AMFLOW_ISA

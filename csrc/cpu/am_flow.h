@@ -54,17 +54,20 @@ struct Turn {
   int64_t sum, place;
 };
 
-// One instruction set's kernels. Every item is run, in any order and on any thread; then, with the same scratch and when
-// all earlier places of its sum are finished, it is finished.
+// A pass over a problem. Every item is run, in any order and on any thread; then, with the same scratch and when all
+// earlier places of its sum are finished, it is finished.
+template <class Problem>
+struct Pass {
+  Plan (*plan)(const Problem&);
+  Turn (*turn)(const Problem&, const Plan&, int64_t item);
+  void (*run)(const Problem&, const Plan&, int64_t item, float* scratch);
+  void (*finish)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
+};
+
+// One instruction set's kernels.
 struct Kernels {
   const char* name;
-  Turn (*turn)(const Problem&, const Plan&, int64_t item);
-  Plan (*plan_forward)(const Problem&);
-  void (*forward)(const Problem&, const Plan&, int64_t item, float* scratch);
-  void (*finish_forward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
-  Plan (*plan_backward)(const Problem&);
-  void (*backward)(const Problem&, const Plan&, int64_t item, float* scratch);
-  void (*finish_backward)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
+  Pass<Problem> forward, backward;
 };
 
 namespace avx2 { extern const Kernels kernels; }
