@@ -1,4 +1,4 @@
-"""The command ``amflow``: a demo on a real clip, and a report of what runs on this machine."""
+"""The command ``amflow``: a demo on a real clip, pictures of any video, a report of what runs on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import amflow_kernels
-from amflow_kernels.demo import DemoError, run
+from amflow_kernels import demo, visualize
+from amflow_kernels.demo import DemoError
 from amflow_kernels.offline import CLIPS, clip_path
 
 
@@ -30,7 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         video = Path(args.video)
         if args.video in CLIPS and not video.exists():
             video = clip_path(args.video)
-        run(video, args.output, size=args.size, frames=args.frames, every=args.every, start=args.start)
+        if args.command == "demo":
+            demo.run(video, args.output, size=args.size, frames=args.frames, every=args.every, start=args.start)
+        else:
+            output = args.output or Path(f"amflow_{video.stem}")
+            pairs = visualize.run(
+                video, output, model=args.model, weights=args.weights, size=args.size, blocks=args.blocks,
+                every=args.every, start=args.start, pairs=args.pairs,
+            )  # fmt: skip
+            print(f"{pairs} pairs of frames: {output}")
     except (DemoError, ModuleNotFoundError) as error:  # anything else is a bug, whose traceback is wanted
         print(f"amflow: {error}", file=sys.stderr)
         return 1
@@ -71,6 +80,30 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--frames", type=_at_least(2), default=8, metavar="T", help="how many frames to take")
     demo.add_argument("--every", type=_at_least(1), default=2, metavar="K", help="take one frame in K")
     demo.add_argument("--start", type=_at_least(0), default=0, metavar="FRAME", help="the first frame to take")
+
+    pictures = commands.add_parser(
+        "visualize",
+        help="pictures of AM flow and of what changes in the attention maps of a video",
+        description="Draws, for every pair of frames and every block of a vision transformer: AM flow, how much "
+        "attention to and from each patch changes, and the principal components of that change as colours. A PNG per "
+        "pair, or an overlay video of the flow.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    pictures.add_argument("video", metavar="VIDEO", help=f"a video file, or a clip: {', '.join(CLIPS)}")
+    pictures.add_argument(
+        "-o", "--output", type=Path, default=None, metavar="OUT",
+        help="a folder for PNG files (default: amflow_ and the video's name), or a video file that ends in .mp4",
+    )  # fmt: skip
+    pictures.add_argument("--model", default=visualize.OFFLINE_MODEL, metavar="NAME", help="a plain ViT of timm")
+    pictures.add_argument(
+        "--weights", default="offline", metavar="FILE|offline|hub",
+        help="a file, those of DINOv2 ViT-S/14 that come with the demo extra, or timm's pretrained ones",
+    )  # fmt: skip
+    pictures.add_argument("--size", type=_at_least(14), default=224, metavar="PIXELS", help="side of the square input")
+    pictures.add_argument("--blocks", type=_at_least(0), nargs="+", default=None, metavar="N", help="only these blocks")
+    pictures.add_argument("--every", type=_at_least(1), default=2, metavar="K", help="take one frame in K")
+    pictures.add_argument("--start", type=_at_least(0), default=0, metavar="FRAME", help="the first frame to take")
+    pictures.add_argument("--pairs", type=_at_least(1), default=None, metavar="P", help="draw so many pairs at most")
 
     commands.add_parser(
         "doctor",

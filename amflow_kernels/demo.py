@@ -74,7 +74,7 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
             twice the error of eager float32 (in which case the table and the PNG are there).
         ModuleNotFoundError: a package of the demo extra is missing; the message says how to install it.
     """
-    _check_output(output, video)
+    check_output(output, video)
     with demo_extra():
         import matplotlib  # noqa: F401 -- if it is missing, say so before the work and not after it
         from rich.console import Console
@@ -117,7 +117,7 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
     return results
 
 
-def _check_output(output: Path, video: Path) -> None:
+def check_output(output: Path, video: Path) -> None:
     existing = output if output.exists() else output.parent
     if output.is_dir():
         raise DemoError(f"{output}: can't be written, it is a folder")

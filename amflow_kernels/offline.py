@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-__all__ = ["CLIPS", "IMAGENET_MEAN", "IMAGENET_STD", "clip_path", "demo_extra", "dinov2_vit_small", "read_frames"]
+__all__ = [
+    "CLIPS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "clip_path",
+    "demo_extra",
+    "dinov2_vit_small",
+    "iterate_frames",
+    "read_frames",
+]
 
 CLIPS = ("bikes", "carphone_pristine", "bigbuckbunny")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -106,7 +115,36 @@ def read_frames(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    path = Path(path)
+    needed = start + (num_frames - 1) * every + 1
+    frames: list[Tensor] = []
+    read = 0
+    for image in islice(_decode(Path(path)), needed):
+        if read >= start and (read - start) % every == 0:
+            frames.append(_resize_and_crop(image, size))
+        read += 1
+    if read < needed:
+        raise ValueError(
+            f"{path}: has {read} frames, but {num_frames} frames, 1 in {every} from frame {start}, need {needed}"
+        )
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return (torch.stack(frames) - mean) / std
+
+
+def iterate_frames(
+    path: str | PathLike[str], every: int = 1, size: int = 224, *, start: int = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """The frames of a video one by one, one in `every` from `start` on: (place in the video, image).
+
+    Images are float32 (3, size, size) in [0, 1], resized and cropped as those of `read_frames`, which says the errors;
+    they come with the frame that can't be had.
+    """
+    for number, image in enumerate(_decode(Path(path))):
+        if number >= start and (number - start) % every == 0:
+            yield number, _resize_and_crop(image, size)
+
+
+def _decode(path: Path) -> Iterator[Tensor]:
+    """All frames of a video, uint8 (height, width, 3)."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video")
     if not path.is_file():
@@ -114,26 +152,17 @@ def read_frames(
     with demo_extra():
         import av
 
-    needed = start + (num_frames - 1) * every + 1
-    frames: list[Tensor] = []
     read = 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
-            for frame in islice(container.decode(video=0), needed):
-                if read >= start and (read - start) % every == 0:
-                    frames.append(_resize_and_crop(torch.from_numpy(frame.to_ndarray(format="rgb24")), size))
+            for frame in container.decode(video=0):
+                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
                 read += 1
     except (av.error.FFmpegError, OSError) as error:
         reason = "it is empty" if path.stat().st_size == 0 else error.strerror
         raise ValueError(f"{path}: can't be read as a video ({reason}); {read} frames were decoded") from error
-    if read < needed:
-        raise ValueError(
-            f"{path}: has {read} frames, but {num_frames} frames, 1 in {every} from frame {start}, need {needed}"
-        )
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return (torch.stack(frames) - mean) / std
 
 
 def _resize_and_crop(image: Tensor, size: int) -> Tensor:

@@ -1,0 +1,153 @@
+"""`amflow visualize`: the pictures of a video's pairs of frames, and how it fails."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import timm
+import torch
+from matplotlib.image import imread
+from torch import Tensor
+
+from amflow_kernels import am_flow, visualize
+from amflow_kernels.cli import main
+from amflow_kernels.integrations.timm import record_qk
+from amflow_kernels.offline import clip_path, iterate_frames, read_frames
+
+TINY = "vit_tiny_patch16_224"
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of weights of a small model."""
+    torch.manual_seed(0)
+    model = timm.create_model(TINY, pretrained=False, img_size=SIZE, num_classes=0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+def arguments(weights: str, *more: str) -> list[str]:
+    return ["visualize", "bikes", "--model", TINY, "--weights", weights, "--size", str(SIZE), *more]
+
+
+def test_a_png_for_each_pair(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "pictures"
+    assert main(arguments(weights, "--blocks", "3", "0", "--pairs", "3", "--every", "5", "--start", "10",
+                          "-o", str(folder))) == 0  # fmt: skip
+    assert capsys.readouterr().out == f"3 pairs of frames: {folder}\n"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["pair_00010_00015.png", "pair_00015_00020.png", "pair_00020_00025.png"]
+    for path in folder.iterdir():
+        assert imread(path)[..., :3].std() > 0.05  # not a blank sheet
+
+
+def test_overlay_video(weights: str, tmp_path: Path) -> None:
+    """A frame for each pair, the image and its blocks side by side, five in a row."""
+    path = tmp_path / "out.mp4"
+    assert main(arguments(weights, "--pairs", "4", "--blocks", "0", "1", "2", "3", "4", "-o", str(path))) == 0
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(2 * SIZE, 5 * SIZE, 3)] * 4
+    image = (255 * next(iterate_frames(clip_path("bikes"), size=SIZE))[1]).byte().permute(1, 2, 0).numpy()
+    assert abs(frames[0][:SIZE, :SIZE].astype(float) - image).mean() < 8  # but for compression
+
+
+def test_with_the_offline_weights(tmp_path: Path) -> None:
+    """The weights that come with the demo extra, every block."""
+    assert main(["visualize", "bikes", "--pairs", "1", "-o", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    height, width = imread(path).shape[:2]
+    assert width > 2 * height  # twelve blocks
+
+
+@torch.inference_mode()
+def test_pictures_are_of_the_two_frames(weights: str) -> None:
+    """Flow is that of the frames' q and k without prefix tokens, on the grid; colours are in [0, 1]."""
+    vit = visualize.load(TINY, weights, SIZE)
+    (pair, *_) = visualize.pictures(vit, [2], clip_path("bikes"), SIZE, 125, 0)
+    assert pair.numbers == (0, 125)
+    frames = torch.stack(pair.images)
+    with record_qk(vit, blocks=[2]) as qk:
+        vit((frames - 0.5) / 0.5)
+    flow = am_flow(*(x.unsqueeze(0) for x in qk[2]), head_reduction="mean", center=True)[0, 0, 1:].view(4, 4)
+    drawn = pair.blocks[2]
+    torch.testing.assert_close(drawn.flow, flow, rtol=1e-3, atol=1e-6)
+    assert drawn.rows.shape == drawn.columns.shape == (4, 4)
+    assert drawn.pca.shape == (4, 4, 3)
+    assert 0 <= drawn.pca.min() < drawn.pca.max() <= 1
+
+
+def test_two_frames_in_memory(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the video is."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watched(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
+        for number, image in iterate_frames(*args, **options):
+            image = image.clone()
+            alive.append(weakref.ref(image))
+            yield number, image
+            del image
+
+    monkeypatch.setattr(visualize, "iterate_frames", watched)
+    vit = visualize.load(TINY, weights, SIZE)
+    for n, pair in enumerate(visualize.pictures(vit, [0], clip_path("bikes"), SIZE, 10, 0)):
+        del pair
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 2
+        if n == 6:
+            break
+    assert len(alive) == 8
+
+
+def test_frames_one_by_one_are_those_of_a_clip() -> None:
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    clip = read_frames(clip_path("carphone_pristine"), 3, 4, 56, start=5)
+    for (number, image), expected, place in zip(
+        iterate_frames(clip_path("carphone_pristine"), 4, 56, start=5), clip, (5, 9, 13), strict=False
+    ):
+        assert number == place
+        assert torch.equal((image - mean) / std, expected)
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "video": (["visualize", "nowhere.mp4"], "nowhere.mp4: no such video"),
+    "one frame": (["visualize", "bikes", "--start", "249"], "has no two frames, 1 in 2 from frame 249"),
+    "block": (["visualize", "bikes", "--blocks", "0", "12"], "blocks: expected numbers from 0 to 11, got [0, 12]"),
+    "offline": (["visualize", "bikes", "--model", TINY], f"there are none of {TINY}"),
+    "file": (["visualize", "bikes", "--weights", "no.pth"], "there is no file no.pth"),
+    "size": (["visualize", "bikes", "--size", "100"], "at 100 px: img_size: expected a positive multiple of 14"),
+    "model": (["visualize", "bikes", "--model", "no_such_vit", "--weights", "hub"], "--model no_such_vit"),
+    "output": (["visualize", "bikes", "-o", "{file}"], "expected a folder, or a name that ends in .mp4"),
+    "no folder": (["visualize", "bikes", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_failures_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = BAD[name]
+    file = tmp_path / "file.txt"
+    file.write_text("mine")
+    argv = [word.replace("{file}", str(file)) for word in argv]
+    if "-o" not in argv:
+        argv += ["-o", str(tmp_path / "out")]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("amflow: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert file.read_text() == "mine"
+
+
+def test_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "resnet.pth"
+    torch.save(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), path)
+    assert main(["visualize", "bikes", "--model", "resnet10t", "--weights", str(path), "-o", str(tmp_path)]) == 1
+    assert "amflow: --model resnet10t" in capsys.readouterr().err
