@@ -44,6 +44,20 @@ def am_flow_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch.am_flow_backward(*arguments)
 
 
+def am_flow_matmul(*arguments: Any) -> Tensor:
+    """As `launch.am_flow_matmul`."""
+    from amflow_kernels.impl.triton import launch
+
+    return launch.am_flow_matmul(*arguments)
+
+
+def am_flow_matmul_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `launch.am_flow_matmul_backward`."""
+    from amflow_kernels.impl.triton import launch
+
+    return launch.am_flow_matmul_backward(*arguments)
+
+
 def uses_lse(q: Tensor, k: Tensor) -> bool:
     """Whether the forward has a pass for row statistics, which log-sum-exps spare."""
     from amflow_kernels.impl.triton import configs

@@ -93,6 +93,10 @@ _CONFIGS = {
     ("bwd_dq", 4): Config(32, 32, 8),
     ("bwd_dk", 2): Config(32, 64, 4),
     ("bwd_dk", 4): Config(32, 32, 8),
+    ("matmul_q", 2): Config(64, 32, 4),
+    ("matmul_q", 4): Config(32, 32, 4),
+    ("matmul_k", 2): Config(32, 64, 4),
+    ("matmul_k", 4): Config(32, 32, 4),
 }
 _OTHERWISE = {  # where an architecture needs another
     (100, "fwd", 2): Config(64, 128, 8, 1),

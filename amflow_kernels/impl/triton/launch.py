@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from amflow_kernels.impl.triton import configs, saved_sizes
-from amflow_kernels.impl.triton.kernels import backward, forward, strip, strip_backward
+from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
+LARGEST_FEATURES = 64  # columns of x that one program multiplies
+FLOW = {"C": 0, "SOFTMAX": True}  # a gradient of flows, and not of products with features
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -101,6 +103,15 @@ class _Problem:
 
     def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
         """Three passes over tiles, the first only where the rows' log-sum-exps are not given."""
+        self.row_statistics(lse, lse_b)
+        w = self.weights()
+        lost = (w * self.e_sum).view(-1, self.Nq).sum(-1)  # sum_i w_i e_ij lies sum_i w_i ebar_i too high
+        base_of_pairs = lost.div_(-self.Nk).add_(base)
+        tail = configs.tail(self.Nq, self.config("fwd").BLOCK_M)
+        self.pair_kernel(forward.am_flow_fwd_kernel, "fwd", w, base_of_pairs, flow, owns="columns", TAIL=tail)
+
+    def row_statistics(self, lse: Tensor | None, lse_b: Tensor | None) -> None:
+        """Row maxima and normalisers of all maps, from log-sum-exps where they are known."""
         for f, known in ((self.first, lse), (self.second, lse_b)) if self.pair else ((self.first, lse),):
             if known is not None:
                 self._take(known, f)
@@ -109,13 +120,35 @@ class _Problem:
             self.frame_kernel(
                 forward.am_flow_rows_kernel, "rows", f, self.pairs, f.row_max, f.row_norm, owns="rows", TAIL=tail
             )
+
+    def weights(self) -> Tensor:
+        """w of all pairs' rows; fills e_sum."""
         w = torch.empty_like(self.e_sum)
         tail = configs.tail(self.Nk, self.config("weights").BLOCK_N)
         self.pair_kernel(forward.am_flow_weights_kernel, "weights", self.e_sum, w, owns="rows", TAIL=tail)
-        lost = (w * self.e_sum).view(-1, self.Nq).sum(-1)  # sum_i w_i e_ij lies sum_i w_i ebar_i too high
-        base_of_pairs = lost.div_(-self.Nk).add_(base)
-        tail = configs.tail(self.Nq, self.config("fwd").BLOCK_M)
-        self.pair_kernel(forward.am_flow_fwd_kernel, "fwd", w, base_of_pairs, flow, owns="columns", TAIL=tail)
+        return w
+
+    def times(self, x: Tensor, transpose: bool, softmax: bool, w: Tensor | None) -> Tensor:
+        """The motion operator, or its transpose, times x (B, P, *G, N, C): float32."""
+        C = x.shape[-1]
+        kernel, name = (
+            (matmul.am_flow_matmul_k_kernel, "matmul_k") if transpose else (matmul.am_flow_matmul_q_kernel, "matmul_q")
+        )
+        config = self.config(name)
+        weight = None if w is None else w.view(*x.shape[:-2], self.Nq, 1)
+        x = x.float() if weight is None or not transpose else x.float() * weight
+        y = x.new_empty((*x.shape[:-2], self.Nk if transpose else self.Nq, C))
+        blocks = self._blocks(config, "columns" if transpose else "rows")
+        width = min(LARGEST_FEATURES, max(16, triton.next_power_of_2(C)))
+        columns = -(-C // width)
+        arguments = (self.first, self.second, self.pairs, x.contiguous(), y, C, blocks, columns)
+        constants = {**self.product, "SOFTMAX": softmax, "SHARP": self.options["SHARP"], "BLOCK_C": width}
+        run(kernel, blocks * columns * self.B * self.P * self.H * self.G, arguments, {**constants, **asdict(config)})
+        if weight is not None:
+            y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
+            if not transpose:
+                y *= weight
+        return y
 
     def _take(self, lse: Tensor, f: Frames) -> None:
         """Row statistics from log-sum-exps; one that is not finite makes NaN of its row.
@@ -219,14 +252,88 @@ def am_flow_backward(
         if _strips_backward(pb, g, scale, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
         rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
-        d = backward.Gradient(g, g.stride()[:4], *rows)
-        pb.pair_kernel(backward.am_flow_bwd_rows_kernel, "bwd_rows", d, pb.e_sum, scale, owns="rows")
-        if pb.pair:
-            _frames_backward(pb, backward.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk)
-            _frames_backward(pb, backward.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b)
-        else:
-            _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk)
+        d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
+        _tiled_backward(pb, d, scale, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
+
+
+def am_flow_matmul(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    x: Tensor,
+    scale: float,
+    lag: int,
+    temperature: float,
+    transpose: bool,
+    softmax: bool,
+) -> Tensor:
+    pb = _matmul_problem(q, k, q_b, k_b, scale, lag, temperature)
+    with _on(q):
+        pb.row_statistics(None, None)
+        return pb.times(x, transpose, softmax, pb.weights() if softmax else None)
+
+
+def am_flow_matmul_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    x: Tensor,
+    scale: float,
+    lag: int,
+    temperature: float,
+    transpose: bool,
+    softmax: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pb = _matmul_problem(q, k, q_b, k_b, scale, lag, temperature)
+    dq, dk, dq_b, dk_b = (
+        torch.empty(x.shape if needed and x is not None else 0, dtype=q.dtype, device=q.device)
+        for x, needed in zip((q, k, q_b, k_b), needs[:4], strict=True)
+    )
+    dx = x.new_empty(0)
+    with _on(q):
+        pb.row_statistics(None, None)
+        w = pb.weights() if softmax else None
+        if needs[4]:
+            dx = pb.times(dy, not transpose, softmax, w).to(x.dtype)
+        if any(needs[:4]):
+            u, v = (x, dy) if transpose else (dy, x)  # of the queries, of the keys
+            v = v.float()
+            if softmax:  # a constant in a column has no effect: without it v that are equal for all keys give exactly 0
+                v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
+            u, v = u.float().contiguous(), v.contiguous()
+            rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
+            d = backward.Gradient(u, (0, 0, 0, 0), u, v, *rows)
+            _tiled_backward(pb, d, scale, (dq, dk, dq_b, dk_b), {"C": x.shape[-1], "SOFTMAX": softmax})
+    return dq, dk, dq_b, dk_b, dx
+
+
+def _matmul_problem(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int, temperature: float
+) -> _Problem:
+    saved = q.new_empty(sum(saved_sizes(q, q_b is not None, lag, "none")), dtype=torch.float32)
+    return _Problem(q, k, q_b, k_b, scale, lag, temperature, "none", saved)
+
+
+def _tiled_backward(
+    pb: _Problem,
+    d: backward.Gradient,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    kind: dict[str, int | bool],
+) -> None:
+    """dq, dk, dq_b, dk_b in three passes over tiles."""
+    pb.pair_kernel(backward.am_flow_bwd_rows_kernel, "bwd_rows", d, pb.e_sum, scale, owns="rows", **kind)
+    dq, dk, dq_b, dk_b = grads
+    if pb.pair:
+        _frames_backward(pb, backward.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk, kind)
+        _frames_backward(pb, backward.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b, kind)
+    else:
+        _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk, kind)
 
 
 def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
@@ -251,7 +358,14 @@ def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor,
     return True
 
 
-def _frames_backward(pb: _Problem, frame: backward.Frame, d: backward.Gradient, dq: Tensor, dk: Tensor) -> None:
+def _frames_backward(
+    pb: _Problem,
+    frame: backward.Frame,
+    d: backward.Gradient,
+    dq: Tensor,
+    dk: Tensor,
+    kind: dict[str, int | bool],
+) -> None:
     """dq and dk of one set of frames, of those that have room for them."""
     if not dq.numel() and not dk.numel():
         return
@@ -274,6 +388,7 @@ def _frames_backward(pb: _Problem, frame: backward.Frame, d: backward.Gradient, 
             owns="rows",
             WIDE_D=wide,
             **pb.options,
+            **kind,
         )
     if dk.numel():
         pb.frame_kernel(
@@ -287,6 +402,7 @@ def _frames_backward(pb: _Problem, frame: backward.Frame, d: backward.Gradient, 
             owns="columns",
             WIDE_D=wide,
             **pb.options,
+            **kind,
         )
 
 
