@@ -84,7 +84,7 @@ def _cached(folder: Path) -> Path:
     with _file_lock(folder / "lock"):
         if _is_whole(library):  # another process built it while this one waited
             return library
-        _say(f"compiling the CPU kernels, some 10 s, to be kept in {folder}")
+        _say(f"compiling the CPU kernels, some 20 s, to be kept in {folder}")
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:

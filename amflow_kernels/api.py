@@ -240,7 +240,7 @@ def _call_matmul(
     if temperature != 1 and not softmax:
         raise ValueError(f"temperature: expected 1 without softmax=True (M has none), got {temperature}")
     _check_features(x, q, k, lag, transpose)
-    check_impl(impl, q, "am_flow_matmul")
+    check_impl(impl, q)
     return matmul_ops.am_flow_matmul(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, impl)
 
 

@@ -31,10 +31,8 @@ class Impl:
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     row_statistics: bool = False  # its forward can be given them (as log-sum-exps), and leaves them for its backward
 
-    def unsupported(self, device_type: str, dtype: torch.dtype, op: str = "am_flow") -> str | None:
+    def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
-        if not hasattr(self.module, op):
-            return f"{op} is not implemented by it"
         if self.devices is not None and device_type not in self.devices:
             return f"expected tensors on {' or '.join(self.devices)}, got {device_type}"
         if self.dtypes is not None and dtype not in self.dtypes:
@@ -64,19 +62,19 @@ class Choice:
     fallback: bool  # a fused kernel was expected here and could not be had
 
 
-def check_impl(impl: str | None, q: Tensor | None, op: str = "am_flow") -> None:
-    """Raises ValueError unless `impl` is None, or the name of one that has `op` for tensors like q."""
+def check_impl(impl: str | None, q: Tensor | None) -> None:
+    """Raises ValueError unless `impl` is None, or the name of an implementation that can take tensors like q."""
     if impl is None:
         return
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
-    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype, op)
+    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype)
     if reason:
         raise ValueError(f"impl={impl!r}: {reason}")
 
 
-def choose(device_type: str, dtype: torch.dtype, impl: str | None, op: str = "am_flow") -> Choice:
-    """The implementation of `op` for such input. Raises RuntimeError if the one asked for can't run here."""
+def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
+    """The implementation for such input. Raises RuntimeError if the one asked for can't run here."""
     if impl is not None:
         why_not = IMPLS[impl].unavailable()
         if why_not:
@@ -84,7 +82,7 @@ def choose(device_type: str, dtype: torch.dtype, impl: str | None, op: str = "am
         return Choice(impl, "asked for", fallback=False)
     reasons = []
     for name in _PREFERENCE.get(device_type, ()):
-        why_not = IMPLS[name].unsupported(device_type, dtype, op) or IMPLS[name].unavailable()
+        why_not = IMPLS[name].unsupported(device_type, dtype) or IMPLS[name].unavailable()
         if why_not is None:
             return Choice(name, f"fused kernel for {device_type} and {dtype}", fallback=False)
         reasons.append(f"{name}: {why_not}")
@@ -105,9 +103,9 @@ def uses_lse(q: Tensor, k: Tensor, impl: str | None) -> bool:
 _warned: set[str] = set()
 
 
-def implementation(q: Tensor, impl: str | None, op: str = "am_flow") -> Impl:
-    """The implementation of `op` that runs for tensors like q. Warns where it is the reference for want of another."""
-    choice = choose(q.device.type, q.dtype, impl, op)
+def implementation(q: Tensor, impl: str | None) -> Impl:
+    """The implementation that runs for tensors like q. Warns where it is the reference for want of another."""
+    choice = choose(q.device.type, q.dtype, impl)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
         warnings.warn(

@@ -198,8 +198,8 @@ STABLE_TORCH_LIBRARY(amflow_native, m) {
       "am_flow_matmul(Tensor(a!) y, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, "
       "float temperature, bool transpose, bool softmax, int vector_bits) -> ()");
   m.def(
-      "am_flow_matmul_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor(e!) dx, Tensor dy, "
-      "Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, float temperature, "
+      "am_flow_matmul_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor(e!) dx, "
+      "Tensor dy, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, float temperature, "
       "bool transpose, bool softmax, int vector_bits) -> ()");
   m.def("isa(int vector_bits) -> str");
 }

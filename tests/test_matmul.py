@@ -444,7 +444,6 @@ BAD_FEATURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "temperature": (zeros(2, 2, 2, 5, 3), {"softmax": True, "temperature": 0}, ValueError, r"temperature: .*1/64"),
     "scale": (zeros(2, 2, 2, 5, 3), {"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
     "impl": (zeros(2, 2, 2, 5, 3), {"impl": "gpu"}, ValueError, r"impl: expected None or one of"),
-    "triton": (zeros(2, 2, 2, 5, 3), {"impl": "triton"}, ValueError, r"'triton': am_flow_matmul is not implemented by"),
 }  # fmt: skip
 
 
@@ -470,14 +469,6 @@ def test_bad_frames() -> None:
         am_flow_matmul_pair(q, q, q, q[:1], x)
     with pytest.raises(TypeError, match="positional"):
         am_flow_matmul(q, q, x, True)  # type: ignore[misc]
-
-
-def test_gpu_falls_to_the_reference() -> None:
-    """Without a kernel of its own for a GPU the operator runs the reference there, and the reason says so."""
-    choice = ops.choose("cuda", torch.float32, None, "am_flow_matmul")
-    assert choice.name == "reference"
-    assert choice.fallback
-    assert "triton: am_flow_matmul is not implemented by it" in choice.reason
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

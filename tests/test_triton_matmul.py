@@ -24,6 +24,9 @@ SMALL: dict[str, list[Any]] = {
     "logits": ["plain", "negative", "zero", "still"],
     "dtype": [torch.float32, torch.float16],
     "groups": [(1,), (2, 2)],
+    "layout": ["contiguous", "fused_qkv", "offset"],
+    "x_layout": ["contiguous", "offset"],
+    "dy": ["contiguous", "expanded"],
 }
 TABLES = [
     {**SMALL, "operator": ["M", "M^T"], "temperature": [1.0]},
@@ -32,7 +35,7 @@ TABLES = [
 
 
 def allowed(row: dict[str, Any]) -> bool:
-    return matrix.allowed(row) and flow.cost(row) <= 60
+    return matrix.allowed(row) and flow.cost(row) <= 24
 
 
 CASES = [

@@ -384,10 +384,10 @@ void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, con
     store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, at, strip.first_query + l));
 }
 
-// Adds an item's part of a sum, n rows of `width` floats at a pitch of `cols`, to the result. In float32 the sum is made in
-// the result, else in `sums`, laid out as the part.
-void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* part, float* sums, bool first, bool last,
-              char* result) {
+// Adds an item's part of a sum, n rows of `width` floats at a pitch of `cols`, to the result. In float32 the sum is made
+// in the result, else in `sums`, laid out as the part.
+void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* part, float* sums, bool first,
+              bool last, char* result) {
   const bool in_result = dtype == Dtype::f32;
   float row[256];
   for (int64_t j = 0; j < n; ++j) {

@@ -3,8 +3,8 @@
 //
 // A strip's M, or e with P = w (1 + e), is made where its map was, as long as that is in the second-level cache, and
 // multiplied a block of keys at a time. Products to the queries have queries in the lanes, so that x is read where it
-// lies; a strip owns their rows. Products to the keys are summed up over an item's strips, as dk is; those of a few columns
-// are sums over lanes.
+// lies; a strip owns their rows. Products to the keys are summed up over an item's strips, as dk is; those of a few
+// columns are sums over lanes.
 
 #include "matmul.h"
 
@@ -23,17 +23,17 @@ struct Change {
 
 // One worker's memory. c_cols is C, padded.
 struct Scratch : MapScratch {
-  float* block;   // [KEY_BLOCK][lane]: M or e of a block of keys
-  float* values;  // [KEY_BLOCK][c_cols]: v of a block of keys
-  float* u;       // [lane][c_cols]
-  float* turned;  // [c_cols][lane]: u, or a product to the queries
-  float* product; // [lane][c_cols]: the same product
-  float* part;    // [pair of the chain][Nk][c_cols]: a product to the keys, or null if it is summed up in the result
-  float* columns; // [pair of the chain][C][key_rows]: the same, of few columns, before it is turned
-  double* v_sum;  // [pair of the chain][c_cols]: sum of v over the keys; for P alone, as is the next
-  double* wu_sum; // [pair of the chain][c_cols]: sum of w u over the item's queries
+  float* block;    // [KEY_BLOCK][lane]: M or e of a block of keys
+  float* values;   // [KEY_BLOCK][c_cols]: v of a block of keys
+  float* u;        // [lane][c_cols]
+  float* turned;   // [c_cols][lane]: u, or a product to the queries
+  float* rows_out; // [lane][c_cols]: the same product
+  float* part;     // [pair of the chain][Nk][c_cols]: a product to the keys, or null if it is summed up in the result
+  float* columns;  // [pair of the chain][C][key_rows]: the same, of few columns, before it is turned
+  double* v_sum;   // [pair of the chain][c_cols]: sum of v over the keys; for P alone, as is the next
+  double* wu_sum;  // [pair of the chain][c_cols]: sum of w u over the item's queries
   // backward
-  float* change;  // laid out as Map::p: M or e
+  float* change;      // laid out as Map::p: M or e
   Change changes[2];  // from the previous frame to the current one, and the one before
 };
 
@@ -41,7 +41,8 @@ int64_t c_cols(const MatmulProblem& pb) { return round_up(pb.C, W); }
 
 int64_t part_size(const MatmulProblem& pb, const Plan& plan) { return (plan.chain_frames - 1) * pb.Nk * c_cols(pb); }
 
-bool to_keys(const MatmulProblem& pb) { return pb.out && pb.to_keys; }
+// Whether a product is summed up over strips.
+bool out_is_summed(const MatmulProblem& pb) { return pb.out && pb.to_keys; }
 
 // Whether an item has its product to the keys to itself and it can be summed up in the result.
 bool out_in_place(const MatmulProblem& pb, const Plan& plan) {
@@ -62,9 +63,9 @@ Scratch layout(const MatmulProblem& pb, const Plan& plan, bool backward, Arena& 
   s.values = arena.take(KEY_BLOCK * cols);
   s.u = arena.take(MAX_LANES * cols);
   s.turned = arena.take(cols * MAX_LANES);
-  s.product = arena.take(MAX_LANES * cols);
-  if (to_keys(pb) && !out_in_place(pb, plan)) s.part = arena.take(part_size(pb, plan));
-  if (to_keys(pb) && few_columns(pb)) s.columns = arena.take(pairs * pb.C * plan.key_rows);
+  s.rows_out = arena.take(MAX_LANES * cols);
+  if (out_is_summed(pb) && !out_in_place(pb, plan)) s.part = arena.take(part_size(pb, plan));
+  if (out_is_summed(pb) && few_columns(pb)) s.columns = arena.take(pairs * pb.C * plan.key_rows);
   s.v_sum = take_doubles(pairs * cols);
   s.wu_sum = take_doubles(pairs * cols);
   if (backward && wants_frames(pb)) {
@@ -84,10 +85,10 @@ int64_t dk_sum_size(const MatmulProblem& pb, const Plan& plan) {  // where it ca
 Plan plan_with(const MatmulProblem& pb, Plan plan, bool backward) {
   plan.items = whole_items(pb, plan) * plan.groups;
   plan.summed_heads = 1;
-  const bool summed = to_keys(pb) || wants_dk(pb);
+  const bool summed = out_is_summed(pb) || wants_dk(pb);
   plan.sums = summed ? whole_items(pb, plan) : plan.items;
   plan.sum_floats = dk_sum_size(pb, plan);
-  if (plan.groups > 1 && to_keys(pb) && pb.out_dtype != Dtype::f32) plan.sum_floats += part_size(pb, plan);
+  if (plan.groups > 1 && out_is_summed(pb) && pb.out_dtype != Dtype::f32) plan.sum_floats += part_size(pb, plan);
   Arena arena{nullptr};
   layout(pb, plan, backward, arena);
   plan.scratch = arena.used;
@@ -96,8 +97,8 @@ Plan plan_with(const MatmulProblem& pb, Plan plan, bool backward) {
 
 Plan plan_forward(const MatmulProblem& pb) {
   Plan plan = plan_common(pb);
-  // It depends on neither B nor T, so that a pair has the same bits in any batch or clip. To the keys fewer groups do: each
-  // sums up a product of its own.
+  // It depends on neither B nor T, so that a pair has the same bits in any batch or clip. To the keys there are fewer:
+  // each group sums up a product of its own.
   plan.groups = min(plan.strips, div_up(pb.to_keys ? 48 : 128, plan.heads * pb.G));
   return plan_with(pb, plan, false);
 }
@@ -163,7 +164,8 @@ void sum_v(const MatmulProblem& pb, const Where& pair, double* sum) {
 
 // Fills m, laid out as Map::p, with M, or with e and w. m may be the first map.
 template <bool softmax, bool sharp>
-void measure(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, float* m, vec* w) {
+void measure(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, float* m,
+             vec* w) {
   for (int64_t v = 0; v < strip.vectors; ++v) {
     Sum e;
     for_each_change(pb, plan, v, a, b, [&](int64_t, int64_t at, vec A, vec B) __attribute__((always_inline)) {
@@ -176,7 +178,8 @@ void measure(const MatmulProblem& pb, const Plan& plan, const Strip& strip, cons
   }
 }
 
-void measure(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, float* m, vec* w) {
+void measure(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, float* m,
+             vec* w) {
   if (!pb.softmax) measure<false, false>(pb, plan, strip, a, b, m, w);
   else if (pb.inv_temperature > 1) measure<true, true>(pb, plan, strip, a, b, m, w);
   else measure<true, false>(pb, plan, strip, a, b, m, w);
@@ -191,8 +194,8 @@ void gather_block(const Plan& plan, const Strip& strip, const float* m, int64_t 
 }
 
 // The strip's rows of op v, to the result. With e: P v = w (sum of v + e v).
-void multiply_to_queries(const MatmulProblem& pb, const Plan& plan, const Where& pair, const Strip& strip, const float* m,
-                         const vec* w, const double* v_sum, Scratch& s) {
+void multiply_to_queries(const MatmulProblem& pb, const Plan& plan, const Where& pair, const Strip& strip,
+                         const float* m, const vec* w, const double* v_sum, Scratch& s) {
   const int64_t lanes = strip.lanes(), cols = c_cols(pb);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
@@ -208,13 +211,13 @@ void multiply_to_queries(const MatmulProblem& pb, const Plan& plan, const Where&
         float* const x = s.turned + c * lanes + v * W;
         store(x, w[v] * (set1(static_cast<float>(v_sum[c])) + load(x)));
       }
-  transpose_rows(s.turned, cols, lanes, lanes, s.product, cols, 0);  // the rows after the last of C hold anything
+  transpose_rows(s.turned, cols, lanes, lanes, s.rows_out, cols, 0);  // the rows after the last of C hold anything
   for (int64_t l = 0; l < strip.queries(pb.Nq); ++l)
-    store_row(pb.out_dtype, s.product + l * cols, pb.C, out_row(pb, pair, strip.first_query + l));
+    store_row(pb.out_dtype, s.rows_out + l * cols, pb.C, out_row(pb, pair, strip.first_query + l));
 }
 
-// w u of the strip in place of u, and its sum over the queries to wu_sum: of P^T u = e^T w u + (1 w)^T u it is the second
-// part, the same for every key.
+// w u of the strip in place of u, and its sum over the queries to wu_sum: P^T u = e^T w u + sum of w u, the same for
+// every key.
 void weigh_u(const MatmulProblem& pb, const Strip& strip, const vec* w, double* wu_sum, bool first_strip, float* u) {
   const int64_t cols = c_cols(pb);
   float weight[MAX_LANES];
@@ -238,20 +241,21 @@ void multiply_to_keys(const MatmulProblem& pb, const Plan& plan, const Strip& st
     product<Float, Out::plain, false>(
         {.b = reinterpret_cast<const char*>(s.block), .b_row = lanes * 4, .b_k = 4, .x = s.u, .x_row = cols,
          .K = strip.queries(pb.Nq), .out = rows, .out_row = cols, .out_vector = W, .add = !first_strip,
-         .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4, .ahead_bytes = cols * 4},
+         .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4,
+         .ahead_bytes = cols * 4},
         n, cols / W);
   }
 }
 
 // The same for few columns, out [C][key_rows].
-void multiply_to_keys_by_lanes(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m, float* out,
-                               bool first_strip, Scratch& s) {
+void multiply_to_keys_by_lanes(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m,
+                               float* out, bool first_strip, Scratch& s) {
   const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = c_cols(pb);
   clear(s.u + queries * cols, (lanes - queries) * cols);
   transpose_rows(s.u, lanes, cols, cols, s.turned, lanes, 0);
   for (int64_t c = 0; c < pb.C; ++c) {
     const float* const u = s.turned + c * lanes;
-    for (int64_t j = 0; j < plan.key_rows; j += W) {  // the rows after the last key hold anything, and nothing reads theirs
+    for (int64_t j = 0; j < plan.key_rows; j += W) {  // rows after the last key hold anything, nothing reads theirs
       vec r[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) r[i] = load(u) * load(m + (j + i) * W);
@@ -286,7 +290,7 @@ void multiply(const MatmulProblem& pb, const Plan& plan, const Item& item, int64
 
 // After an item's last strip: turns few columns into rows, and adds the sum of w u to every row.
 void complete_to_keys(const MatmulProblem& pb, const Plan& plan, const Item& item, const Scratch& s) {
-  if (!to_keys(pb)) return;
+  if (!out_is_summed(pb)) return;
   const int64_t cols = c_cols(pb);
   alignas(64) float sum[256];
   for (int64_t frame = 0; frame + 1 < frames_of(pb, item.chain); ++frame) {
@@ -352,8 +356,8 @@ void finish_forward(const MatmulProblem& pb, const Plan& plan, int64_t index, fl
 
 // u v^T of the strip, laid out as Map::p. Of P's a constant in a column of v has no effect, as the rows of P sum to 1:
 // taken off, v that are equal for all keys give exactly 0.
-void multiply_sides(const MatmulProblem& pb, const Plan& plan, const Where& pair, const Strip& strip, const double* v_sum,
-                    Scratch& s, float* out) {
+void multiply_sides(const MatmulProblem& pb, const Plan& plan, const Where& pair, const Strip& strip,
+                    const double* v_sum, Scratch& s, float* out) {
   const int64_t lanes = strip.lanes(), cols = c_cols(pb);
   alignas(64) float mean[256];
   for (int64_t c = 0; pb.softmax && c < cols; ++c) mean[c] = static_cast<float>(v_sum[c] / pb.Nk);
@@ -410,8 +414,7 @@ void backward_map(const MatmulProblem& pb, const Plan& plan, const Item& item, i
                   const Map& map, const Change* before, const Change* after, Scratch& s, bool first_strip) {
   const Where at = frame_at(pb, item, frame, 0);
   if (!wants_frame(pb.frames[at.set])) return;
-  float* const dk =
-      s.dk ? s.dk + frame * pb.Nk * plan.d_cols : reinterpret_cast<float*>(dk_row(pb, at, 0));  // not read if not wanted
+  float* const dk = s.dk ? s.dk + frame * pb.Nk * plan.d_cols : reinterpret_cast<float*>(dk_row(pb, at, 0));
   const auto run = [&](const auto& gradient, const vec* rho) {
     backward_head_map(pb, plan, at, strip, map, gradient, rho, s, dk, first_strip);
   };

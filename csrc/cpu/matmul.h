@@ -5,16 +5,17 @@
 
 namespace amflow {
 
-// Rows of the queries' or of the keys' side, (B, P, H, G, N, C). Strides count elements; the last dimension is contiguous.
+// Rows of the queries' or of the keys' side, (B, P, H, G, N, C). Strides count elements; the last dimension is
+// contiguous.
 struct Rows {
   const void* data = nullptr;
   Dtype dtype;
   int64_t stride[5] = {};
 };
 
-// With the operator op, M or P of every pair, the product is op v (to the queries) or op^T u (to the keys). The forward has
-// x on one side and makes y on the other. The backward has x on one and dy on the other side: dx is the product that goes
-// to the side of x, and u v^T is the gradient of op.
+// With the operator op, M or P of every pair, the product is op v (to the queries) or op^T u (to the keys). The forward
+// has x on one side and makes y on the other. The backward has x on one and dy on the other side: dx is the product
+// that goes to the side of x, and u v^T is the gradient of op.
 struct MatmulProblem : Problem {
   bool softmax;  // P instead of M
   bool to_keys;
