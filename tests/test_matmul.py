@@ -22,7 +22,7 @@ from test_ops import assert_all_close
 from torch import Tensor, library
 from torch._dynamo.utils import counters
 
-from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, matmul_ops, ops
+from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, matmul_ops
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import reference
 
