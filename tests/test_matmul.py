@@ -136,7 +136,7 @@ def check_forward(case: Case, impl: str) -> None:
         y = case.run((*frames, x), impl=impl)
     assert y.dtype == torch.float32
     tt.assert_matmul(y, exact(case), tt.matmul_budget(x, *frames, **case.options()))
-    if case.operator.startswith("M"):
+    if case.operator.startswith("M") and y.numel() >= 100:  # of a few sums all may happen to cancel
         error, norm = (y.double() - exact(case)).norm().item(), exact(case).norm().item()
         assert error <= tt.centred_budget(case.frame_step) * norm, f"L2 error of {error:.3g} on {norm:.3g}"
 
