@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from amflow_kernels import am_flow
-from amflow_kernels.integrations.timm import record_qk
+from amflow_kernels.integrations.timm import record_am_flow, record_qk
 from amflow_kernels.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
 
 pytestmark = pytest.mark.demo
@@ -59,6 +59,24 @@ def test_every_block_against_float64(clip: str, size: int, frames: int, start: i
         budget = BUDGET if logits.std() <= 6 or clip == "bikes" else max(BUDGET, 2 * eager_error)
         assert error <= budget, f"block {block}: {error:.2e}, eager {eager_error:.2e}"
         assert flow.std() > 10 * error  # the signal stands out
+
+
+@torch.inference_mode()
+def test_recorded_flow_of_every_block() -> None:
+    """`record_am_flow` gives that flow, on the grid and apart for the class token, all within the budget."""
+    model = dinov2_vit_small(224)
+    frames = read_frames(clip_path("bikes"), 3, every=2)
+    with record_qk(model) as qk:
+        model(frames)
+    with record_am_flow(model, num_frames=3) as flows:
+        model(frames)
+    assert list(flows) == list(range(12))
+    for block, flow in flows.items():
+        q, k = (x.unsqueeze(0).double() for x in qk[block])
+        oracle = am_flow(q, k, impl="reference")
+        assert flow.grid.shape == (1, 2, 6, 16, 16)
+        assert (flow.grid - oracle[..., 1:].unflatten(-1, (16, 16))).abs().max() <= BUDGET
+        assert (flow.prefix - oracle[..., :1]).abs().max() <= BUDGET
 
 
 @torch.inference_mode()
