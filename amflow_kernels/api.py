@@ -343,7 +343,7 @@ def _check_features(x: Tensor, q: Tensor, k: Tensor, lag: int, transpose: bool) 
         )
     if not 1 <= x.shape[-1] <= MAX_FEATURES:
         raise ValueError(f"x: expected from 1 to {MAX_FEATURES} features (the last dimension), got {x.shape[-1]}")
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
         raise ValueError(
             f"x: expected a contiguous last dimension, got strides {tuple(x.stride())}; call .contiguous() on it"
         )

@@ -61,10 +61,11 @@ def am_flow_attention(
         if value is not plain and not (isinstance(value, (int, float)) and value == plain):
             told = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(f"{name}: expected {plain} (AM flow is of plain attention maps), got {told}")
+    if all(isinstance(x, Tensor) for x in (q, k, v)):
+        q, k, v = autocast(q, k, v)
     api.check_clip(q, k, lag)
     scale, temperature = api.check_options(q, scale, temperature, head_reduction, center, impl)
     _check_values(q, k, v)
-    q, k, v = autocast(q, k, v)
     out, lse = attention(q, k, v, scale, impl)
     flow = api.am_flow(
         q, k, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center, lse=lse,
@@ -86,10 +87,14 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k, v as `scaled_dot_product_attention` casts them."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(q), cast(k), cast(v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str | None) -> tuple[Tensor, Tensor | None]:

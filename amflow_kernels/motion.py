@@ -44,8 +44,9 @@ def motion_maps(
         head_reduction: ``"none"``, or ``"mean"`` for the mean of the heads' M.
 
     Returns:
-        rows: (B, T - lag, *G, Nq), each at most 2, and columns: (B, T - lag, *G, Nk), float32, without heads if those
-        are reduced. Without gradients: for those, multiply by ones with `am_flow_matmul`.
+        rows: (B, T - lag, *G, Nq), each at most 2, and columns: (B, T - lag, *G, Nk), float32 (float64 for float64
+        inputs), without heads if those are reduced. Without gradients: for those, multiply by ones with
+        `am_flow_matmul`.
     """
     M = _Change(q, k, scale, lag, head_reduction, impl)
     ones_k, ones_q = (q.new_ones((*M.lead, N, 1), dtype=torch.float32) for N in (k.shape[-2], q.shape[-2]))
@@ -81,8 +82,8 @@ def motion_pca(
         seed: of the random directions to begin with.
 
     Returns:
-        `MotionPCA` in float32, without gradients. Components that M does not have (frames that do not differ have none)
-        come with a singular value of 0.
+        `MotionPCA` in float32 (float64 for float64 inputs), without gradients. Components that M does not have (frames
+        that do not differ have none) come with a singular value of 0.
 
     Raises:
         TypeError, ValueError: as `am_flow`, and for a rank that is too large.
@@ -93,29 +94,36 @@ def motion_pca(
         raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
     if not 1 <= rank <= min(Nq, Nk):
         raise ValueError(f"rank: expected from 1 to min(Nq, Nk) = {min(Nq, Nk)}, got {rank}")
-    mean = M.times(q.new_ones((*M.lead, Nq, 1), dtype=torch.float32), transpose=True) / Nq  # (..., Nk, 1): the mean row
+    with torch.autocast(q.device.type, enabled=False):
+        mean = (
+            M.times(q.new_ones((*M.lead, Nq, 1), dtype=torch.float32), transpose=True) / Nq
+        )  # (..., Nk, 1): the mean row
 
-    def centred(x: Tensor) -> Tensor:  # (M - 1 mean^T) x
-        return M.times(x) - mean.mT @ x
+        def centred(x: Tensor) -> Tensor:  # (M - 1 mean^T) x
+            return M.times(x) - mean.mT @ x
 
-    def centred_transposed(y: Tensor) -> Tensor:
-        return M.times(y, transpose=True) - mean * y.sum(-2, keepdim=True)
+        def centred_transposed(y: Tensor) -> Tensor:
+            return M.times(y, transpose=True) - mean * y.sum(-2, keepdim=True)
 
-    width = rank + EXTRA
-    if width * BLOCKS >= min(Nq, Nk):
-        basis = torch.eye(Nq, device=q.device).expand(*M.lead, Nq, Nq)
-    else:
-        generator = torch.Generator(q.device).manual_seed(seed)
-        blocks = [_orthonormal(centred(torch.randn(*M.lead, Nk, width, generator=generator, device=q.device)))]
-        while len(blocks) < BLOCKS:
-            blocks.append(_orthonormal(centred(_orthonormal(centred_transposed(blocks[-1])))))
-        basis = _orthonormal(torch.cat(blocks, -1))
-    rows = centred_transposed(basis)  # (..., Nk, columns of the basis): centred M is about basis @ rows^T
-    bad = ~rows.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # which the decomposition would refuse
-    V, S, _ = torch.linalg.svd(rows.masked_fill(bad, 0.0), full_matrices=False)
-    V, S = V[..., :rank].masked_fill(bad, float("nan")), S[..., :rank].masked_fill(bad.squeeze(-1), float("nan"))
-    V = V * torch.where(V.gather(-2, V.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
-    return MotionPCA(centred(V), V, S, mean.squeeze(-1))
+        width = rank + EXTRA
+        if width * BLOCKS >= min(Nq, Nk):
+            basis = torch.eye(Nq, device=q.device, dtype=mean.dtype).expand(*M.lead, Nq, Nq)
+        else:
+            generator = torch.Generator(q.device).manual_seed(seed)
+            blocks = [
+                _orthonormal(
+                    centred(torch.randn(*M.lead, Nk, width, generator=generator, device=q.device, dtype=mean.dtype))
+                )
+            ]
+            while len(blocks) < BLOCKS:
+                blocks.append(_orthonormal(centred(_orthonormal(centred_transposed(blocks[-1])))))
+            basis = _orthonormal(torch.cat(blocks, -1))
+        rows = centred_transposed(basis)  # (..., Nk, columns of the basis): centred M is about basis @ rows^T
+        bad = ~rows.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # which the decomposition would refuse
+        V, S, _ = torch.linalg.svd(rows.masked_fill(bad, 0.0), full_matrices=False)
+        V, S = V[..., :rank].masked_fill(bad, float("nan")), S[..., :rank].masked_fill(bad.squeeze(-1), float("nan"))
+        V = V * torch.where(V.gather(-2, V.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
+        return MotionPCA(centred(V), V, S, mean.squeeze(-1))
 
 
 class _Change:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels.api import am_flow_pair, check_frames, check_options
+from amflow_kernels.ops import check_impl
 
 __all__ = ["AMFlowStream"]
 
@@ -42,6 +43,8 @@ class AMFlowStream:
             raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
         if lag < 1:
             raise ValueError(f"lag: expected at least 1, got {lag}")
+        check_options(torch.empty(0, 1), scale, temperature, head_reduction, center, None)
+        check_impl(impl, None)
         self._options: dict[str, Any] = {
             "scale": scale, "temperature": temperature, "head_reduction": head_reduction, "center": center,
             "impl": impl,

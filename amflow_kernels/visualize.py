@@ -112,8 +112,11 @@ def load(model: str, weights: str, size: int) -> nn.Module:
                     raise DemoError(f"--weights: expected 'offline', 'hub' or a file, and there is no file {weights}")
                 options["pretrained_cfg_overlay"] = {"file": weights}
             vit = timm.create_model(model, **options).eval()
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
-        raise DemoError(f"--model {model} --weights {weights} at {size} px: {str(error).splitlines()[0]}") from error
+    except (DemoError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of timm, of a file's reader, of the hub: they have no common ancestor
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DemoError(f"--model {model} --weights {weights} at {size} px: {reason}") from error
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
         raise DemoError(f"--model {model}: expected a plain vision transformer, got {type(vit).__name__}")
     return vit
@@ -228,7 +231,8 @@ def _overlay_video(output: Path, video: Path) -> Any:
 
     The colour scale of a block ends at the largest `CUT` quantile so far.
     """
-    import av
+    with demo_extra():
+        import av
     from matplotlib import colormaps
 
     colours = colormaps["inferno"]
@@ -237,7 +241,12 @@ def _overlay_video(output: Path, video: Path) -> Any:
     stream: Any = None
     try:
         while True:
-            pair: Pair = yield
+            try:
+                pair: Pair = yield
+            except GeneratorExit:  # no more frames
+                if container is not None:
+                    container.mux(stream.encode())
+                return
             image = pair.images[0]
             tiles = [image]
             for block, drawn in pair.blocks.items():
@@ -252,11 +261,10 @@ def _overlay_video(output: Path, video: Path) -> Any:
                 stream = container.add_stream("libx264", rate=12)
                 stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-    except (av.error.FFmpegError, OSError) as error:
-        raise DemoError(f"{output}: can't be written ({error.strerror})") from error
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise DemoError(f"{output}: can't be written ({error})") from error
     finally:
         if container is not None:
-            container.mux(stream.encode())
             container.close()
 
 

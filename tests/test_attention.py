@@ -88,6 +88,16 @@ def test_autocast_casts_what_the_attention_casts() -> None:
     assert torch.equal(flow, want_flow)
 
 
+def test_autocast_of_mixed_dtypes() -> None:
+    """As with norms of q and k, which autocast leaves in float32: what the attention accepts is accepted."""
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=BF16):
+        out, flow = am_flow_attention(q, k, v.to(BF16))
+    want_out, want_flow = expected(*(x.to(BF16) for x in (q, k, v)))
+    assert torch.equal(out, want_out)
+    assert torch.equal(flow, want_flow)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_compiled_as_one_graph(dtype: torch.dtype, impl: str, must_run: MustRun) -> None:
     inputs = qkv(dtype)

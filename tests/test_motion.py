@@ -72,6 +72,19 @@ def test_same_input_same_result_whatever_the_order_of_clips() -> None:
         assert torch.equal(torch.rand(1), before)  # the global generator is left alone
 
 
+def test_float64_autocast_and_no_clips() -> None:
+    """float64 stays so; autocast has no effect; an empty batch gives empty results."""
+    q, k = moving_tokens(120, 120)
+    plain = motion_pca(q, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, y in zip(motion_pca(q, k), plain, strict=True):
+            assert torch.equal(x, y)
+    exact = motion_pca(q.double(), k.double())
+    assert {x.dtype for x in exact} == {torch.float64}
+    torch.testing.assert_close(exact.singular_values.float(), plain.singular_values, rtol=1e-4, atol=0)
+    assert motion_pca(q[:0], k[:0]).scores.shape == (0, 3, 2, 120, 3)
+
+
 def test_more_components_than_a_product_has_columns() -> None:
     q, k = moving_tokens(400, 400, groups=(1,))
     found = motion_pca(q[:, :2], k[:, :2], rank=30)

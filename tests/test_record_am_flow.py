@@ -258,6 +258,19 @@ def test_bad_arguments(
     assert is_untouched(plain)
 
 
+def test_dropout_of_attention() -> None:
+    """The flow is of the maps without it; attention with it is not replaced by one without."""
+    model = make("vit_small_patch14_dinov2", **TINY, attn_drop_rate=0.5).train()
+    with record_am_flow(model, num_frames=T) as flows:
+        model(images(model))
+    assert len(flows) == 3
+    with (
+        pytest.raises(RuntimeError, match=r"blocks\.0\.attn: drops attention at random"),
+        record_am_flow(model, num_frames=T, replace_attention=True),
+    ):
+        model(images(model))
+
+
 def test_model_of_another_kind() -> None:
     with pytest.raises(TypeError, match=r"model: expected a timm"), record_am_flow(nn.Linear(2, 2), num_frames=2):
         pass

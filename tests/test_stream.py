@@ -88,4 +88,6 @@ def test_bad_options() -> None:
         with pytest.raises(error, match="lag: expected"):
             AMFlowStream(lag=lag)
     with pytest.raises(ValueError, match="temperature: expected at least 1/64"):
-        AMFlowStream(temperature=0.0)(x(), x())
+        AMFlowStream(temperature=0.0)
+    with pytest.raises(ValueError, match="impl: expected None or one of"):
+        AMFlowStream(impl="gpu")

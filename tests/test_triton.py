@@ -239,6 +239,38 @@ def test_frames_in_no_pair(dtype: torch.dtype) -> None:
         gradients([q, k], (True, True), lag=3)
 
 
+def test_frames_in_no_pair_with_large_logits() -> None:
+    """Their maps are not made by a forward in strips, and must not be looked at by a backward in tiles."""
+    q, k = tt.make_qk(1, 3, (1,), 330, 16, 16, dtype=torch.float16)
+    q[:, 1] *= 60
+    inputs = q.requires_grad_(), k.requires_grad_()
+    flow = am_flow(*inputs, lag=2, impl="triton")
+    for grad in torch.autograd.grad(flow, inputs, tt.make_dflow(flow.shape)):
+        assert grad.isfinite().all()
+        assert not grad[:, 1].any()
+
+
+@pytest.mark.parametrize("stride", ["frame", "token"])
+@pytest.mark.parametrize("tokens", [20, 66])
+def test_offsets_past_32_bits(stride: str, tokens: int) -> None:
+    """Frames, or tokens, that lie so far apart that an element's place needs more than 32 bits."""
+    frames = 4
+    step = 2**30 + 8 if stride == "frame" else 2**26
+    shape = (1, frames, 1, tokens, 16)
+    strides = (0, step, 0, 16, 1) if stride == "frame" else (0, 16, 0, step, 1)
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    memory = torch.empty(2 * span, dtype=torch.float16)  # never touched but where the frames are: no memory is taken
+    want_q, want_k = tt.make_qk(1, frames, (1,), tokens, tokens, 16, dtype=torch.float16)
+    q, k = (memory[n * span :].as_strided(shape, strides).copy_(x) for n, x in enumerate((want_q, want_k)))
+    inputs = q.requires_grad_(), k.requires_grad_()
+    flow = am_flow(*inputs, impl="triton")
+    dflow = tt.make_dflow(flow.shape)
+    grads = torch.autograd.grad(flow, inputs, dflow)
+    assert torch.equal(flow, am_flow(want_q, want_k, impl="triton"))
+    exact = tt.oracle_grads(dflow, want_q, want_k)
+    tt.assert_grads(grads, exact, tt.grad_tie(dflow, want_q, want_k))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_scale_of_zero(dtype: torch.dtype) -> None:
     """All maps are then uniform, padding or none: no flow and no gradient."""

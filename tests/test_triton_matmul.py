@@ -62,6 +62,17 @@ def test_identical_frames(operator: str, dtype: torch.dtype) -> None:
     motion.test_identical_frames((17, 17), dtype, operator, "triton", always)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_infinite_features(transpose: bool) -> None:
+    """What is infinite in the last row stays in its column, as in the reference."""
+    q, k = motion.tt.make_qk(1, 2, (1,), 5, 7, 6)
+    x = motion.tt.make_features(q, k, 3, lag=1, transpose=transpose)
+    x[..., -1, 1] = float("inf")
+    y, want = (motion.am_flow_matmul(q, k, x, transpose=transpose, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(y, want)
+    assert y.isinf().any()
+
+
 @pytest.mark.parametrize("operator", motion.OPERATORS)
 def test_opcheck(operator: str) -> None:
     """Both ops keep their schema, fake, autograd and dynamic-shape promises."""

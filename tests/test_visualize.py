@@ -146,6 +146,13 @@ def test_failures_are_one_line(name: str, tmp_path: Path, capsys: pytest.Capture
     assert file.read_text() == "mine"
 
 
+def test_file_that_holds_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty.pth", "empty.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+        assert main([*arguments(str(tmp_path / name)), "-o", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), path)

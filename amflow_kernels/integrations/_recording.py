@@ -14,8 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from amflow_kernels.api import am_flow
+from amflow_kernels.api import am_flow, check_options
 from amflow_kernels.attention import attention, autocast
+from amflow_kernels.ops import check_impl
 
 UNREAD = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
 # Given q, k, v of the call; the attention's output if it has computed that, too, else None.
@@ -67,6 +68,8 @@ class FlowRecorder:
             raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
         if num_frames <= lag:
             raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
+        check_options(torch.empty(0, 1), None, temperature, head_reduction, center, None)
+        check_impl(impl, None)
         self.num_frames = num_frames
         self.impl = impl
         self.options: dict[str, Any] = {"lag": lag, "temperature": temperature, "head_reduction": head_reduction}
@@ -177,4 +180,7 @@ class _AttentionReader(TorchFunctionMode):
             )
         if enable_gqa:
             raise RuntimeError(f"{self.name}: shares keys between heads (grouped queries)")
-        return self.on_attention(query, key, value)
+        out = self.on_attention(query, key, value)
+        if out is not None and dropout_p:
+            raise RuntimeError(f"{self.name}: drops attention at random, which replace_attention=True would leave out")
+        return out

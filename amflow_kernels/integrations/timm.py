@@ -116,7 +116,7 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
 
     However the ``with`` block ends, the model is left as it was.
     """
-    selected = _selected_layers(model, blocks)
+    selected = _selected_layers(model.module if isinstance(model, DistributedDataParallel) else model, blocks)
     qk: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_attention(index: int) -> Callable[[Tensor, Tensor, Tensor], None]:

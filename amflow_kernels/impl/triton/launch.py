@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from math import e, log2
+from math import e, log2, prod
 from typing import Any
 
 import torch
@@ -334,6 +334,14 @@ def _tiled_backward(
         _frames_backward(pb, backward.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b, kind)
     else:
         _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk, kind)
+        _clear_unpaired(pb, grads)
+
+
+def _clear_unpaired(pb: _Problem, grads: tuple[Tensor, ...]) -> None:
+    """The gradients of frames that are in no pair, whose maps a forward by strips does not make: 0."""
+    for grad in grads:
+        if grad.numel():
+            grad[:, pb.P : pb.step] = 0
 
 
 def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
@@ -342,9 +350,7 @@ def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor,
     by_columns = configs.gradient_strip("bwd_strip_k", pb.Nq, pb.D, pb.q.dtype)
     if by_rows is None or by_columns is None or pb.mean_map:
         return False
-    for grad in grads:
-        if grad.numel():
-            grad[:, pb.P : pb.step] = 0  # frames that are in no pair
+    _clear_unpaired(pb, grads)
     dq, dk, dq_b, dk_b = grads if pb.pair else (*grads[:2], *grads[:2])
     slope, offset = torch.empty((2, pb.e_sum.numel()), dtype=torch.float32, device=g.device)
     rho = torch.empty((1 + pb.pair, pb.first.row_max.numel()), dtype=torch.float32, device=g.device)
@@ -412,9 +418,10 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _index_type(tensors: Sequence[Tensor]) -> tl.dtype:
-    """Of offsets within the rows of one map: 64 bits only where they are needed, since they cost registers."""
-    largest = max((x.shape[-2] + configs.LARGEST_BLOCK) * max(x.stride(-2), x.shape[-1]) + x.shape[-1] for x in tensors)
-    return tl.int64 if largest >= 2**31 else tl.int32
+    """Of frames, and of offsets in one map's rows: 64 bits only where they are needed, since they cost registers."""
+    rows = max((x.shape[-2] + configs.LARGEST_BLOCK) * max(x.stride(-2), x.shape[-1]) + x.shape[-1] for x in tensors)
+    frames = max(x.shape[1] * max(x.stride(1), prod(x.shape[2:-1])) for x in tensors)  # of x, and of flows
+    return tl.int64 if max(rows, frames) >= 2**31 else tl.int32
 
 
 def _on(q: Tensor) -> AbstractContextManager[object]:

@@ -90,7 +90,7 @@ def am_flow_bwd_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of `Gradient`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
     i = tl.minimum(row, p.Nq - 1)

@@ -111,7 +111,7 @@ def am_flow_weights_kernel(
 
     A program: BLOCK_M rows, all keys, CHUNK pairs.
     """
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -171,7 +171,7 @@ def am_flow_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """flow_j = base + sum_i w_i e_ij, base (B, P, Z, G). A program: BLOCK_N keys, all rows, CHUNK pairs of a chain."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     key = block * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX)
     j = tl.minimum(key, p.Nk - 1)

@@ -177,15 +177,15 @@ def expm1(x, SHARP: tl.constexpr):
 
 
 @triton.jit
-def pair_owner(p, n_blocks, n_chunks):
-    """Block, chunk, chain, b, z, g of this program; sizes that can be large in 64 bits."""
+def pair_owner(p, n_blocks, n_chunks, INDEX: tl.constexpr):
+    """Block, chunk, chain, b, z, g of this program; sizes that can be large in 64 bits, frames as INDEX says."""
     pid = tl.program_id(0)
     block = pid % n_blocks
     pid = pid // n_blocks
     chunk = pid % n_chunks
     pid = pid // n_chunks
     chains = tl.minimum(p.step, p.P)
-    chain = pid % chains
+    chain = (pid % chains).to(INDEX)
     pid = pid // chains
     g = pid % p.G
     pid = pid // p.G

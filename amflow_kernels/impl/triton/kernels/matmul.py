@@ -55,7 +55,9 @@ def am_flow_matmul_q_kernel(
         j = tl.minimum(key, p.Nk - 1)
         m = _change(first, second, p, b, pair, h, g, i, j, D, BLOCK_D, PRECISION, NEGATE, SOFTMAX, SHARP, False)
         m = tl.where(key[None, :] < p.Nk, m, 0.0)
-        v = tl.load(v_ptr + (at * p.Nk + j[:, None]) * C + c[None, :], mask=c[None, :] < C, other=0.0)
+        v = tl.load(
+            v_ptr + (at * p.Nk + j[:, None]) * C + c[None, :], mask=(key[:, None] < p.Nk) & (c[None, :] < C), other=0.0
+        )
         acc = tl.dot(m, v, acc=acc, input_precision="ieee")
     to = y_ptr + (at * p.Nq + row[:, None]) * C + c[None, :]
     tl.store(to, acc, mask=(row[:, None] < p.Nq) & (c[None, :] < C))
@@ -81,7 +83,9 @@ def am_flow_matmul_k_kernel(
         i = tl.minimum(row, p.Nq - 1)
         m = _change(first, second, p, b, pair, h, g, i, j, D, BLOCK_D, PRECISION, NEGATE, SOFTMAX, SHARP, True)
         m = tl.where(row[None, :] < p.Nq, m, 0.0)
-        u = tl.load(u_ptr + (at * p.Nq + i[:, None]) * C + c[None, :], mask=c[None, :] < C, other=0.0)
+        u = tl.load(
+            u_ptr + (at * p.Nq + i[:, None]) * C + c[None, :], mask=(row[:, None] < p.Nq) & (c[None, :] < C), other=0.0
+        )
         acc = tl.dot(m, u, acc=acc, input_precision="ieee")
     to = y_ptr + (at * p.Nk + key[:, None]) * C + c[None, :]
     tl.store(to, acc, mask=(key[:, None] < p.Nk) & (c[None, :] < C))

@@ -45,7 +45,7 @@ def members(n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
 
 
 @triton.jit
-def own_members(c, n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
+def own_members(n, BLOCK: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
     """Which of a tile's rows or keys no other tile has."""
     if TILES == 1:
         return tl.arange(0, BLOCK) < n
@@ -74,18 +74,23 @@ def whole_rows(
     found = ()
     for c in tl.static_range(KEY_TILES):
         k_tile = tile(
-            k + begins(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL) * kn, kn, j[None, :], d[:, None], D, D != BLOCK_D
+            k + tl.full([], begins(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL), INDEX) * kn,
+            kn,
+            j[None, :],
+            d[:, None],
+            D,
+            D != BLOCK_D,
         )
         for r in tl.static_range(ROW_TILES):
             s = tl.dot(q_tiles[r], k_tile)
             if NEGATE:
                 s = -s
             if PARTIAL and c == KEY_TILES - 1:
-                s = tl.where(own_members(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL)[None, :], s, -float("inf"))
+                s = tl.where(own_members(p.Nk, BLOCK_N, KEY_TILES, PARTIAL)[None, :], s, -float("inf"))
             found = found + (s,)
     rest = ()
     for x in tl.static_range(REST):
-        k_row = tile(k + (KEY_TILES * BLOCK_N + x) * kn, kn, 0, d, D, D != BLOCK_D).to(tl.float32)
+        k_row = tile(k + tl.full([], KEY_TILES * BLOCK_N + x, INDEX) * kn, kn, 0, d, D, D != BLOCK_D).to(tl.float32)
         for r in tl.static_range(ROW_TILES):
             s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
             if NEGATE:
@@ -192,7 +197,7 @@ def _rows(
                 x = tl.fma(w[r][:, None], e[r * width + c], x)
             to_tile = to + begins(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL) + tl.arange(0, BLOCK_N)
             if PARTIAL and c == KEY_TILES - 1:
-                tl.store(to_tile, tl.sum(x, 0) - lost, mask=own_members(c, p.Nk, BLOCK_N, KEY_TILES, PARTIAL))
+                tl.store(to_tile, tl.sum(x, 0) - lost, mask=own_members(p.Nk, BLOCK_N, KEY_TILES, PARTIAL))
             else:
                 tl.store(to_tile, tl.sum(x, 0) - lost)
         for c in tl.static_range(REST):
@@ -214,7 +219,7 @@ def am_flow_strip_kernel(
 
     Leaves what the backward needs, and part (n_blocks, B, P, Z, G, Nk): sum_i w_i (e_ij - ebar_i) of the block's rows.
     """
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     part = part_ptr + block.to(tl.int64) * part_size
     row0 = block.to(INDEX) * (ROW_TILES * BLOCK_M)

@@ -79,7 +79,9 @@ def _finish_rows(
             )
             dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
         for c in tl.static_range(TILES, TILES + REST):
-            k_row = tile(k + (TILES * (BLOCK_N - 1) + c) * kn, kn, 0, d, D, D != BLOCK_D).to(tl.float32)
+            k_row = tile(k + tl.full([], TILES * (BLOCK_N - 1) + c, INDEX) * kn, kn, 0, d, D, D != BLOCK_D).to(
+                tl.float32
+            )
             dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
         to = dq_ptr + (at + row[:, None]) * D + d[None, :]
         tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=(row[:, None] < p.Nq) & (d[None, :] < D) & wanted)
@@ -93,7 +95,7 @@ def am_flow_bwd_strip_q_kernel(
     REST: tl.constexpr, PARTIAL: tl.constexpr, NEEDED: tl.constexpr, NEEDED_B: tl.constexpr,
 ):  # fmt: skip
     """dq, and what the columns' pass needs. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     row0 = block.to(INDEX) * BLOCK_M
     row = row0 + tl.arange(0, BLOCK_M).to(INDEX)
@@ -122,7 +124,7 @@ def am_flow_bwd_strip_q_kernel(
             for c in tl.static_range(TILES):
                 g_c = tl.load(dflow + begins(c, p.Nk, BLOCK_N, TILES, PARTIAL) + key)
                 if PARTIAL and c == TILES - 1:
-                    g_c = tl.where(own_members(c, p.Nk, BLOCK_N, TILES, PARTIAL), g_c, 0.0)
+                    g_c = tl.where(own_members(p.Nk, BLOCK_N, TILES, PARTIAL), g_c, 0.0)
                 g_j = g_j + (g_c[None, :],)
             for c in tl.static_range(REST):
                 g_j = g_j + (tl.load(dflow + TILES * BLOCK_N + c),)
@@ -182,9 +184,16 @@ def _queries(
     d = tl.arange(0, BLOCK_D)
     if c < TILES:
         m = members(p.Nq, BLOCK_M, TILES, PARTIAL).to(INDEX)
-        return tile(q + begins(c, p.Nq, BLOCK_M, TILES, PARTIAL) * sn, sn, m[:, None], d[None, :], D, D != BLOCK_D)
+        return tile(
+            q + tl.full([], begins(c, p.Nq, BLOCK_M, TILES, PARTIAL), INDEX) * sn,
+            sn,
+            m[:, None],
+            d[None, :],
+            D,
+            D != BLOCK_D,
+        )
     else:
-        return tile(q + (TILES * (BLOCK_M - 1) + c) * sn, sn, 0, d, D, D != BLOCK_D)
+        return tile(q + tl.full([], TILES * (BLOCK_M - 1) + c, INDEX) * sn, sn, 0, d, D, D != BLOCK_D)
 
 
 @triton.jit
@@ -206,7 +215,7 @@ def _column_map(
     factor = _by_row(f.row_norm + at, p, c, BLOCK_M, TILES, PARTIAL) * p.inv_temperature
     A = product(tl.exp2(tl.fma(s, p.scale_log2, -row_max)), factor)
     if PARTIAL and c == TILES - 1:
-        A = tl.where(own_members(c, p.Nq, BLOCK_M, TILES, PARTIAL)[None, :], A, 0.0)
+        A = tl.where(own_members(p.Nq, BLOCK_M, TILES, PARTIAL)[None, :], A, 0.0)
     return A
 
 
@@ -234,7 +243,7 @@ def am_flow_bwd_strip_k_kernel(
     PARTIAL: tl.constexpr, NEEDED: tl.constexpr, NEEDED_B: tl.constexpr,
 ):  # fmt: skip
     """dk. A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Maps are turned."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks)
+    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
     first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
     key = block.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX)
     j = tl.minimum(key, p.Nk - 1)
