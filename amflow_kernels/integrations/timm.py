@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amflow_kernels.integrations._recording import (
+from amflow_kernels.integrations.recording import (
     UNREAD,
     BlockFlow,
     FlowRecorder,

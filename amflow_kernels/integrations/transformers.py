@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from amflow_kernels.integrations._recording import BlockFlow, FlowRecorder, replaced_forwards
+from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, replaced_forwards
 
 __all__ = ["BlockFlow", "record_am_flow"]
 

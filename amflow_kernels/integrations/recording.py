@@ -135,14 +135,21 @@ def reading(name: str, forward: Callable[..., Any], on_attention: OnAttention) -
 
     @wraps(forward)
     def reading_forward(*args: Any, **kwargs: Any) -> Any:
-        with _AttentionReader(name, on_attention):
+        with AttentionReader(name, on_attention):
             return forward(*args, **kwargs)
 
     return reading_forward
 
 
-class _AttentionReader(TorchFunctionMode):
-    """Sees every torch call made while it is active, among them the one attention call."""
+class AttentionReader(TorchFunctionMode):
+    """Sees every torch call made while it is active, among them the one attention call.
+
+    Args:
+        name: of the layer or block, for messages.
+        on_attention: called with q, k, v of that call; what it returns, unless None, takes the place of its output.
+
+    Raises RuntimeError where softmax(D ** -0.5 q k^T) is not the layer's attention map, or there are several.
+    """
 
     def __init__(self, name: str, on_attention: OnAttention) -> None:
         super().__init__()

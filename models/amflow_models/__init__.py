@@ -1,0 +1,36 @@
+"""Temporal adapters with AM flow for frozen image backbones: video classifiers out of image models.
+
+Agrawal, Ali, Dantcheva, Bremond, "AM Flow: Adapters for Temporal Processing in Action Recognition", arXiv 2411.02065.
+Needs ``pip install 'amflow-kernels[models]'``.
+"""
+
+from amflow_models.adapters import FORMS, Adapter
+from amflow_models.add import PLACEMENTS, AdapterReport, add_adapters, grow_am_flow, placement
+from amflow_models.alignment import AligningEncoder
+from amflow_models.backbones import create_backbone
+from amflow_models.blocks import AdaptedBlock, AdapterOptions
+from amflow_models.checkpoint import load_trained, save_trained
+from amflow_models.classifier import VideoClassifier
+from amflow_models.gates import GATES, Gate
+from amflow_models.temporal import UNITS, TemporalUnit
+
+__all__ = [
+    "FORMS",
+    "GATES",
+    "PLACEMENTS",
+    "UNITS",
+    "AdaptedBlock",
+    "Adapter",
+    "AdapterOptions",
+    "AdapterReport",
+    "AligningEncoder",
+    "Gate",
+    "TemporalUnit",
+    "VideoClassifier",
+    "add_adapters",
+    "create_backbone",
+    "grow_am_flow",
+    "load_trained",
+    "placement",
+    "save_trained",
+]

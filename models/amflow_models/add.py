@@ -1,0 +1,173 @@
+"""Adapters into a model: where which kind goes, and more of them later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from amflow_models.blocks import AdaptedBlock, AdapterOptions, find_blocks
+from amflow_models.errors import check_known
+
+PLACEMENTS = ("none", "first_last", "all", "third_stage")
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `add_adapters` did to a model.
+
+    Attributes:
+        temporal: blocks with AM flow and a temporal unit, from 0.
+        ordinary: blocks with an ordinary adapter.
+        trainable: name and number of elements of each parameter that trains.
+        total: number of elements of all parameters.
+    """
+
+    temporal: tuple[int, ...]
+    ordinary: tuple[int, ...]
+    trainable: dict[str, int]
+    total: int
+
+    def __str__(self) -> str:
+        parts: dict[str, int] = {}
+        for name, count in self.trainable.items():
+            part = next((p for p in ("unit", "gate", "align", "adapter") if f".{p}." in f".{name}"), name)
+            parts[part] = parts.get(part, 0) + count
+        trains = sum(parts.values())
+        return "\n".join([
+            f"temporal adapters with AM flow in blocks {_ranges(self.temporal)}, ordinary in {_ranges(self.ordinary)}",
+            f"trainable: {trains:,} of {self.total:,} parameters ({trains / self.total:.1%})",
+            *(f"  {part:<10}{count:>12,}" for part, count in parts.items()),
+        ])  # fmt: skip
+
+
+def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
+    """The indices of the blocks that a placement names, from 0.
+
+    Args:
+        blocks: ``"none"``; ``"first_last"`` (the paper's for Toyota Smarthome); ``"all"`` (AM/12 on a ViT-B);
+            ``"third_stage"``, for hierarchical backbones (our reading of AM/16 on Hiera-B: blocks 5 to 20); or indices.
+
+    Raises:
+        ValueError: no such placement or block, or no stages.
+    """
+    count = len(find_blocks(model)[1])
+    if isinstance(blocks, str):
+        check_known("blocks", blocks, PLACEMENTS)
+        if blocks == "third_stage":
+            ends: Any = getattr(model, "stage_ends", ())
+            if len(ends) < 3:
+                raise ValueError(f"blocks: 'third_stage' is for models of stages, {type(model).__name__} has none")
+            return tuple(range(ends[1] + 1, ends[2] + 1))
+        return {"none": (), "all": tuple(range(count)), "first_last": tuple(sorted({0, count - 1}))}[blocks]
+    chosen = tuple(sorted(set(blocks)))
+    for index in chosen:
+        if index not in range(count):
+            raise ValueError(f"blocks: expected indices from 0 to {count - 1}, got {index!r}")
+    return chosen
+
+
+def add_adapters(
+    model: nn.Module,
+    *,
+    num_frames: int,
+    blocks: str | Iterable[int] = "first_last",
+    others: bool = True,
+    verbose: bool = True,
+    **options: Any,
+) -> AdapterReport:
+    """Freezes a model and puts an adapter into each of its transformer blocks, in place.
+
+    The model's output does not change by a bit until the adapters are trained. It takes frames folded into the batch,
+    those of a clip side by side.
+
+    Args:
+        model: anything with a list of transformer blocks (called blocks, layers, layer or resblocks). Those with AM
+            flow must call ``scaled_dot_product_attention`` once, without a mask.
+        num_frames: T, frames of a clip.
+        blocks: which get AM flow and a temporal unit, see `placement`.
+        others: whether the others get an ordinary adapter.
+        verbose: print the report.
+        options: the other attributes of `AdapterOptions`.
+
+    Returns:
+        The report, which prints the trainable parameters.
+
+    Raises:
+        TypeError: no list of blocks, or blocks without a LayerNorm or linear layers.
+        ValueError: an unknown placement or option (the nearest known one is named), or a model with adapters.
+    """
+    settings = AdapterOptions(num_frames, **options)
+    chosen = placement(model, blocks)
+    path, block_list = find_blocks(model)
+    if any(isinstance(block, AdaptedBlock) for block in block_list):
+        raise ValueError("model: has adapters already; grow_am_flow gives more blocks AM flow")
+    adapted = {
+        index: AdaptedBlock(block, settings, temporal=index in chosen, name=f"{path}.{index}")
+        for index, block in enumerate(block_list)
+        if others or index in chosen
+    }
+    model.requires_grad_(False)
+    for index, block in adapted.items():
+        like = next(block.block.parameters())
+        block_list[index] = block.to(like.device, like.dtype).train(block.block.training)
+    report = _report(model)
+    if verbose:
+        print(report)
+    return report
+
+
+def grow_am_flow(model: nn.Module, blocks: str | Iterable[int] = "all", *, verbose: bool = True) -> AdapterReport:
+    """Gives more blocks of an adapted model AM flow and a temporal unit, in place: staged training.
+
+    Some backbones do not converge with AM flow in all blocks at once (supplement E): train with a few first and last
+    ones, then grow. What is trained stays as it is, bit for bit, and what is new starts at identity, so the output does
+    not change.
+
+    Args:
+        model: as `add_adapters` left it, trained or not.
+        blocks: which are to have AM flow, besides those that do; see `placement`.
+
+    Raises:
+        ValueError: the model has no temporal adapters, or there is no such placement.
+    """
+    path, block_list = find_blocks(model)
+    grown = [block for block in block_list if isinstance(block, AdaptedBlock)]
+    if not grown:
+        raise ValueError("model: expected one that add_adapters was called on, found no adapters")
+    for index in placement(model, blocks):
+        block: Any = block_list[index]
+        if not isinstance(block, AdaptedBlock):
+            like = next(block.parameters())
+            block = AdaptedBlock(block, grown[0].options, temporal=False, name=f"{path}.{index}")
+            block_list[index] = block.to(like.device, like.dtype).train(block.block.training)
+        if not block.temporal:
+            block.make_temporal()
+            block.adapter.unit.reset_to_zero()
+    report = _report(model)
+    if verbose:
+        print(report)
+    return report
+
+
+def _report(model: nn.Module) -> AdapterReport:
+    found = [(i, b.temporal) for i, b in enumerate(find_blocks(model)[1]) if isinstance(b, AdaptedBlock)]
+    return AdapterReport(
+        tuple(index for index, temporal in found if temporal),
+        tuple(index for index, temporal in found if not temporal),
+        {name: p.numel() for name, p in model.named_parameters() if p.requires_grad},
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """0, 1, 2, 5 as '0-2, 5'."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"

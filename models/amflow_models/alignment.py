@@ -1,0 +1,42 @@
+"""The aligning encoder: for a moving camera, the next frame on the token grid of this one."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class AligningEncoder(nn.Module):
+    """Frame t+1, re-expressed on frame t's tokens: ``x[t+1] + g CrossAttention(query x[t], key and value x[t+1])``.
+
+    Where the camera moves, all tokens change. Each token of frame t looks for itself in frame t+1; the attention map of
+    what it finds is then compared with frame t's. The paper says what its aligning encoder does, not what it is made
+    of: this is our reading. The scalar g starts at 0, which is plain AM flow.
+
+    Args:
+        width: channels C of the tokens.
+        inner: channels of query, key and value.
+        heads: of the cross attention.
+    """
+
+    def __init__(self, width: int, inner: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner)
+        self.key_value = nn.Linear(width, 2 * inner)
+        self.out = nn.Linear(inner, width)
+        self.g = nn.Parameter(torch.zeros(()))
+
+    def forward(self, this: Tensor, following: Tensor) -> Tensor:
+        """this, following: tokens (..., N, C) of frames t and t+1. Returns (..., N, C)."""
+        batch = this.shape[:-2]
+        q = self._heads(self.query(self.norm(this)))
+        k, v = (self._heads(part) for part in self.key_value(self.norm(following)).chunk(2, -1))
+        found = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        return following + self.g * self.out(found).unflatten(0, batch)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x.flatten(0, -3), "b n (h d) -> b h n d", h=self.heads)

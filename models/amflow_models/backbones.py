@@ -1,0 +1,50 @@
+"""Image backbones by name, frozen or not, with weights from a package, timm's hub or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from amflow_kernels.offline import dinov2_vit_small
+from amflow_models.errors import check_known
+
+OFFLINE_BACKBONE = "vit_small_patch14_dinov2"
+
+
+def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int | None = None) -> nn.Module:
+    """A vision transformer or Hiera of timm that gives one vector per image, in eval mode.
+
+    Args:
+        name: timm's name, as ``vit_small_patch14_dinov2`` (S, B, L, g, with registers), ``vit_base_patch16_224`` or
+            ``hiera_base_224`` (T, S, B, L).
+        weights: ``"hub"``, timm's pretrained ones; ``"offline"``, DINOv2 ViT-S/14 from the demo extra; a safetensors or
+            PyTorch file; None, random.
+        img_size: side of the square input in pixels; None is the model's own. Position embeddings are resampled.
+
+    Raises:
+        ValueError: an unknown name (the nearest known ones are named) or a size the model can't have; a file whose
+            weights do not fit (what is missing and unexpected is listed), or is not there.
+        ModuleNotFoundError: timm, or a package of the demo extra, is missing.
+    """
+    import timm
+
+    base = name.partition(".")[0]
+    check_known("backbone", base, timm.list_models())
+    if weights == "offline":
+        if base != OFFLINE_BACKBONE:
+            raise ValueError(f"weights: 'offline' has those of {OFFLINE_BACKBONE} alone, not of {name}")
+        return dinov2_vit_small(224 if img_size is None else img_size)
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": weights is not None}
+    if img_size is not None:
+        options["img_size"] = img_size
+    if weights is not None and weights != "hub":
+        if not Path(weights).is_file():
+            raise ValueError(f"weights: expected 'hub', 'offline', None or a file, and there is no file {weights}")
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    try:
+        return timm.create_model(name, **options).eval()
+    except (RuntimeError, AssertionError, KeyError, TypeError) as error:
+        told = str(error) or type(error).__name__
+        raise ValueError(f"backbone {name}, weights {weights}, img_size {img_size}: {told}") from error

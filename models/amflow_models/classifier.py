@@ -1,0 +1,63 @@
+"""A video classifier: an image backbone for each frame, the mean over frames, a linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from amflow_models.add import AdapterReport, add_adapters
+from amflow_models.blocks import find_blocks
+
+
+class VideoClassifier(nn.Module):
+    """Classifies clips of T frames with a frozen image backbone and adapters.
+
+    Args:
+        backbone: gives one vector (C,) for an image; `create_backbone` makes one.
+        num_classes: how many logits.
+        num_frames: T.
+        adapters: whether the backbone gets adapters; else only the head trains.
+        options: as `add_adapters` takes them: blocks, form, unit, gate, ...
+
+    Attributes:
+        report: what `add_adapters` says, or None.
+
+    Raises:
+        As `add_adapters`; ValueError if num_classes is below 1.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, num_frames: int, *, adapters: bool = True, **options: Any
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        self.num_frames = num_frames
+        self.report: AdapterReport | None = None
+        width = getattr(backbone, "num_features", None)
+        if not isinstance(width, int):
+            raise TypeError(
+                f"backbone: expected one with `num_features`, as timm's have, got {type(backbone).__name__}"
+            )
+        if adapters:
+            self.report = add_adapters(backbone, num_frames=num_frames, verbose=False, **options)
+        else:
+            find_blocks(backbone)
+            backbone.requires_grad_(False)
+        self.backbone = backbone
+        self.head = nn.Linear(width, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, clips: Tensor) -> Tensor:
+        """clips: (B, T, 3, height, width), normalised as the backbone takes images. Returns (B, C)."""
+        if clips.dim() != 5 or clips.shape[1] != self.num_frames:
+            raise ValueError(f"clips: expected (B, {self.num_frames}, 3, height, width), got {tuple(clips.shape)}")
+        frames = self.backbone(rearrange(clips, "b t c h w -> (b t) c h w"))
+        return reduce(frames, "(b t) c -> b c", "mean", t=self.num_frames)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """clips: as `features`. Returns logits (B, classes)."""
+        return self.head(self.features(clips))

@@ -1,0 +1,73 @@
+"""Temporal units: what looks along time at the bottleneck of an adapter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from amflow_models.errors import check_known
+
+UNITS = ("conv", "lstm", "gru", "transformer")
+
+
+class TemporalUnit(nn.Module):
+    """Mixes the frames of a clip, token by token or of all tokens at once.
+
+    Args:
+        kind: ``"conv"``, a convolution over three frames; ``"lstm"``, ``"gru"``, in the order of time;
+            ``"transformer"``, one pre-norm encoder layer over the frames, with sines for their places.
+        width: channels r of the bottleneck.
+        pooled: the unit sees the mean over tokens, and all tokens get its result; else each token has its own time
+            line, and all share the unit's parameters.
+
+    The last projection `out` may be set to zero (`reset_to_zero`): then the unit gives exactly 0.
+    """
+
+    def __init__(self, kind: str, width: int, *, pooled: bool = False) -> None:
+        super().__init__()
+        check_known("unit", kind, UNITS)
+        self.kind = kind
+        self.pooled = pooled
+        self.mix: nn.Module
+        if kind == "conv":
+            self.mix = nn.Conv1d(width, width, 3, padding=1)
+        elif kind == "transformer":
+            heads = next(h for h in (4, 2, 1) if width % h == 0)
+            self.mix = nn.TransformerEncoderLayer(
+                width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+        else:
+            self.mix = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](width, width, batch_first=True)
+        self.out = nn.Linear(width, width)
+
+    def reset_to_zero(self) -> None:
+        """Makes the unit give exactly 0 until it is trained."""
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (B, T, N, r). Returns (B, T, N, r), or (B, T, 1, r) if pooled."""
+        batch = len(z)
+        if self.pooled:
+            z = reduce(z, "b t n r -> b t 1 r", "mean")
+        z = rearrange(z, "b t n r -> (b n) t r")
+        if self.kind == "conv":
+            z = nn.functional.gelu(rearrange(self.mix(rearrange(z, "m t r -> m r t")), "m r t -> m t r"))
+        elif self.kind == "transformer":
+            z = self.mix(z + places(z.shape[1], z.shape[2], z))
+        else:
+            z, _ = self.mix(z)
+        return rearrange(self.out(z), "(b n) t r -> b t n r", b=batch)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {'pooled' if self.pooled else 'per token'}"
+
+
+def places(frames: int, width: int, like: Tensor) -> Tensor:
+    """Sines and cosines that tell a frame's place, (frames, width), device and dtype as `like`."""
+    time = torch.arange(frames, device=like.device, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(1e4) / width))
+    return torch.cat([torch.sin(time * rate), torch.cos(time * rate)], -1)[:, :width].to(like.dtype)
