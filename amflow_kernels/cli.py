@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = args.output or Path(f"amflow_{video.stem}")
             pairs = visualize.run(
                 video, output, model=args.model, weights=args.weights, size=args.size, blocks=args.blocks,
-                every=args.every, start=args.start, pairs=args.pairs,
+                every=args.every, start=args.start, pairs=args.pairs, alignment=args.compare_alignment,
             )  # fmt: skip
             print(f"{pairs} pairs of frames: {output}")
     except (DemoError, ModuleNotFoundError) as error:  # anything else is a bug, whose traceback is wanted
@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument("--every", type=_at_least(1), default=2, metavar="K", help="take one frame in K")
     pictures.add_argument("--start", type=_at_least(0), default=0, metavar="FRAME", help="the first frame to take")
     pictures.add_argument("--pairs", type=_at_least(1), default=None, metavar="P", help="draw so many pairs at most")
+    pictures.add_argument(
+        "--compare-alignment", type=Path, default=None, metavar="FILE",
+        help="draw the flow with and without aligning encoders too, those in a file of amflow_models.save_trained",
+    )  # fmt: skip
 
     commands.add_parser(
         "doctor",

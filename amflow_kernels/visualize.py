@@ -5,8 +5,8 @@ Needs ``pip install 'amflow-kernels[demo]'``; importing this module does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amflow_kernels.api import am_flow
+from amflow_kernels.api import am_flow, am_flow_pair
 from amflow_kernels.demo import DemoError, check_output
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.motion import motion_maps, motion_pca
-from amflow_kernels.offline import demo_extra, dinov2_vit_small, iterate_frames
+from amflow_kernels.offline import demo_extra, iterate_frames
 
 OFFLINE_MODEL = "vit_small_patch14_dinov2"
 CUT = 0.995  # quantile at which a colour scale ends: a few outlier tokens would darken all others
@@ -32,6 +32,7 @@ class Pictures:
     rows: Tensor  # (height, width): how much attention from a patch changes, in L1
     columns: Tensor  # (height, width): how much attention to a patch changes, in L1
     pca: Tensor  # (height, width, 3) in [0, 1]: the rows' first three principal components
+    aligned: Tensor | None = None  # (height, width): flow once the second frame is on the first one's grid
 
 
 def run(
@@ -45,6 +46,7 @@ def run(
     every: int = 2,
     start: int = 0,
     pairs: int | None = None,
+    alignment: Path | None = None,
 ) -> int:
     """Draws a video's pairs of frames; returns how many. Only two frames are in memory at a time.
 
@@ -58,6 +60,8 @@ def run(
         every: one frame in so many is taken.
         start: the first frame taken, from 0.
         pairs: how many are drawn at most; None means all.
+        alignment: a file of trained aligning encoders: the flow is drawn with and without them, in the blocks that have
+            one (of `blocks`, if given). They run on the model's own tokens, without the adapters trained beside them.
 
     Raises:
         DemoError: the video, the model or the output can't be used.
@@ -74,7 +78,11 @@ def run(
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     vit: Any = load(model, weights, size)
-    chosen = list(range(len(vit.blocks))) if blocks is None else sorted(set(blocks))
+    encoders = {} if alignment is None else _load_encoders(alignment, vit)
+    every_block = sorted(encoders) or range(len(vit.blocks))
+    chosen = list(every_block) if blocks is None else sorted(set(blocks))
+    if encoders and not set(chosen) <= set(encoders):
+        raise DemoError(f"blocks: {alignment} has aligning encoders of {sorted(encoders)}, got {list(blocks or ())}")
     if not all(0 <= block < len(vit.blocks) for block in chosen):
         raise DemoError(f"blocks: expected numbers from 0 to {len(vit.blocks) - 1}, got {list(blocks or ())}")
     terminal = Console(stderr=True)
@@ -85,7 +93,7 @@ def run(
         drawing = _overlay_video(output, video) if overlay else _png_files(output, video, model, size)
         with closing(drawing) as draw:
             next(draw)
-            for pair in pictures(vit, chosen, video, size, every, start):
+            for pair in pictures(vit, chosen, video, size, every, start, encoders):
                 draw.send(pair)
                 done += 1
                 progress.update(task, description=f"{done} pairs of frames")
@@ -99,27 +107,31 @@ def run(
 def load(model: str, weights: str, size: int) -> nn.Module:
     """A plain vision transformer of timm in eval mode, with weights from a package, timm's hub or a file."""
     with demo_extra():
-        import timm
+        from amflow_models import create_backbone
     try:
-        if weights == "offline":
-            if model != OFFLINE_MODEL:
-                raise DemoError(f"--weights offline: there are none of {model}, only of {OFFLINE_MODEL}")
-            vit: Any = dinov2_vit_small(size)
-        else:
-            options: dict[str, Any] = {"num_classes": 0, "img_size": size, "pretrained": True}
-            if weights != "hub":
-                if not Path(weights).is_file():
-                    raise DemoError(f"--weights: expected 'offline', 'hub' or a file, and there is no file {weights}")
-                options["pretrained_cfg_overlay"] = {"file": weights}
-            vit = timm.create_model(model, **options).eval()
-    except (DemoError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # of timm, of a file's reader, of the hub: they have no common ancestor
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DemoError(f"--model {model} --weights {weights} at {size} px: {reason}") from error
+        vit: Any = create_backbone(model, weights, size)
+    except (ValueError, RuntimeError) as error:
+        raise DemoError(f"--model {model} --weights {weights} at {size} px: {str(error).splitlines()[0]}") from error
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
         raise DemoError(f"--model {model}: expected a plain vision transformer, got {type(vit).__name__}")
     return vit
+
+
+def _load_encoders(path: Path, vit: Any) -> dict[int, nn.Module]:
+    """Aligning encoders by block."""
+    from amflow_models import load_aligning_encoders
+
+    try:
+        encoders: dict[int, Any] = dict(load_aligning_encoders(path))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise DemoError(f"--compare-alignment: {str(error).splitlines()[0]}") from error
+    for block, encoder in encoders.items():
+        if block >= len(vit.blocks) or encoder.query.in_features != vit.embed_dim:
+            raise DemoError(
+                f"--compare-alignment: {path} is of block {block} and {encoder.query.in_features} channels; "
+                f"the model has {len(vit.blocks)} blocks and {vit.embed_dim} channels"
+            )
+    return encoders
 
 
 @dataclass(frozen=True)
@@ -131,11 +143,29 @@ class Pair:
     blocks: dict[int, Pictures]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a frame left in a block."""
+
+    q: Tensor  # (1, heads, N, D)
+    k: Tensor  # (1, heads, N, D)
+    tokens: Tensor | None  # (1, N, C) that entered it, where frames are aligned
+
+
 @torch.inference_mode()
-def pictures(vit: Any, blocks: Sequence[int], video: Path, size: int, every: int, start: int) -> Iterator[Pair]:
+def pictures(
+    vit: Any,
+    blocks: Sequence[int],
+    video: Path,
+    size: int,
+    every: int,
+    start: int,
+    encoders: Mapping[int, nn.Module] | None = None,
+) -> Iterator[Pair]:
     """The pairs of neighbouring frames that are taken, as they are read."""
     mean, std = (torch.tensor(vit.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    before: tuple[int, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
+    encoders = encoders or {}
+    before: tuple[int, Tensor, dict[int, _Seen]] | None = None
     frames = iterate_frames(video, every, size, start=start)
     while True:
         try:
@@ -145,21 +175,40 @@ def pictures(vit: Any, blocks: Sequence[int], video: Path, size: int, every: int
         except (FileNotFoundError, ValueError) as error:
             raise DemoError(str(error)) from error
         try:
-            with record_qk(vit, blocks=blocks) as qk:
+            with record_qk(vit, blocks=blocks) as qk, _inputs(vit, encoders) as tokens:
                 vit(((image - mean) / std).unsqueeze(0))
         except RuntimeError as error:
             raise DemoError(f"the model can't be read: {error}") from error
-        now = number, image, {block: (q.clone(), k.clone()) for block, (q, k) in qk.items()}
+        seen = {block: _Seen(q.clone(), k.clone(), tokens.get(block)) for block, (q, k) in qk.items()}
         if before is not None:
-            drawn = {block: _draw_block(vit, before[2][block], now[2][block]) for block in blocks}
+            drawn = {b: _draw_block(vit, b, before[2][b], seen[b], encoders.get(b)) for b in blocks}
             yield Pair((before[0], number), (before[1], image), drawn)
-        before = now
+        before = number, image, seen
 
 
-def _draw_block(vit: Any, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> Pictures:
-    """before, now: q and k (1, heads, N, D) of two frames."""
-    q, k = (torch.stack(pair, 1) for pair in zip(before, now, strict=True))  # (1, 2, heads, N, D)
+@contextmanager
+def _inputs(vit: Any, blocks: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """The tokens that enter blocks, by block."""
+    tokens: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tokens[block] = args[0].clone()
+
+        return hook
+
+    hooks = [vit.blocks[block].register_forward_pre_hook(keep(block)) for block in blocks]
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _draw_block(vit: Any, block: int, before: _Seen, now: _Seen, encoder: nn.Module | None) -> Pictures:
+    q, k = (torch.stack(pair, 1) for pair in ((before.q, now.q), (before.k, now.k)))  # (1, 2, heads, N, D)
     grid = tuple(vit.patch_embed.grid_size)
+    options: Any = {"head_reduction": "mean", "center": True}
 
     def on_grid(x: Tensor) -> Tensor:  # (1, 1, N, ...)
         return x[0, 0, vit.num_prefix_tokens :].unflatten(0, grid)
@@ -168,12 +217,18 @@ def _draw_block(vit: Any, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tens
     scores = motion_pca(q, k, head_reduction="mean").scores
     low, high = scores.quantile(1 - CUT, dim=-2, keepdim=True), scores.quantile(CUT, dim=-2, keepdim=True)
     colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    flow = am_flow(q, k, head_reduction="mean", center=True)
-    return Pictures(on_grid(flow), on_grid(rows), on_grid(columns), on_grid(colours))
+    aligned = None
+    if encoder is not None:
+        from amflow_models import read_qk
+
+        q_now, k_now = read_qk(vit.blocks[block], f"blocks.{block}", encoder(before.tokens, now.tokens))
+        aligned = on_grid(am_flow_pair(q[:, :1], k[:, :1], q_now.unsqueeze(1), k_now.unsqueeze(1), **options))
+    return Pictures(on_grid(am_flow(q, k, **options)), on_grid(rows), on_grid(columns), on_grid(colours), aligned)
 
 
 KINDS = (
     ("flow", "1000 (flow - 1)", 1e3, "inferno"),
+    ("aligned", "1000 (flow - 1),\naligned", 1e3, "inferno"),
     ("columns", "change of attention\nto a patch, L1", 1.0, "cividis"),
     ("rows", "change of attention\nfrom a patch, L1", 1.0, "cividis"),
 )
@@ -198,10 +253,14 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
             axes.imshow(image.permute(1, 2, 0).numpy())
             axes.set_title(f"frame {number}", fontsize=10)
             axes.set_axis_off()
-        table = panels[1].subplots(len(KINDS) + 1, count, squeeze=False)
-        for line, (kind, label, unit, colours) in zip(table, KINDS, strict=False):
+        compared = all(drawn.aligned is not None for drawn in pair.blocks.values())
+        kinds = [kind for kind in KINDS if compared or kind[0] != "aligned"]
+        table = panels[1].subplots(len(kinds) + 1, count, squeeze=False)
+        for line, (kind, label, unit, colours) in zip(table, kinds, strict=False):
             heat = {block: unit * getattr(drawn, kind) for block, drawn in pair.blocks.items()}
-            every_value = torch.cat([x.flatten() for x in heat.values()])
+            # With and without alignment are compared, on the scale of without.
+            scaled = {b: unit * drawn.flow for b, drawn in pair.blocks.items()} if kind == "aligned" else heat
+            every_value = torch.cat([x.flatten() for x in scaled.values()])
             low, high = every_value.min().item(), every_value.quantile(CUT).item()
             for axes, (block, x) in zip(line, heat.items(), strict=True):
                 drawn = axes.imshow(x.numpy(), cmap=colours, vmin=low, vmax=max(high, low + 1e-12))
@@ -227,7 +286,7 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
 
 
 def _overlay_video(output: Path, video: Path) -> Any:
-    """Coroutine: a video of the frames it is sent, with the flow of each block over them, side by side.
+    """Coroutine: a video of the frames it is sent, with the flow of each block over them, then the aligned one.
 
     The colour scale of a block ends at the largest `CUT` quantile so far.
     """
@@ -251,10 +310,12 @@ def _overlay_video(output: Path, video: Path) -> Any:
             tiles = [image]
             for block, drawn in pair.blocks.items():
                 largest[block] = max(largest.get(block, 1e-12), drawn.flow.quantile(CUT).item())
-                level = (drawn.flow / largest[block]).clamp(0, 1)
-                heat = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
-                heat = nn.functional.interpolate(heat[None].float(), image.shape[1:], mode="nearest")[0]
-                tiles.append(0.35 * image.mean(0, keepdim=True) + 0.65 * heat)
+                for flow in (drawn.flow, drawn.aligned):
+                    if flow is not None:
+                        level = (flow / largest[block]).clamp(0, 1)
+                        heat = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
+                        heat = nn.functional.interpolate(heat[None].float(), image.shape[1:], mode="nearest")[0]
+                        tiles.append(0.35 * image.mean(0, keepdim=True) + 0.65 * heat)
             frame = _side_by_side(tiles)
             if container is None:
                 container = av.open(str(output), "w")

@@ -121,7 +121,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "video": (["visualize", "nowhere.mp4"], "nowhere.mp4: no such video"),
     "one frame": (["visualize", "bikes", "--start", "249"], "has no two frames, 1 in 2 from frame 249"),
     "block": (["visualize", "bikes", "--blocks", "0", "12"], "blocks: expected numbers from 0 to 11, got [0, 12]"),
-    "offline": (["visualize", "bikes", "--model", TINY], f"there are none of {TINY}"),
+    "offline": (
+        ["visualize", "bikes", "--model", TINY],
+        f"'offline' has those of vit_small_patch14_dinov2 alone, not of {TINY}",
+    ),
     "file": (["visualize", "bikes", "--weights", "no.pth"], "there is no file no.pth"),
     "size": (["visualize", "bikes", "--size", "100"], "at 100 px: img_size: expected a positive multiple of 14"),
     "model": (["visualize", "bikes", "--model", "no_such_vit", "--weights", "hub"], "--model no_such_vit"),

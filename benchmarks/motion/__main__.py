@@ -1,32 +1,119 @@
-"""A contact sheet, one clip of each class of each task: python -m benchmarks.motion OUT.png"""
+"""Does an adapter learn motion? ``python -m benchmarks.motion run``: every arm on every task, from several seeds."""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
+import torch
 
-from benchmarks.motion.tasks import SPLITS, TASKS, make_clips
+from benchmarks.motion import report, sheet
+from benchmarks.motion.arms import ARMS
+from benchmarks.motion.tasks import TASKS
+from benchmarks.motion.train import SETTINGS, Setting, train
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def main(output: str) -> None:
-    """Rows are classes, of the training split on the left and of the test split on the right; columns are frames."""
-    rows = [(task, label) for task in TASKS for label in range(len(TASKS[task].classes))]
-    shown = (SPLITS[0], SPLITS[-1])
-    clips = {(task, split): make_clips(task, split, len(TASKS[task].classes)) for task in TASKS for split in shown}
-    figure, axes = plt.subplots(len(rows), len(shown), figsize=(12, 1.45 * len(rows)))
-    for (task, label), cells in zip(rows, axes, strict=True):
-        for split, axis in zip(shown, cells, strict=True):
-            x, labels = clips[task, split]
-            clip = x[labels == label][0]
-            axis.imshow(clip.permute(2, 0, 3, 1).flatten(1, 2))  # (size, frames * size, 3)
-            axis.set_title(f"{task}, {split}: {TASKS[task].classes[label]}", fontsize=8)
-            axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(output, dpi=90)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see ``--help``."""
+    args = _parser().parse_args(argv)
+    if args.command == "sheet":
+        sheet.draw(args.output)
+    elif args.command == "report":
+        print(report.markdown(json.loads(args.results.read_text())))
+        if args.plot:
+            report.plot(json.loads(args.results.read_text()), args.plot)
+    else:
+        out = args.out or RESULTS / f"motion_{args.setting}.json"
+        run(SETTINGS[args.setting], out, args.tasks, args.arms, args.workers, args.device)
+        print(report.markdown(json.loads(out.read_text())))
+
+
+def run(
+    setting: Setting, out: Path, tasks: Sequence[str], arms: Sequence[str], workers: int, device: str = "cpu"
+) -> None:
+    """Runs what is not in the file `out` yet; the file is written anew after each run.
+
+    Seeds are outermost, so that what there is of a table that is interrupted can be compared.
+
+    Raises:
+        ValueError: the file is of another setting.
+    """
+    table: dict[str, Any] = {"setting": asdict(setting), "machine": _machine(device), "runs": []}
+    if out.exists():
+        found = json.loads(out.read_text())
+        if found["setting"] != table["setting"]:
+            raise ValueError(
+                f"{out}: is of another setting, {found['setting']}; the one asked for is {asdict(setting)}"
+            )
+        table = found
+    done = {(row["task"], row["arm"], row["seed"]) for row in table["runs"]}
+    todo = [job for job in _jobs(setting, tasks, arms) if job not in done]
+    print(f"{len(todo)} runs, {workers} at a time: {out}", flush=True)
+    with multiprocessing.get_context("spawn").Pool(workers, _one_thread if workers > 1 else None) as pool:
+        for row in pool.imap_unordered(_train, [(*job, setting, device) for job in todo]):
+            table["runs"].append(row)
+            part = out.with_suffix(".part")
+            part.write_text(_dumps(table))
+            part.replace(out)
+            told = f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {row['accuracy']:.3f}  {row['seconds']:.0f} s"
+            print(told, flush=True)
+
+
+def _jobs(setting: Setting, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    for seed in range(setting.seeds):
+        for task in tasks:
+            for arm in arms:
+                known = ARMS[arm].tasks
+                if (known is None or task in known) and (ARMS[arm].options is not None or seed == 0):
+                    yield task, arm, seed  # a probe has no seed: it is the best of its kind
+
+
+def _train(job: tuple[str, str, int, Setting, str]) -> dict[str, Any]:
+    return train(*job)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"device": device, "name": name, "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def _dumps(table: dict[str, Any]) -> str:
+    """JSON with a line for each run."""
+    runs = ",\n".join("  " + json.dumps(row) for row in table["runs"])
+    rest = {name: value for name, value in table.items() if name != "runs"}
+    return json.dumps(rest, indent=1)[:-2] + ',\n "runs": [\n' + runs + "\n ]\n}\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.motion", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="train and test; goes on where it was interrupted")
+    runs.add_argument("--setting", choices=SETTINGS, default="cpu")
+    runs.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    runs.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    runs.add_argument("--out", type=Path, default=None, metavar="JSON")
+    tables = commands.add_parser("report", help="the table, and a plot, of results")
+    tables.add_argument("results", type=Path)
+    tables.add_argument("--plot", type=Path, default=None, metavar="PNG")
+    sheets = commands.add_parser("sheet", help="a picture of clips of each class")
+    sheets.add_argument("output", metavar="PNG")
+    return parser
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    main(sys.argv[1])
+    main()

@@ -6,9 +6,9 @@ Needs ``pip install 'amflow-kernels[models]'``.
 
 from amflow_models.adapters import FORMS, Adapter
 from amflow_models.add import PLACEMENTS, AdapterReport, add_adapters, grow_am_flow, placement
-from amflow_models.alignment import AligningEncoder
+from amflow_models.alignment import AligningEncoder, load_aligning_encoders
 from amflow_models.backbones import create_backbone
-from amflow_models.blocks import AdaptedBlock, AdapterOptions
+from amflow_models.blocks import AdaptedBlock, AdapterOptions, read_qk
 from amflow_models.checkpoint import load_trained, save_trained
 from amflow_models.classifier import VideoClassifier
 from amflow_models.gates import GATES, Gate
@@ -30,7 +30,9 @@ __all__ = [
     "add_adapters",
     "create_backbone",
     "grow_am_flow",
+    "load_aligning_encoders",
     "load_trained",
     "placement",
+    "read_qk",
     "save_trained",
 ]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -40,3 +45,27 @@ class AligningEncoder(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x.flatten(0, -3), "b n (h d) -> b h n d", h=self.heads)
+
+
+def load_aligning_encoders(path: str | Path) -> dict[int, AligningEncoder]:
+    """The aligning encoders in a file of `save_trained`, by block; what else it holds is left aside.
+
+    Raises:
+        ValueError: the file can't be read, or has no aligning encoder.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if found := re.search(r"\.(\d+)\.align\.(.+)$", name):
+            states.setdefault(int(found[1]), {})[found[2]] = tensor
+    if not states:
+        raise ValueError(f"{path}: has no aligning encoder; models have them with align=True")
+    encoders = {}
+    for block, state in sorted(states.items()):
+        inner, width = state["query.weight"].shape
+        encoders[block] = AligningEncoder(width, inner).eval()
+        encoders[block].load_state_dict(state)
+    return encoders

@@ -45,6 +45,8 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
         return timm.create_model(name, **options).eval()
-    except (RuntimeError, AssertionError, KeyError, TypeError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of timm, of a file's reader, of the hub: they have no common ancestor
         told = str(error) or type(error).__name__
         raise ValueError(f"backbone {name}, weights {weights}, img_size {img_size}: {told}") from error

@@ -17,6 +17,7 @@ from amflow_models.errors import check_known
 from amflow_models.gates import GATES, Gate
 from amflow_models.temporal import UNITS, TemporalUnit
 
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """What the adapters of a model are like.
@@ -163,17 +164,23 @@ class AdaptedBlock(nn.Module):
         frames = self.options.num_frames
         x = rearrange(x, "(b t) n c -> b t n c", t=frames)
         aligned = self.align(x[:, :-1], x[:, 1:])
-        qk: list[Tensor] = []
+        q, k = read_qk(self.block, self.name, aligned.flatten(0, 1), *args, **kwargs)
+        return q.unflatten(0, (-1, frames - 1)), k.unflatten(0, (-1, frames - 1))
 
-        def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            qk.extend((q, k))
-            return torch.empty_like(q) if v.shape != q.shape else v  # nobody looks at the output
 
-        block: Any = self.block
-        with AttentionReader(self.name, on_attention):
-            block.attn(block.norm1(aligned.flatten(0, 1)), *args, **kwargs)
-        q, k = (rearrange(p, "(b t) ... -> b t ...", t=frames - 1) for p in qk)
-        return q, k
+def read_qk(block: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """q and k that a block makes of tokens x (batch, N, C); no attention is computed."""
+    qk: list[Tensor] = []
+
+    def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        qk.extend((q, k))
+        return v if v.shape == q.shape else torch.empty_like(q)  # nobody looks at the output
+
+    with AttentionReader(name, on_attention):
+        block.attn(block.norm1(x), *args, **kwargs)
+    if not qk:
+        raise RuntimeError(f"{name}: no attention seen: {UNREAD}")
+    return qk[0], qk[1]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amflow_models.errors import check_known
 
-UNITS = ("conv", "lstm", "gru", "transformer")
+UNITS = ("conv", "lstm", "gru", "transformer", "set")
 
 
 class TemporalUnit(nn.Module):
@@ -18,7 +18,8 @@ class TemporalUnit(nn.Module):
 
     Args:
         kind: ``"conv"``, a convolution over three frames; ``"lstm"``, ``"gru"``, in the order of time;
-            ``"transformer"``, one pre-norm encoder layer over the frames, with sines for their places.
+            ``"transformer"``, one pre-norm encoder layer over the frames, with sines for their places; ``"set"``, the
+            same without them: blind to the order of frames, for comparison.
         width: channels r of the bottleneck.
         pooled: the unit sees the mean over tokens, and all tokens get its result; else each token has its own time
             line, and all share the unit's parameters.
@@ -34,7 +35,7 @@ class TemporalUnit(nn.Module):
         self.mix: nn.Module
         if kind == "conv":
             self.mix = nn.Conv1d(width, width, 3, padding=1)
-        elif kind == "transformer":
+        elif kind in ("transformer", "set"):
             heads = next(h for h in (4, 2, 1) if width % h == 0)
             self.mix = nn.TransformerEncoderLayer(
                 width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -58,6 +59,8 @@ class TemporalUnit(nn.Module):
             z = nn.functional.gelu(rearrange(self.mix(rearrange(z, "m t r -> m r t")), "m r t -> m t r"))
         elif self.kind == "transformer":
             z = self.mix(z + places(z.shape[1], z.shape[2], z))
+        elif self.kind == "set":
+            z = self.mix(z)
         else:
             z, _ = self.mix(z)
         return rearrange(self.out(z), "(b n) t r -> b t n r", b=batch)

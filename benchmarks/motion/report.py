@@ -1,0 +1,91 @@
+"""The table and the plot of motion results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.motion.arms import ARMS
+from benchmarks.motion.tasks import TASKS
+
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
+    """Mean accuracy and half the width of its 95% interval: over seeds, or for one run over test clips."""
+    centre = mean(values)
+    if len(values) > 1:
+        return centre, STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values))
+    return centre, 1.96 * sqrt(centre * (1 - centre) / tested)
+
+
+def cells(table: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float, float, int]]:
+    """By (arm, task): mean accuracy, half its interval, mean steps to 90% of the final accuracy, runs."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in table["runs"]:
+        found.setdefault((row["arm"], row["task"]), []).append(row)
+    return {
+        key: (
+            *interval([row["accuracy"] for row in rows], table["setting"]["test"]),
+            mean(row["steps_to_90"] for row in rows),
+            len(rows),
+        )
+        for key, rows in found.items()
+    }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Accuracy in percent on the test split, its 95% interval, and steps to 90% of the final validation accuracy."""
+    results = cells(table)
+    tasks = [task for task in TASKS if any(key[1] == task for key in results)]
+    lines = [
+        "| | trained | " + " | ".join(tasks) + " |",
+        "|---|---|" + "---|" * len(tasks),
+        "| chance | | " + " | ".join(f"{100 / len(TASKS[task].classes):.0f}" for task in tasks) + " |",
+    ]
+    for arm, spec in ARMS.items():
+        trainable = [row["trainable"] for row in table["runs"] if row["arm"] == arm]
+        if not trainable:
+            continue
+        row = []
+        for task in tasks:
+            if (arm, task) not in results:
+                row.append("")
+                continue
+            centre, half, steps, _ = results[arm, task]
+            at = "" if spec.options is None else f" ({steps:.0f})"
+            row.append(f"{100 * centre:.0f} ± {100 * half:.0f}{at}")
+        lines.append(f"| {spec.label} | {max(trainable) / 1e3:.0f}k | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Accuracy of each arm, a panel per task."""
+    from matplotlib.figure import Figure
+
+    results = cells(table)
+    tasks = [task for task in TASKS if any(key[1] == task for key in results)]
+    arms = [arm for arm in ARMS if any(key[0] == arm for key in results)]
+    figure = Figure(figsize=(3.2 + 2.1 * len(tasks), 0.8 + 0.3 * len(arms)), layout="constrained")
+    panels: Any = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for place, arm in enumerate(arms):
+            if (arm, task) in results:
+                centre, half, _, _ = results[arm, task]
+                colour = "#d55e00" if arm.startswith("am_flow") else "#0072b2"
+                axes.errorbar(100 * centre, place, xerr=100 * half, fmt="o", color=colour, capsize=3, markersize=5)
+        axes.axvline(100 / len(TASKS[task].classes), color="0.6", linestyle=":")
+        axes.set_title(f"{task}: {len(TASKS[task].classes)} classes", fontsize=10)
+        axes.set_xlim(0, 102)
+        axes.grid(axis="x", color="0.9")
+    panels[0].set_yticks(range(len(arms)), [ARMS[arm].label for arm in arms], fontsize=9)
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        "Test accuracy in %, 95% interval over seeds (probes: over test clips). Orange: AM flow. Dotted: chance.",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)
