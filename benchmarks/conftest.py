@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.timing import ReplayClock, Series, cache_bytes, measure
 
 CLOCK = ReplayClock()
-TimeRow = Callable[[str, str, str], None]  # shape, direction, provider
+TimeRow = Callable[[str, str, str, str], None]  # function, shape, direction, provider
 
 TIMES = pytest.StashKey[list[dict[str, Any]]]()
 MEMORY = pytest.StashKey[list[dict[str, Any]]]()
@@ -28,9 +28,8 @@ MEMORY = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("amflow benchmarks")
-    group.addoption(
-        "--bench-seconds", type=float, default=4.0, help="time for the rounds of one shape and direction (default 4)"
-    )
+    told = "time for the rounds of one function, shape and direction (default 4)"
+    group.addoption("--bench-seconds", type=float, default=4.0, help=told)
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's own)")
 
 
@@ -41,22 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def series(request: pytest.FixtureRequest) -> Callable[[str, str], Series]:
-    """All providers at one shape and direction, measured when the first of their rows is asked for."""
+def series(request: pytest.FixtureRequest) -> Callable[[str, str, str], Series]:
+    """A function and its peers at one shape and direction, measured when the first of their rows is asked for."""
     seconds = request.config.getoption("--bench-seconds")
-    return cache(lambda shape, direction: measure(SHAPES[shape], direction, seconds))
+    return cache(lambda function, shape, direction: measure(function, SHAPES[shape], direction, seconds))
 
 
 @pytest.fixture
 def time_row(
-    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, series: Callable[[str, str], Series]
+    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, series: Callable[[str, str, str], Series]
 ) -> TimeRow:
     """Hand the durations that one provider had in the interleaved rounds to pytest-benchmark."""
 
-    def row(shape: str, direction: str, provider: str) -> None:
-        measured = series(shape, direction)
+    def row(function: str, shape: str, direction: str, provider: str) -> None:
+        measured = series(function, shape, direction)
         durations, info = measured.times[provider], measured.info[provider]
-        benchmark.group = f"{direction} {shape}"
+        benchmark.group = f"{function} {direction} {shape}"
         benchmark.extra_info.update(info)
         benchmark.pedantic(CLOCK.player(durations), rounds=len(durations))
         request.config.stash[TIMES].append({**info, "median": median(durations), "rounds": len(durations)})

@@ -12,13 +12,16 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from benchmarks.providers import DIRECTIONS, PROVIDERS, Provider, make_inputs
 from benchmarks.shapes import SHAPES, Shape
 
+Result = TypeVar("Result")
 WARM_UP = Shape(1, 2, 2, 33, 64)
 
 
@@ -38,12 +41,7 @@ def probe(provider: Provider, shape: Shape, direction: str) -> dict[str, object]
     warm_up = shape if provider.compiles else WARM_UP  # libraries and thread pools; compiled code, where there is any
     call(make_inputs(warm_up, provider.dtype, provider.device, direction))
     inputs = make_inputs(shape, provider.dtype, provider.device, direction)
-    gc.collect()
-    _return_free_memory()
-    peak_was_reset = _reset_peak()
-    before = _status("VmRSS") if peak_was_reset else _max_rss()
-    results = call(inputs)
-    peak = _status("VmHWM") if peak_was_reset else _max_rss()
+    grown, method, results = peak_growth(lambda: call(inputs))
     result_bytes = sum(result.nbytes for result in results)
     return {
         "shape": str(shape),
@@ -51,10 +49,22 @@ def probe(provider: Provider, shape: Shape, direction: str) -> dict[str, object]
         "label": provider.label,
         "direction": direction,
         "dtype": str(provider.dtype).removeprefix("torch."),
-        "bytes": max(0, peak - before - result_bytes),
+        "bytes": max(0, grown - result_bytes),
         "result_bytes": result_bytes,
-        "method": "VmHWM" if peak_was_reset else "ru_maxrss",
+        "method": method,
     }
+
+
+def peak_growth(call: Callable[[], Result]) -> tuple[int, str, Result]:
+    """By how many bytes a call raises the peak of resident memory above what was resident before, how that was found
+    out, and what the call returns."""
+    gc.collect()
+    _return_free_memory()
+    peak_was_reset = _reset_peak()
+    before = _status("VmRSS") if peak_was_reset else _max_rss()
+    result = call()
+    peak = _status("VmHWM") if peak_was_reset else _max_rss()
+    return peak - before, "VmHWM" if peak_was_reset else "ru_maxrss", result
 
 
 def _return_free_memory() -> None:

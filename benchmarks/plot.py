@@ -19,7 +19,8 @@ COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F
 
 
 def draw(times: list[Row], machine: Row, output: Path) -> None:
-    """Bars of each peer's time relative to ours, by shape, one panel for each direction."""
+    """Bars of each peer's time relative to am_flow's, by shape, one panel for each direction."""
+    times = [row for row in times if row["function"] == "am_flow"]
     labels = {row["provider"]: row["label"] for row in times}
     peers = {
         row["provider"]: f"{row['label']} / {labels[row['baseline']]}" for row in times if row["baseline"] in labels

@@ -10,33 +10,49 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from amflow_kernels import am_flow
+from amflow_kernels import am_flow, am_flow_attention, am_flow_matmul
 from benchmarks.shapes import Shape
 
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
-# Products of the size of q k^T that can't be avoided if the maps are not kept: the map; in the backward the map again,
-# dq and dk.
-PRODUCTS = {FORWARD: 1, FORWARD_BACKWARD: 4}
+# Products that can't be avoided if the maps are not kept: those of the size of q k^T and those of the size of M x.
+# The map; in the backward the map again, dq and dk. Attention adds A v; dA and dv. The operator adds M x; dM and dx.
+PRODUCTS = {
+    ("am_flow", FORWARD): (1, 0),
+    ("am_flow", FORWARD_BACKWARD): (4, 0),
+    ("am_flow_attention", FORWARD): (2, 0),
+    ("am_flow_attention", FORWARD_BACKWARD): (7, 0),
+    ("am_flow_matmul", FORWARD): (1, 1),
+    ("am_flow_matmul", FORWARD_BACKWARD): (4, 3),
+}
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: q, k, v (B, T, H, N, D), and the incoming gradients of a flow and of an attention output."""
+    """One set of inputs: q, k, v (B, T, H, N, D), x (B, T - 1, H, N, C), and the incoming gradients.
+
+    Those are of a flow, of an attention output and of M x.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    x: Tensor
     dflow: Tensor
     dout: Tensor
+    dy: Tensor
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, direction: str) -> Inputs:
-    """Random inputs; q, k, v require a gradient if the direction has a backward."""
+    """Random inputs; q, k, v, x require a gradient if the direction has a backward."""
     grad = direction == FORWARD_BACKWARD
-    q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=grad) for _ in range(3))
-    return Inputs(q, k, v, torch.randn(shape.flow(), device=device), torch.randn(shape, dtype=dtype, device=device))
+    clip, features = tuple(shape), shape.features()
+    q, k, v, x = (
+        torch.randn(size, dtype=dtype, device=device, requires_grad=grad) for size in (clip, clip, clip, features)
+    )
+    dflow, dy = (torch.randn(size, device=device) for size in (shape.flow(), features))
+    return Inputs(q, k, v, x, dflow, torch.randn(clip, dtype=dtype, device=device), dy)
 
 
 @dataclass(frozen=True)
@@ -45,36 +61,49 @@ class Provider:
 
     name: str
     label: str
-    build: Callable[[Shape], Callable[..., Tensor]]  # the function of (q, k) or (q, k, v) for inputs of a shape
+    build: Callable[[Shape], Callable[..., Tensor | tuple[Tensor, ...]]]  # what is called, for inputs of a shape
     baseline: str | None  # the provider its time is divided by
+    function: str = "am_flow"  # the public function in whose table and rounds it is
     ours: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    operands: int = 2  # how many of q, k, v it takes
+    operands: tuple[str, ...] = ("q", "k")  # those of the inputs that it takes
+    grads: tuple[str, ...] = ("dflow",)  # the incoming gradient of each result
     directions: tuple[str, ...] = DIRECTIONS
     compiles: bool = False  # it is compiled anew for each shape
 
     def prepare(self, shape: Shape, direction: str) -> Callable[[Inputs], tuple[Tensor, ...]]:
-        """What is timed: one call that gives the result, and in a backward the gradient of each operand."""
+        """What is timed: one call that gives the results, and in a backward the gradient of each operand."""
         function = self.build(shape)
 
         def call(inputs: Inputs) -> tuple[Tensor, ...]:
-            operands = inputs[: self.operands]
+            operands = [getattr(inputs, name) for name in self.operands]
             result = function(*operands)
+            results = result if isinstance(result, tuple) else (result,)
             grads: tuple[Tensor, ...] = ()
             if direction == FORWARD_BACKWARD:
-                grads = torch.autograd.grad(result, operands, inputs.dout if self.operands == 3 else inputs.dflow)
+                grads = torch.autograd.grad(results, operands, [getattr(inputs, name) for name in self.grads])
             if self.device != "cpu":
                 torch.accelerator.synchronize(self.device)
-            return (result, *grads)
+            return (*results, *grads)
 
         return call
 
 
+def motion(q: Tensor, k: Tensor) -> Tensor:
+    """M = |A[t] - A[t + 1]|, as one writes it in eager PyTorch."""
+    A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+    return (A[:, :-1] - A[:, 1:]).abs()
+
+
 def eager(q: Tensor, k: Tensor) -> Tensor:
     """The formula as one writes it in eager PyTorch, differentiated by autograd."""
-    A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
-    return torch.softmax((A[:, :-1] - A[:, 1:]).abs(), dim=-1).sum(dim=-2)
+    return torch.softmax(motion(q, k), dim=-1).sum(dim=-2)
+
+
+def eager_matmul(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    """M x with M formed, differentiated by autograd."""
+    return motion(q, k) @ x
 
 
 def compiled(shape: Shape) -> Callable[..., Tensor]:
@@ -101,15 +130,35 @@ PROVIDERS = {
         Provider("eager", "eager", lambda shape: eager, baseline="ours"),
         Provider("compile", "torch.compile", compiled, baseline="ours", compiles=True),
         Provider("product", "q k^T alone", product, baseline="ours", directions=(FORWARD,)),
-        Provider("sdpa", "SDPA", lambda shape: attention, baseline="ours", operands=3),
+        Provider("sdpa", "SDPA", lambda shape: attention, baseline="ours", operands=("q", "k", "v"), grads=("dout",)),
         Provider("ours_bf16", "am_flow bf16", lambda shape: am_flow, baseline="ours", ours=True, dtype=torch.bfloat16),
         Provider(
-            "sdpa_bf16", "SDPA bf16", lambda shape: attention, baseline="ours_bf16", operands=3, dtype=torch.bfloat16
+            "sdpa_bf16", "SDPA bf16", lambda shape: attention, baseline="ours_bf16", operands=("q", "k", "v"),
+            grads=("dout",), dtype=torch.bfloat16,
+        ),
+        Provider(
+            "attention", "am_flow_attention", lambda shape: am_flow_attention, baseline="sdpa", ours=True,
+            function="am_flow_attention", operands=("q", "k", "v"), grads=("dout", "dflow"),
+        ),
+        Provider(
+            "matmul", "am_flow_matmul", lambda shape: am_flow_matmul, baseline="ours", ours=True,
+            function="am_flow_matmul", operands=("q", "k", "x"), grads=("dy",),
+        ),
+        Provider(
+            "eager_matmul", "eager", lambda shape: eager_matmul, baseline="matmul", function="am_flow_matmul",
+            operands=("q", "k", "x"), grads=("dy",),
         ),
     )
-}
+}  # fmt: skip
 
 
-def names(direction: str) -> list[str]:
-    """The providers measured in this direction, in the table's order."""
-    return [name for name, provider in PROVIDERS.items() if direction in provider.directions]
+def names(function: str, direction: str) -> list[str]:
+    """The providers measured in the same rounds, in the table's order: a function's own, then what divides them."""
+    own = [p for p in PROVIDERS.values() if p.function == function and direction in p.directions]
+    return list(dict.fromkeys([*(p.name for p in own), *(p.baseline for p in own if p.baseline)]))
+
+
+def rows(direction: str) -> list[tuple[str, str]]:
+    """Each function and each provider measured for it."""
+    functions = dict.fromkeys(p.function for p in PROVIDERS.values())
+    return [(function, name) for function in functions for name in names(function, direction)]

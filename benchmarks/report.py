@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.shapes import FEATURES
+
 Row = dict[str, Any]
-PRODUCTS = {"forward": "the product q k^T", "forward+backward": "four such products (the map twice, dq, dk)"}
+PRODUCTS = {
+    ("am_flow", "forward"): "the product q k^T",
+    ("am_flow", "forward+backward"): "four such products (the map twice, dq, dk)",
+    ("am_flow_attention", "forward"): "the products q k^T and A v",
+    ("am_flow_attention", "forward+backward"): "seven such products (the map twice, A v, dA, dv, dq, dk)",
+    ("am_flow_matmul", "forward"): f"the products q k^T and M x (C = {FEATURES})",
+    ("am_flow_matmul", "forward+backward"): f"seven such products (the map twice, M x, dM, dx, dq, dk; C = {FEATURES})",
+}
 BUSY = 1.25  # a matmul rate or a time that varies more than this: something else ran
 
 
@@ -42,7 +52,7 @@ def load(path: Path) -> tuple[list[Row], list[Row], Row]:
     """The timed rows, the memory rows and the machine of a JSON that ``--benchmark-json`` wrote."""
     saved = json.loads(path.read_text())
     times = [
-        {**row["extra_info"], "median": row["stats"]["median"], "rounds": row["stats"]["rounds"]}
+        {"function": "am_flow", **row["extra_info"], "median": row["stats"]["median"], "rounds": row["stats"]["rounds"]}
         for row in saved["benchmarks"]
     ]
     return times, saved.get("memory", []), saved["machine_info"]
@@ -62,12 +72,11 @@ def unique(rows: list[Row], key: str) -> list[Any]:
 
 
 def tables(times: list[Row], memory: list[Row]) -> list[Table]:
-    """A table for each direction and each of our rows with its peers, and one of the working memory."""
-    found = [
-        _times(ours, [row for row in times if row["direction"] == direction])
-        for direction in unique(times, "direction")
-        for ours in unique([row for row in times if row["ours"] and row["direction"] == direction], "provider")
-    ]
+    """A table for each function, direction and row of ours with its peers, and one of the working memory."""
+    found = []
+    for function, direction in itertools.product(unique(times, "function"), unique(times, "direction")):
+        rows = [row for row in times if (row["function"], row["direction"]) == (function, direction)]
+        found += [_times(ours, rows) for ours in unique([row for row in rows if row["ours"]], "provider")]
     return [*found, _memory(memory)] if memory else found
 
 
@@ -89,18 +98,19 @@ def _times(name: str, rows: list[Row]) -> Table:
         body.append(line)
     rates = [round(row["peak_flops"] / 1e9) for row in ours.values()]
     notes = [f"* {shape}: {row['note']}" for shape, row in ours.items() if "note" in row]
+    if peers:
+        told = ", ".join(labels[peer] for peer in peers)
+        notes.append(f"{told}: time over that of {first['label']}, above 1x it is slower.")
     notes += [
-        f"{', '.join(labels[peer] for peer in peers)}: time over that of {first['label']}, above 1x it is slower.",
-        f"bound: {PRODUCTS[first['direction']]} at the rate of a large matmul in the same rounds, "
+        f"bound: {PRODUCTS[first['function'], first['direction']]} at the rate of a large matmul in the same rounds, "
         f"{_range(rates)} GFLOP/s; floor: bound + 20%.",
         f"Medians of {_range([row['rounds'] for row in ours.values()])} interleaved rounds; "
         f"spread: (q3 - q1) / median. am_flow ran: {', '.join(map(str, unique(list(ours.values()), 'impl')))}.",
     ]
     if max(rates) > BUSY * min(rates) or median(row["spread"] for row in ours.values()) > BUSY - 1:
         notes.append("The machine was busy with other work: times changed too much for these figures to hold.")
-    return Table(
-        f"Time, {first['direction']}, {first['dtype']}", header + [labels[peer] for peer in peers], body, notes
-    )
+    title = f"Time, {first['function']}, {first['direction']}, {first['dtype']}"
+    return Table(title, header + [labels[peer] for peer in peers], body, notes)
 
 
 def _range(values: list[int]) -> str:

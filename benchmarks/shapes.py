@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+FEATURES = 64  # C, the features of each token that the motion operator takes
+
 
 class Shape(NamedTuple):
     """Shape of q, k and v: batch, frames, heads, tokens, head dimension."""
@@ -21,9 +23,17 @@ class Shape(NamedTuple):
         """Shape of the result, (B, T - 1, H, N)."""
         return self.B, self.T - 1, self.H, self.N
 
+    def features(self) -> tuple[int, int, int, int, int]:
+        """Shape of what the motion operator takes and gives, (B, T - 1, H, N, C)."""
+        return (*self.flow(), FEATURES)
+
     def map_flops(self) -> int:
         """Floating-point operations of one product q k^T over every frame and head."""
         return 2 * self.B * self.T * self.H * self.N * self.N * self.D
+
+    def operator_flops(self) -> int:
+        """Floating-point operations of one product M x over every pair of frames and head."""
+        return 2 * self.B * (self.T - 1) * self.H * self.N * self.N * FEATURES
 
 
 # What image transformers give: ViT-B at 224 px with patches of 14 and of 16, at 384 px, ViT-S/14 at 518 px.

@@ -1,16 +1,16 @@
-"""Time of forward and backward together at every shape and provider."""
+"""Time of forward and backward together at every shape, function and provider."""
 
 from __future__ import annotations
 
 import pytest
 
 from benchmarks.conftest import CLOCK, TimeRow
-from benchmarks.providers import FORWARD_BACKWARD, names
+from benchmarks.providers import FORWARD_BACKWARD, rows
 from benchmarks.shapes import SHAPES
 
 
-@pytest.mark.parametrize("provider", names(FORWARD_BACKWARD))
+@pytest.mark.parametrize(("function", "provider"), rows(FORWARD_BACKWARD))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_forward_backward(time_row: TimeRow, shape: str, provider: str) -> None:
-    time_row(shape, FORWARD_BACKWARD, provider)
+def test_forward_backward(time_row: TimeRow, shape: str, function: str, provider: str) -> None:
+    time_row(function, shape, FORWARD_BACKWARD, provider)

@@ -31,14 +31,14 @@ class Series(NamedTuple):
     info: dict[str, dict[str, Any]]
 
 
-def measure(shape: Shape, direction: str, seconds: float) -> Series:
-    """Time all providers at one shape, with the machine's matmul peak taken in the same rounds."""
-    providers = [PROVIDERS[name] for name in names(direction)]
+def measure(function: str, shape: Shape, direction: str, seconds: float) -> Series:
+    """Time a function and its peers at one shape, with the machine's matmul peak taken in the same rounds."""
+    providers = [PROVIDERS[name] for name in names(function, direction)]
     inputs = {key: _rotation(shape, *key, direction) for key in {(p.dtype, p.device) for p in providers}}
     calls = {p.name: _on(p.prepare(shape, direction), inputs[p.dtype, p.device]) for p in providers}
     times = interleave(calls | {_peak_name(*key): _peak(*key) for key in inputs}, seconds)
     medians = {name: median(durations) for name, durations in times.items()}
-    info = {p.name: _row(p, shape, direction, medians, next(inputs[p.dtype, p.device])) for p in providers}
+    info = {p.name: _row(p, function, shape, direction, medians, next(inputs[p.dtype, p.device])) for p in providers}
     for provider in providers:
         q1, _, q3 = quantiles(times[provider.name], n=4, method="inclusive")
         info[provider.name]["spread"] = (q3 - q1) / medians[provider.name]
@@ -116,23 +116,29 @@ def _peak(dtype: torch.dtype, device: str) -> Callable[[], object]:
     return call
 
 
-def _row(provider: Provider, shape: Shape, direction: str, medians: dict[str, float], inputs: Inputs) -> dict[str, Any]:
+def _row(
+    provider: Provider, function: str, shape: Shape, direction: str, medians: dict[str, float], inputs: Inputs
+) -> dict[str, Any]:
     """What is stored with a row beside its durations; seconds and FLOP/s."""
-    peak = 2 * PEAK_SIZE**3 / medians[_peak_name(provider.dtype, provider.device)]
-    bound = PRODUCTS[direction] * shape.map_flops() / peak
+    own = provider.function == function  # else it is here for others to be divided by
+    baseline = provider.baseline if own else None
     info: dict[str, Any] = {
+        "function": function,
         "shape": str(shape),
         "provider": provider.name,
         "label": provider.label,
         "direction": direction,
         "dtype": str(provider.dtype).removeprefix("torch."),
         "device": provider.device,
-        "ours": provider.ours,
-        "baseline": provider.baseline,
-        "ratio": medians[provider.name] / medians[provider.baseline] if provider.baseline else 1.0,
+        "ours": provider.ours and own,
+        "baseline": baseline,
+        "ratio": medians[provider.name] / medians[baseline] if baseline else 1.0,
         "threads": torch.get_num_threads(),
     }
-    if provider.ours:
+    if info["ours"]:
+        peak = 2 * PEAK_SIZE**3 / medians[_peak_name(provider.dtype, provider.device)]
+        maps, operators = PRODUCTS[function, direction]
+        bound = (maps * shape.map_flops() + operators * shape.operator_flops()) / peak
         info |= {
             "impl": explain(inputs.q, inputs.k).impl,
             "peak_flops": peak,
