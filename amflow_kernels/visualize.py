@@ -245,7 +245,8 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
     while True:
         pair: Pair = yield
         count = len(pair.blocks)
-        figure = Figure(figsize=(3.4 + 1.7 * count, 8), layout="constrained")
+        compared = all(drawn.aligned is not None for drawn in pair.blocks.values())
+        figure = Figure(figsize=(3.4 + 1.7 * count, 8 + 1.7 * compared), layout="constrained")
         title = f"{video.name}, frames {pair.numbers[0]} and {pair.numbers[1]}: {model}, {size} px, mean over heads"
         figure.suptitle(title, fontweight="bold")
         panels: Any = figure.subfigures(1, 2, width_ratios=(1.6, 1.8 + 1.7 * count))
@@ -253,7 +254,6 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
             axes.imshow(image.permute(1, 2, 0).numpy())
             axes.set_title(f"frame {number}", fontsize=10)
             axes.set_axis_off()
-        compared = all(drawn.aligned is not None for drawn in pair.blocks.values())
         kinds = [kind for kind in KINDS if compared or kind[0] != "aligned"]
         table = panels[1].subplots(len(kinds) + 1, count, squeeze=False)
         for line, (kind, label, unit, colours) in zip(table, kinds, strict=False):

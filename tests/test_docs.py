@@ -1,4 +1,4 @@
-"""The examples in docs/training.md run as they stand."""
+"""The examples in docs/training.md and docs/models.md run as they stand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "training.md"
 EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", PAGE.read_text(), re.M | re.S))
 
 
@@ -25,3 +26,12 @@ def test_example(title: str) -> None:
                 assert parameter.grad.isfinite().all()
     if title == "Live video":
         assert names["flow"].shape == (1, 6, 50)
+
+
+def test_example_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints its report, and gives logits."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "models.md").read_text(), re.S)
+    names: dict[str, object] = {}
+    exec(compile(code, "models.md", "exec"), names)
+    assert names["logits"].shape == (2, 10)
+    assert "AM flow in blocks 0, 11, ordinary in 1-10" in capsys.readouterr().out

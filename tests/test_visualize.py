@@ -12,6 +12,7 @@ import av
 import pytest
 import timm
 import torch
+from amflow_models import VideoClassifier, create_backbone, load_aligning_encoders, load_trained, save_trained
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -161,3 +162,64 @@ def test_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), path)
     assert main(["visualize", "bikes", "--model", "resnet10t", "--weights", str(path), "-o", str(tmp_path)]) == 1
     assert "amflow: --model resnet10t" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def encoders(weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of what trains in a model with aligning encoders in blocks 0 and 11, as if it had been trained."""
+    model = VideoClassifier(create_backbone(TINY, weights, SIZE), 3, 2, align=True, bottleneck=8)
+    with torch.no_grad():
+        for block in (0, 11):
+            model.backbone.blocks[block].align.g.fill_(0.5)
+    path = tmp_path_factory.mktemp("encoders") / "trained.safetensors"
+    save_trained(model, path)
+    return path
+
+
+@torch.inference_mode()
+def test_aligned_flow_is_the_models_own(weights: str, encoders: Path) -> None:
+    """Where no adapter comes before (block 0), it is the flow that the trained model's gate gets."""
+    vit = visualize.load(TINY, weights, SIZE)
+    loaded = load_aligning_encoders(encoders)
+    (pair, *_) = visualize.pictures(vit, [0], clip_path("bikes"), SIZE, 125, 0, loaded)
+    model = VideoClassifier(create_backbone(TINY, weights, SIZE), 3, 2, align=True, bottleneck=8)
+    load_trained(model, encoders)
+    seen: list[Tensor] = []
+    model.backbone.blocks[0].adapter.gate.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model((torch.stack(pair.images) - 0.5)[None] / 0.5)
+    drawn = pair.blocks[0]
+    torch.testing.assert_close(drawn.aligned, seen[0][0, 0, 1:].view(4, 4), rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(drawn.aligned, drawn.flow, rtol=1e-2)
+
+
+def test_compare_alignment(weights: str, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row more in the PNG, a tile more for each block in the video; the blocks are those with an encoder."""
+    for name, more in (("plain", []), ("aligned", ["--compare-alignment", str(encoders)])):
+        words = arguments(weights, "--pairs", "1", *more)
+        assert main([*words, *([] if more else ["--blocks", "0", "11"]), "-o", str(tmp_path / name)]) == 0
+    shapes = [imread(next((tmp_path / name).iterdir())).shape for name in ("plain", "aligned")]
+    assert shapes[1][0] > shapes[0][0]
+    path = tmp_path / "out.mp4"
+    assert main(arguments(weights, "--pairs", "2", "--compare-alignment", str(encoders), "-o", str(path))) == 0
+    with av.open(str(path)) as container:
+        assert {frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)} == {(SIZE, 5 * SIZE, 3)}
+    capsys.readouterr()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"")
+    wide = tmp_path / "wide.safetensors"
+    save_trained(VideoClassifier(create_backbone("vit_small_patch16_224", None, SIZE), 3, 2, align=True), wide)
+    none = tmp_path / "none.safetensors"
+    save_trained(VideoClassifier(create_backbone(TINY, None, SIZE), 3, 2), none)
+    for words, message in (
+        (["--compare-alignment", str(bad)], "can't be read as safetensors"),
+        (
+            ["--compare-alignment", str(wide)],
+            "is of block 0 and 384 channels; the model has 12 blocks and 192 channels",
+        ),
+        (["--compare-alignment", str(none)], "has no aligning encoder; models have them with align=True"),
+        (["--compare-alignment", str(encoders), "--blocks", "1"], "has aligning encoders of [0, 11], got [1]"),
+    ):
+        assert main([*arguments(weights, *words), "-o", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,22 @@ def run(
     done = {(row["task"], row["arm"], row["seed"]) for row in table["runs"]}
     todo = [job for job in _jobs(setting, tasks, arms) if job not in done]
     print(f"{len(todo)} runs, {workers} at a time: {out}", flush=True)
-    with multiprocessing.get_context("spawn").Pool(workers, _one_thread if workers > 1 else None) as pool:
-        for row in pool.imap_unordered(_train, [(*job, setting, device) for job in todo]):
-            table["runs"].append(row)
-            part = out.with_suffix(".part")
-            part.write_text(_dumps(table))
-            part.replace(out)
-            told = f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {row['accuracy']:.3f}  {row['seconds']:.0f} s"
-            print(told, flush=True)
+    jobs = [(*job, setting, device) for job in todo]
+    if workers == 1:
+        _store(table, map(_train, jobs), out)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _one_thread) as pool:
+        _store(table, pool.imap_unordered(_train, jobs), out)
+
+
+def _store(table: dict[str, Any], rows: Iterable[dict[str, Any]], out: Path) -> None:
+    for row in rows:
+        table["runs"].append(row)
+        part = out.with_suffix(".part")
+        part.write_text(_dumps(table))
+        part.replace(out)
+        told = f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {row['accuracy']:.3f}  {row['seconds']:.0f} s"
+        print(told, flush=True)
 
 
 def _jobs(setting: Setting, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[str, str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -75,7 +76,6 @@ class Run:
 def train(task: str, arm: str, seed: int, setting: Setting, device: str = "cpu") -> dict[str, Any]:
     """A `Run`, as a dict."""
     started = time.perf_counter()
-    torch.manual_seed(seed)
     options = ARMS[arm].options
     run = _probe(task, arm, setting, device) if options is None else _adapters(task, arm, seed, setting, device)
     run |= {"task": task, "arm": arm, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
@@ -84,9 +84,9 @@ def train(task: str, arm: str, seed: int, setting: Setting, device: str = "cpu")
 
 def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> dict[str, Any]:
     steps = setting.steps * ARMS[arm].budget
-    model = VideoClassifier(
-        _backbone(setting, device), len(TASKS[task].classes), setting.frames, **(ARMS[arm].options or {})
-    ).to(device)
+    backbone = _backbone(setting, device)  # before the seed: making it draws numbers, copying it none
+    torch.manual_seed(seed)
+    model = VideoClassifier(backbone, len(TASKS[task].classes), setting.frames, **(ARMS[arm].options or {})).to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, setting.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, steps, pct_start=0.1)
@@ -143,12 +143,18 @@ def _result(accuracy: float, curve: list[tuple[int, float]], trainable: int) -> 
 
 
 def _backbone(setting: Setting, device: str) -> Any:
+    """A copy of `_pretrained`, to be changed."""
+    return deepcopy(_pretrained(setting.size, setting.depth)).to(device)
+
+
+@cache
+def _pretrained(size: int, depth: int) -> Any:
     """The first blocks of DINOv2 ViT-S/14, mean over patches: with the class token alone, the last adapter's temporal
     unit would see no other token."""
-    model: Any = create_backbone("vit_small_patch14_dinov2", "offline", setting.size)
-    model.blocks = model.blocks[: setting.depth]
+    model: Any = create_backbone("vit_small_patch14_dinov2", "offline", size)
+    model.blocks = model.blocks[:depth]
     model.reset_classifier(0, "avg")
-    return model.to(device)
+    return model
 
 
 @cache
