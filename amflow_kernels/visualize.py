@@ -247,7 +247,7 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
         count = len(pair.blocks)
         compared = all(drawn.aligned is not None for drawn in pair.blocks.values())
         figure = Figure(figsize=(3.4 + 1.7 * count, 8 + 1.7 * compared), layout="constrained")
-        title = f"{video.name}, frames {pair.numbers[0]} and {pair.numbers[1]}: {model}, {size} px, mean over heads"
+        title = f"{video.name}, frames {pair.numbers[0]} and {pair.numbers[1]}\n{model}, {size} px, mean over heads"
         figure.suptitle(title, fontweight="bold")
         panels: Any = figure.subfigures(1, 2, width_ratios=(1.6, 1.8 + 1.7 * count))
         for axes, image, number in zip(panels[0].subplots(2, 1), pair.images, pair.numbers, strict=True):
@@ -274,7 +274,8 @@ def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
             axes.set_xticks([])
             axes.set_yticks([])
         panels[1].supxlabel(
-            f"Each row has one scale, from its least value to its {CUT:.1%} quantile.\n"
+            f"Each row has one scale, from its least value to its {CUT:.1%} quantile"
+            f"{', the aligned one that of the flow' if compared else ''}.\n"
             "In the last, patches whose attention changes alike have like colours.",
             fontsize=9,
         )
