@@ -17,7 +17,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernel
 from amflow_kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPLS = ("reference", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ def must_run(cpu_kernels_run: bool) -> Callable[..., bool]:
     return check
 
 
-@pytest.fixture(params=IMPLS)
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.reference), "cpu"])
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation in turn."""
     return request.param
