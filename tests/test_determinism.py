@@ -13,6 +13,8 @@ from torch import Tensor
 from amflow_kernels import am_flow, am_flow_pair
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 REDUCTIONS = ("none", "mean", "mean_map")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

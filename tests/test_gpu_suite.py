@@ -10,7 +10,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from amflow_kernels.impl.triton import configs
 from benchmarks import gpu_suite
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # NumPy's, of infinities
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # NumPy's, of infinities
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 
 
 def test_problems() -> None:

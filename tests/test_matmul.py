@@ -26,6 +26,8 @@ from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, matmul_
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import reference
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 
 OPERATORS = {"M": (False, False), "M^T": (True, False), "P": (False, True), "P^T": (True, True)}  # transpose, softmax
@@ -490,6 +492,7 @@ def test_empty(shape: tuple[int, int], operator: str, impl: str) -> None:
 # --- autograd and the ops
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_gradcheck(lag: int, operator: str) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from amflow_kernels import am_flow, am_flow_pair
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 
 FACTORS: dict[str, list[Any]] = {

@@ -13,6 +13,8 @@ from amflow_kernels import motion_maps, motion_pca
 from amflow_kernels import testing as tt
 from amflow_kernels.impl.reference import attention_maps
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 
 

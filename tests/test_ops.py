@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from amflow_kernels import am_flow, am_flow_pair, ops
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 Impl = Callable[..., bool]
 
 # scale, lag, temperature, head_reduction of one schema that serves both forms (lag 0: pairs)

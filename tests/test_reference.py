@@ -15,6 +15,8 @@ from amflow_kernels import am_flow, am_flow_pair
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import reference
 
+pytestmark = [pytest.mark.capability, pytest.mark.reference]
+
 REDUCTIONS = ("none", "mean", "mean_map")
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from amflow_kernels import AMFlowStream, am_flow
 from amflow_kernels import testing as tt
 
+pytestmark = pytest.mark.capability
+
 MustRun = Callable[[str, Callable[[], object]], bool]
 
 

@@ -13,7 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # NumPy's, of infinities
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # NumPy's, of infinities
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 
 SMALL: dict[str, list[Any]] = {
     **motion.SHARED,
