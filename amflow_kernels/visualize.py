@@ -149,7 +149,9 @@ class _Seen:
 
     q: Tensor  # (1, heads, N, D)
     k: Tensor  # (1, heads, N, D)
-    tokens: Tensor | None  # (1, N, C) that entered it, where frames are aligned
+    entered: (
+        tuple[Any, Any] | None
+    )  # what the block was called with, its tokens (1, N, C) first, where frames are aligned
 
 
 @torch.inference_mode()
@@ -175,11 +177,11 @@ def pictures(
         except (FileNotFoundError, ValueError) as error:
             raise DemoError(str(error)) from error
         try:
-            with record_qk(vit, blocks=blocks) as qk, _inputs(vit, encoders) as tokens:
+            with record_qk(vit, blocks=blocks) as qk, _inputs(vit, encoders) as entered:
                 vit(((image - mean) / std).unsqueeze(0))
         except RuntimeError as error:
             raise DemoError(f"the model can't be read: {error}") from error
-        seen = {block: _Seen(q.clone(), k.clone(), tokens.get(block)) for block, (q, k) in qk.items()}
+        seen = {block: _Seen(q.clone(), k.clone(), entered.get(block)) for block, (q, k) in qk.items()}
         if before is not None:
             drawn = {b: _draw_block(vit, b, before[2][b], seen[b], encoders.get(b)) for b in blocks}
             yield Pair((before[0], number), (before[1], image), drawn)
@@ -187,19 +189,19 @@ def pictures(
 
 
 @contextmanager
-def _inputs(vit: Any, blocks: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """The tokens that enter blocks, by block."""
-    tokens: dict[int, Tensor] = {}
+def _inputs(vit: Any, blocks: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
+    """What blocks are called with, by block."""
+    entered: dict[int, tuple[Any, Any]] = {}
 
     def keep(block: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tokens[block] = args[0].clone()
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            entered[block] = (args[0].clone(), *args[1:]), kwargs
 
         return hook
 
-    hooks = [vit.blocks[block].register_forward_pre_hook(keep(block)) for block in blocks]
+    hooks = [vit.blocks[block].register_forward_pre_hook(keep(block), with_kwargs=True) for block in blocks]
     try:
-        yield tokens
+        yield entered
     finally:
         for hook in hooks:
             hook.remove()
@@ -218,10 +220,13 @@ def _draw_block(vit: Any, block: int, before: _Seen, now: _Seen, encoder: nn.Mod
     low, high = scores.quantile(1 - CUT, dim=-2, keepdim=True), scores.quantile(CUT, dim=-2, keepdim=True)
     colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     aligned = None
-    if encoder is not None:
+    if encoder is not None and before.entered is not None and now.entered is not None:
         from amflow_models import read_qk
 
-        q_now, k_now = read_qk(vit.blocks[block], f"blocks.{block}", encoder(before.tokens, now.tokens))
+        (tokens, *args), kwargs = now.entered
+        q_now, k_now = read_qk(
+            vit.blocks[block], f"blocks.{block}", encoder(before.entered[0][0], tokens), *args, **kwargs
+        )
         aligned = on_grid(am_flow_pair(q[:, :1], k[:, :1], q_now.unsqueeze(1), k_now.unsqueeze(1), **options))
     return Pictures(on_grid(am_flow(q, k, **options)), on_grid(rows), on_grid(columns), on_grid(colours), aligned)
 

@@ -34,4 +34,4 @@ def test_example_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     exec(compile(code, "models.md", "exec"), names)
     assert names["logits"].shape == (2, 10)
-    assert "AM flow in blocks 0, 11, ordinary in 1-10" in capsys.readouterr().out
+    assert "temporal adapters in blocks 0, 11, ordinary in 1-10" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,73 @@ def test_the_flow_that_a_gate_sees_is_the_oracles(name: str, monkeypatch: pytest
         if want.dim() == 4:  # windows are innermost in the order of tokens
             want = want.transpose(-1, -2).flatten(-2)
         assert (flow - want).norm() <= 1e-5 * want.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*BACKBONES, "vit_base_patch16_rpn_224"])
+def test_aligned_flow_is_plain_flow_at_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With g = 0, whatever a block does before its attention: normalise after it, too, or rotate q and k."""
+    if name in BACKBONES:
+        model = backbone(name)
+    else:
+        model = make(name, pretrained=False, img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    x = images(model)
+    seen: list[Tensor] = []
+    forward = Gate.forward
+
+    def spy(self: Gate, x: Tensor, flow: Tensor | None) -> Tensor:
+        assert flow is not None
+        seen.append(flow)
+        return forward(self, x, flow)
+
+    monkeypatch.setattr(Gate, "forward", spy)
+    adapted(deepcopy(model))(x)
+    adapted(model, align=True)(x)
+    plain, aligned = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for one, two in zip(plain, aligned, strict=True):
+        assert (one - two).norm() <= 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"align": True}, {"form": "serial", "unit": "lstm"}], ids=str)
+def test_models_of_other_dtypes(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = backbone("plain").to(dtype)
+    x = images(model).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(adapted(model, **options)(x), expected)
+    trained(model)(x).float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def test_frozen_blocks_of_mixed_dtypes_keep_them() -> None:
+    model = backbone("plain")
+    for block in model.blocks:
+        block.norm1.bfloat16()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapted(model)
+    after = {name.replace(".block.", "."): p for name, p in model.named_parameters()}
+    assert all(after[name].dtype == p.dtype and torch.equal(after[name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_dropout_in_the_attention_is_the_blocks_own(align: bool) -> None:
+    options = {**BACKBONES["plain"][1], "attn_drop_rate": 0.2, "proj_drop_rate": 0.2}
+    model = make(BACKBONES["plain"][0], **options).train()
+    x = images(model)
+    torch.manual_seed(0)
+    expected = model(x)
+    adapted(model, align=align)
+    torch.manual_seed(0)
+    assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_no_clips(options: dict[str, Any]) -> None:
+    model = VideoClassifier(backbone("plain"), 4, T, blocks="all", **options)
+    assert model(images(model.backbone)[:0].unflatten(0, (0, T))).shape == (0, 4)
 
 
 @torch.no_grad()
@@ -282,6 +350,12 @@ def test_placements() -> None:
         placement(vit, "first-last")
     with pytest.raises(ValueError, match=f"from 0 to {count - 1}, got {count}"):
         placement(vit, [count])
+    for wrong in (1, [1.0], [True]):
+        with pytest.raises(TypeError, match="blocks: expected the name of a placement or whole numbers"):
+            placement(vit, wrong)
+    with torch.device("meta"):
+        inside = VideoClassifier(timm.create_model("hiera_base_224", num_classes=0), 2, T)
+    assert placement(inside, "third_stage") == tuple(range(5, 21))
 
 
 def test_report_counts_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +389,27 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_transformers(reentrant: bool) -> None:
+    """Its layers checkpoint themselves, inside of what replaces them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = trained(adapted(transformers.ViTModel(config, add_pooling_layer=False))).train()
+    x = torch.randn(2 * T, 3, 32, 32, requires_grad=True)  # the reentrant form wants one
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(x).last_hidden_state.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 @torch.no_grad()
@@ -353,6 +448,12 @@ def test_what_trained_goes_through_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[n]) for n, p in wider.named_parameters())
     with pytest.raises(ValueError, match=r"unexpected: .*unit"):
         load_trained(VideoClassifier(backbone("plain"), 4, T, bottleneck=8, blocks="none"), path)
+    other = VideoClassifier(backbone("plain"), 4, T, bottleneck=8, gate="frame_difference")
+    with pytest.raises(ValueError, match=r"of other options: gate 'am_flow', expected 'frame_difference'"):
+        load_trained(other, path)
+    load_trained(torch.compile(two), path)  # names are those of the model itself
+    with pytest.raises(ValueError, match="expected one with parameters that train"):
+        save_trained(backbone("plain").requires_grad_(False), path)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="can't be read as safetensors"):
         load_trained(one, path)
@@ -386,6 +487,7 @@ def test_backbones_by_name(tmp_path: Path) -> None:
         ({"num_frames": 1}, "num_frames: expected a whole number of at least 2, got 1"),
         ({"bottleneck": 0}, "bottleneck: expected a whole number of at least 1, got 0"),
         ({"align": True, "gate": "constant"}, "align: the gate 'constant' takes no AM flow"),
+        ({"bottelneck": 3}, r"option: expected one of .*did you mean 'bottleneck'"),
     ],
 )
 def test_unknown_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -406,11 +508,15 @@ def test_bad_models_and_inputs() -> None:
         model(images(model)[1:])
     with pytest.raises(ValueError, match="has adapters already"):
         adapted(model)
+    with pytest.raises(TypeError, match=r"expected one list of transformer blocks, found one\.blocks, two\.blocks"):
+        adapted(nn.ModuleDict({"one": backbone("plain"), "two": backbone("plain")}))
+    with pytest.raises(ValueError, match=r"without a head \(num_classes=0\), got 7 classes"):
+        VideoClassifier(make(BACKBONES["plain"][0], **{**BACKBONES["plain"][1], "num_classes": 7}), 3, T)
     with pytest.raises(ValueError, match="found no adapters"):
         grow_am_flow(backbone("plain"))
     with pytest.raises(ValueError, match=r"clips: expected \(B, 3, 3, height, width\), got \(2, 4, 3, 8, 8\)"):
         VideoClassifier(backbone("plain"), 2, T)(torch.zeros(2, 4, 3, 8, 8))
     unfused = adapted(backbone("plain"))
     unfused.blocks[1].attn.fused_attn = False
-    with pytest.raises(RuntimeError, match=r"blocks\.1: no attention seen"):
+    with pytest.raises(RuntimeError, match=r"blocks\.1: AM flow is read where"):
         unfused(images(unfused))

@@ -66,4 +66,6 @@ def test_intervals() -> None:
     assert centre == pytest.approx(0.6)
     assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
     centre, half = report.interval([0.5], 100)
-    assert (centre, half) == pytest.approx((0.5, 1.96 * 0.05))
+    assert centre == 0.5
+    assert half == pytest.approx(1.96 * 0.05, rel=0.03)  # Wilson's is a little less
+    assert report.interval([1.0, 1.0, 1.0], 100)[1] > 0.01

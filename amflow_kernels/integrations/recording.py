@@ -156,6 +156,7 @@ class AttentionReader(TorchFunctionMode):
         self.name = name
         self.on_attention = on_attention
         self.calls = 0
+        self.dropout_p = 0.0  # of the call, once it is made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,12 +182,12 @@ class AttentionReader(TorchFunctionMode):
             raise RuntimeError(
                 f"{self.name}: adds a mask or bias to its logits, so softmax(q k^T) is not its attention map"
             )
-        if scale is not None and scale != query.shape[-1] ** -0.5:
-            raise RuntimeError(
-                f"{self.name}: scales its logits by {scale}, not by D ** -0.5 = {query.shape[-1] ** -0.5}"
-            )
+        usual = query.shape[-1] ** -0.5  # 1 / sqrt(D) may differ in the last digit
+        if scale is not None and abs(scale - usual) > 1e-6 * usual:
+            raise RuntimeError(f"{self.name}: scales its logits by {scale}, not by D ** -0.5 = {usual}")
         if enable_gqa:
             raise RuntimeError(f"{self.name}: shares keys between heads (grouped queries)")
+        self.dropout_p = dropout_p
         out = self.on_attention(query, key, value)
         if out is not None and dropout_p:
             raise RuntimeError(f"{self.name}: drops attention at random, which replace_attention=True would leave out")

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             report.plot(json.loads(args.results.read_text()), args.plot)
     else:
         out = args.out or RESULTS / f"motion_{args.setting}.json"
-        run(SETTINGS[args.setting], out, args.tasks, args.arms, args.workers, args.device)
+        workers = args.workers or (1 if args.device == "cuda" else os.cpu_count() or 1)
+        run(SETTINGS[args.setting], out, args.tasks, args.arms, workers, args.device)
         print(report.markdown(json.loads(out.read_text())))
 
 
@@ -45,15 +46,14 @@ def run(
     Seeds are outermost, so that what there is of a table that is interrupted can be compared.
 
     Raises:
-        ValueError: the file is of another setting.
+        ValueError: the file is of another setting, or another machine.
     """
     table: dict[str, Any] = {"setting": asdict(setting), "machine": _machine(device), "runs": []}
     if out.exists():
         found = json.loads(out.read_text())
-        if found["setting"] != table["setting"]:
-            raise ValueError(
-                f"{out}: is of another setting, {found['setting']}; the one asked for is {asdict(setting)}"
-            )
+        for what in ("setting", "machine"):
+            if found[what] != table[what]:
+                raise ValueError(f"{out}: is of another {what}, {found[what]}; this one is {table[what]}")
         table = found
     done = {(row["task"], row["arm"], row["seed"]) for row in table["runs"]}
     todo = [job for job in _jobs(setting, tasks, arms) if job not in done]
@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--setting", choices=SETTINGS, default="cpu")
     runs.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    runs.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    runs.add_argument(
+        "--workers", type=int, default=None, help="runs at a time (default: 1 on a GPU, else one per core)"
+    )
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     runs.add_argument("--out", type=Path, default=None, metavar="JSON")
     tables = commands.add_parser("report", help="the table, and a plot, of results")

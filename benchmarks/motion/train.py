@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def _pretrained(size: int, depth: int) -> Any:
     return model
 
 
-@cache
+@lru_cache(maxsize=3)  # the splits of a task
 def _clips(task: str, split: str, setting: Setting, device: str) -> tuple[Tensor, Tensor]:
     clips, labels = make_clips(task, split, getattr(setting, split), size=setting.size, frames=setting.frames)
     return clips.to(device), labels.to(device)

@@ -81,13 +81,18 @@ class Adapter(nn.Module):
         assert self.unit is not None
         if num_frames is None:
             raise ValueError("num_frames: expected an int with a temporal unit, got None")
-        z = rearrange(z, "(b t) n r -> b t n r", t=num_frames)
+        z = in_clips(z, num_frames)
         moving = z - z.mean(1, keepdim=True)
         if self.gate is not None:
-            weight = self.gate(rearrange(x, "(b t) n c -> b t n c", t=num_frames), flow)
+            weight = self.gate(in_clips(x, num_frames), flow)
             moving = (weight[..., None] if weight.dim() else weight) * moving
-        mixed = self.unit(moving)
+        mixed = self.unit(moving.to(z.dtype))  # a weight is float32
         return rearrange(mixed.expand_as(z), "b t n r -> (b t) n r")
+
+
+def in_clips(x: Tensor, num_frames: int) -> Tensor:
+    """(B * T, ...) as (B, T, ...); B may be 0."""
+    return x.unflatten(0, (len(x) // num_frames, num_frames))
 
 
 def pool(x: Tensor, tokens: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ class AdapterReport:
     """What `add_adapters` did to a model.
 
     Attributes:
-        temporal: blocks with AM flow and a temporal unit, from 0.
+        temporal: blocks with a temporal processing adapter, from 0.
         ordinary: blocks with an ordinary adapter.
         trainable: name and number of elements of each parameter that trains.
         total: number of elements of all parameters.
@@ -37,7 +38,7 @@ class AdapterReport:
             parts[part] = parts.get(part, 0) + count
         trains = sum(parts.values())
         return "\n".join([
-            f"temporal adapters with AM flow in blocks {_ranges(self.temporal)}, ordinary in {_ranges(self.ordinary)}",
+            f"temporal adapters in blocks {_ranges(self.temporal)}, ordinary in {_ranges(self.ordinary)}",
             f"trainable: {trains:,} of {self.total:,} parameters ({trains / self.total:.1%})",
             *(f"  {part:<10}{count:>12,}" for part, count in parts.items()),
         ])  # fmt: skip
@@ -53,20 +54,25 @@ def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: no such placement or block, or no stages.
     """
-    count = len(find_blocks(model)[1])
+    path, block_list = find_blocks(model)
+    count = len(block_list)
     if isinstance(blocks, str):
         check_known("blocks", blocks, PLACEMENTS)
         if blocks == "third_stage":
-            ends: Any = getattr(model, "stage_ends", ())
+            ends: Any = getattr(model.get_submodule(path.rpartition(".")[0]), "stage_ends", ())
             if len(ends) < 3:
                 raise ValueError(f"blocks: 'third_stage' is for models of stages, {type(model).__name__} has none")
             return tuple(range(ends[1] + 1, ends[2] + 1))
         return {"none": (), "all": tuple(range(count)), "first_last": tuple(sorted({0, count - 1}))}[blocks]
-    chosen = tuple(sorted(set(blocks)))
-    for index in chosen:
-        if index not in range(count):
-            raise ValueError(f"blocks: expected indices from 0 to {count - 1}, got {index!r}")
-    return chosen
+    try:
+        numbers: list[Any] = ["" if isinstance(block, bool) else block for block in blocks]
+        chosen = [index(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"blocks: expected the name of a placement or whole numbers, got {blocks!r}") from None
+    for number in chosen:
+        if number not in range(count):
+            raise ValueError(f"blocks: expected indices from 0 to {count - 1}, got {number}")
+    return tuple(sorted(set(chosen)))
 
 
 def add_adapters(
@@ -96,24 +102,25 @@ def add_adapters(
         The report, which prints the trainable parameters.
 
     Raises:
-        TypeError: no list of blocks, or blocks without a LayerNorm or linear layers.
+        TypeError: no list of blocks or several, or blocks without a LayerNorm or linear layers.
         ValueError: an unknown placement or option (the nearest known one is named), or a model with adapters.
     """
+    for option in options:
+        check_known("option", option, [field.name for field in fields(AdapterOptions)])
     settings = AdapterOptions(num_frames, **options)
     chosen = placement(model, blocks)
     path, block_list = find_blocks(model)
     if any(isinstance(block, AdaptedBlock) for block in block_list):
         raise ValueError("model: has adapters already; grow_am_flow gives more blocks AM flow")
     adapted = {
-        index: AdaptedBlock(block, settings, temporal=index in chosen, name=f"{path}.{index}")
-        for index, block in enumerate(block_list)
-        if others or index in chosen
+        place: AdaptedBlock(block, settings, temporal=place in chosen, name=f"{path}.{place}")
+        for place, block in enumerate(block_list)
+        if others or place in chosen
     }
     model.requires_grad_(False)
-    for index, block in adapted.items():
-        like = next(block.block.parameters())
-        block_list[index] = block.to(like.device, like.dtype).train(block.block.training)
-    report = _report(model)
+    for place, block in adapted.items():
+        block_list[place] = block.train(block.block.training)
+    report = report_of(model)
     if verbose:
         print(report)
     return report
@@ -131,32 +138,31 @@ def grow_am_flow(model: nn.Module, blocks: str | Iterable[int] = "all", *, verbo
         blocks: which are to have AM flow, besides those that do; see `placement`.
 
     Raises:
-        ValueError: the model has no temporal adapters, or there is no such placement.
+        ValueError: the model has no adapters, or there is no such placement.
     """
     path, block_list = find_blocks(model)
     grown = [block for block in block_list if isinstance(block, AdaptedBlock)]
     if not grown:
         raise ValueError("model: expected one that add_adapters was called on, found no adapters")
-    for index in placement(model, blocks):
-        block: Any = block_list[index]
+    for place in placement(model, blocks):
+        block: Any = block_list[place]
         if not isinstance(block, AdaptedBlock):
-            like = next(block.parameters())
-            block = AdaptedBlock(block, grown[0].options, temporal=False, name=f"{path}.{index}")
-            block_list[index] = block.to(like.device, like.dtype).train(block.block.training)
+            block = AdaptedBlock(block, grown[0].options, temporal=False, name=f"{path}.{place}")
+            block_list[place] = block.train(block.block.training)
         if not block.temporal:
-            block.make_temporal()
-            block.adapter.unit.reset_to_zero()
-    report = _report(model)
+            block.make_temporal(at_identity=True)
+    report = report_of(model)
     if verbose:
         print(report)
     return report
 
 
-def _report(model: nn.Module) -> AdapterReport:
+def report_of(model: nn.Module) -> AdapterReport:
+    """What trains in a model with adapters."""
     found = [(i, b.temporal) for i, b in enumerate(find_blocks(model)[1]) if isinstance(b, AdaptedBlock)]
     return AdapterReport(
-        tuple(index for index, temporal in found if temporal),
-        tuple(index for index, temporal in found if not temporal),
+        tuple(place for place, temporal in found if temporal),
+        tuple(place for place, temporal in found if not temporal),
         {name: p.numel() for name, p in model.named_parameters() if p.requires_grad},
         sum(p.numel() for p in model.parameters()),
     )

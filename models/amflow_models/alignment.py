@@ -23,12 +23,12 @@ class AligningEncoder(nn.Module):
     Args:
         width: channels C of the tokens.
         inner: channels of query, key and value.
-        heads: of the cross attention.
     """
 
-    def __init__(self, width: int, inner: int = 64, heads: int = 2) -> None:
+    HEADS = 2
+
+    def __init__(self, width: int, inner: int = 64) -> None:
         super().__init__()
-        self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, inner)
         self.key_value = nn.Linear(width, 2 * inner)
@@ -44,7 +44,7 @@ class AligningEncoder(nn.Module):
         return following + self.g * self.out(found).unflatten(0, batch)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x.flatten(0, -3), "b n (h d) -> b h n d", h=self.heads)
+        return rearrange(x.flatten(0, -3), "b n (h d) -> b h n d", h=self.HEADS)
 
 
 def load_aligning_encoders(path: str | Path) -> dict[int, AligningEncoder]:
@@ -65,7 +65,10 @@ def load_aligning_encoders(path: str | Path) -> dict[int, AligningEncoder]:
         raise ValueError(f"{path}: has no aligning encoder; models have them with align=True")
     encoders = {}
     for block, state in sorted(states.items()):
-        inner, width = state["query.weight"].shape
-        encoders[block] = AligningEncoder(width, inner).eval()
-        encoders[block].load_state_dict(state)
+        try:
+            inner, width = state["query.weight"].shape
+            encoders[block] = AligningEncoder(width, inner).eval()
+            encoders[block].load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: the aligning encoder of block {block} is not whole ({error})") from error
     return encoders

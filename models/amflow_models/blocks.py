@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +12,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from amflow_kernels import am_flow, am_flow_attention, am_flow_pair
-from amflow_kernels.integrations.recording import UNREAD, AttentionReader
-from amflow_models.adapters import FORMS, Adapter, pool
+from amflow_kernels.integrations.recording import AttentionReader
+from amflow_models.adapters import FORMS, Adapter, in_clips, pool
 from amflow_models.alignment import AligningEncoder
 from amflow_models.errors import check_known
 from amflow_models.gates import GATES, Gate
 from amflow_models.temporal import UNITS, TemporalUnit
+
+UNREAD = (
+    "AM flow is read where a block calls scaled_dot_product_attention, and this one did not (fused attention switched "
+    "off, an eager implementation, nn.MultiheadAttention)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,14 @@ class AdaptedBlock(nn.Module):
         self.options = options
         self.name = name
         width, width_out = widths(block)
+        like = next(p for p in block.parameters() if p.is_floating_point())
         self.adapter = Adapter(
             width_out if options.form == "serial" else width,
             options.bottleneck,
             width_out=width_out,
             scaled=options.form == "scaled_parallel",
             activation=options.activation,
-        )
+        ).to(like.device, like.dtype)
         self.align: AligningEncoder | None = None
         if temporal:
             self.make_temporal()
@@ -102,23 +110,41 @@ class AdaptedBlock(nn.Module):
                 raise
             return getattr(self.block, name)
 
-    def make_temporal(self) -> None:
-        """Gives the adapter a gate and a temporal unit, and the block an aligning encoder if the options say so."""
+    def make_temporal(self, *, at_identity: bool = False) -> None:
+        """Gives the adapter a gate and a temporal unit, and the block an aligning encoder if the options say so.
+
+        Args:
+            at_identity: the unit gives 0 at first, so that an adapter that is trained goes on as it was.
+        """
         options, like = self.options, self.adapter.down.weight
-        self.adapter.gate = Gate(options.gate).to(like.device, like.dtype)
-        self.adapter.unit = TemporalUnit(options.unit, options.bottleneck, pooled=options.pooled).to(like)
+        unit = TemporalUnit(options.unit, options.bottleneck, pooled=options.pooled).to(like)
+        if at_identity:
+            unit.reset_to_zero()
+        self.adapter.gate, self.adapter.unit = Gate(options.gate).to(like), unit
         if options.align:
-            for part in ("norm1", "attn"):
-                if not isinstance(getattr(self.block, part, None), nn.Module):
-                    raise TypeError(f"{self.name}: to align frames its `norm1` and `attn` are needed, it has no {part}")
             self.align = AligningEncoder(widths(self.block)[0]).to(like)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.temporal and len(x) % self.options.num_frames:
             raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
+        block: Any = self.block
+        if self.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
+            # A layer of transformers that checkpoints itself would run its attention again unseen: run all of this again.
+            return block._gradient_checkpointing_func(partial(self._without_checkpointing, **kwargs), x, *args)
+        return self._forward(x, args, kwargs)
+
+    def _without_checkpointing(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self.block
+        block.gradient_checkpointing = False
+        try:
+            return self._forward(x, args, kwargs)
+        finally:
+            block.gradient_checkpointing = True
+
+    def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flow = None
         if self.adapter.gate is not None and self.adapter.gate.needs_flow:
-            result, flow = self._with_flow(x, args, kwargs)
+            result, flow = self._with_flow(self.adapter.gate, x, args, kwargs)
         else:
             result = self.block(x, *args, **kwargs)
         y, *rest = result if isinstance(result, tuple) else (result,)
@@ -130,64 +156,68 @@ class AdaptedBlock(nn.Module):
             y = y + self.adapter.branch(x, self.options.num_frames, flow, tokens_out=y.shape[1])
         return (y, *rest) if isinstance(result, tuple) else y
 
-    def _with_flow(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Any, Tensor]:
+    def _with_flow(self, gate: Gate, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         """What the block gives, and its flow (B, T - 1, N) in the order of its tokens."""
-        assert self.adapter.gate is not None
+        frames = self.options.num_frames
         seen: list[Tensor] = []
-        wanted: Any = {"head_reduction": "mean", "center": self.adapter.gate.centred, "impl": self.options.impl}
+        wanted: Any = {"head_reduction": "mean", "center": gate.centred, "impl": self.options.impl}
+        aligned = None
+        if self.align is not None:
+            tokens = in_clips(x, frames)
+            moved = self.align(tokens[:, :-1], tokens[:, 1:]).flatten(0, 1)
+            aligned = read_qk(self.block, self.name, moved, *args, **kwargs)
 
         def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            q, k, v = (rearrange(p, "(b t) ... -> b t ...", t=self.options.num_frames) for p in (q, k, v))
-            if self.align is not None:
-                q_next, k_next = self._aligned(x, args, kwargs)
+            if len(q) != len(x):
+                raise RuntimeError(f"{self.name}: expected q and k of {len(x)} images, got q {tuple(q.shape)}")
+            q, k, v = (in_clips(part, frames) for part in (q, k, v))
+            if aligned is not None:
+                q_next, k_next = (in_clips(part, frames - 1) for part in aligned)
                 seen.append(am_flow_pair(q[:, :-1], k[:, :-1], q_next, k_next, **wanted))
                 return None
-            if q.dim() > 5:  # windows: ours would not have the bits of the block's own attention
+            if q.dim() > 5 or reader.dropout_p:  # windows, whose bits would not be those of the block's own; dropout
                 seen.append(am_flow(q, k, **wanted))
                 return None
             out, flow = am_flow_attention(q, k, v, **wanted)
             seen.append(flow)
             return out.flatten(0, 1)
 
-        with AttentionReader(self.name, on_attention):
+        reader = AttentionReader(self.name, on_attention)
+        with reader:
             result = self.block(x, *args, **kwargs)
         if not seen:
-            raise RuntimeError(f"{self.name}: no attention seen: {UNREAD}")
+            raise RuntimeError(f"{self.name}: {UNREAD}")
         flow = seen[0]
         if flow.dim() == 4:  # (B, T - 1, windows, N): in Hiera's order of tokens windows are innermost
             flow = rearrange(flow, "b t w n -> b t (n w)")
         return result, flow
 
-    def _aligned(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """q and k (B, T - 1, heads, ..., N, D) of frames 1 to T - 1, each on the token grid of the frame before."""
-        assert self.align is not None
-        frames = self.options.num_frames
-        x = rearrange(x, "(b t) n c -> b t n c", t=frames)
-        aligned = self.align(x[:, :-1], x[:, 1:])
-        q, k = read_qk(self.block, self.name, aligned.flatten(0, 1), *args, **kwargs)
-        return q.unflatten(0, (-1, frames - 1)), k.unflatten(0, (-1, frames - 1))
+
+class _EnoughSeenError(Exception):
+    """Ends a block's forward once q and k are known."""
 
 
-def read_qk(block: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """q and k that a block makes of tokens x (batch, N, C); no attention is computed."""
+def read_qk(block: Callable[..., Any], name: str, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """q and k that a block makes of tokens x (batch, N, C): it runs up to its attention call, and no further."""
     qk: list[Tensor] = []
 
-    def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def on_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
         qk.extend((q, k))
-        return v if v.shape == q.shape else torch.empty_like(q)  # nobody looks at the output
+        raise _EnoughSeenError
 
-    with AttentionReader(name, on_attention):
-        block.attn(block.norm1(x), *args, **kwargs)
-    if not qk:
-        raise RuntimeError(f"{name}: no attention seen: {UNREAD}")
-    return qk[0], qk[1]
+    try:
+        with AttentionReader(name, on_attention):
+            block(x, *args, **kwargs)
+    except _EnoughSeenError:
+        return qk[0], qk[1]
+    raise RuntimeError(f"{name}: {UNREAD}")
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     """The list of a model's transformer blocks and its name: the outermost one called as such lists are.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is none, or more than one.
     """
     usual = ("blocks", "layers", "layer", "resblocks")
     lists = [
@@ -200,7 +230,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
             f"model: expected a list of transformer blocks (a ModuleList or Sequential called {', '.join(usual)}), "
             f"found none in {type(model).__name__}"
         )
-    return min(lists, key=lambda found: found[0].count("."))
+    path, blocks = min(lists, key=lambda found: found[0].count("."))
+    others = [name for name, _ in lists if name != path and not name.startswith(f"{path}.")]
+    if others:
+        raise TypeError(
+            f"model: expected one list of transformer blocks, found {path}, {', '.join(others)} in "
+            f"{type(model).__name__}; pass the part that has the one meant"
+        )
+    return path, blocks
 
 
 def widths(block: nn.Module) -> tuple[int, int]:

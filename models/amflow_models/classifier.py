@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 
-from amflow_models.add import AdapterReport, add_adapters
+from amflow_models.add import AdapterReport, add_adapters, report_of
 from amflow_models.blocks import find_blocks
 
 
@@ -22,7 +22,7 @@ class VideoClassifier(nn.Module):
         options: as `add_adapters` takes them: blocks, form, unit, gate, ...
 
     Attributes:
-        report: what `add_adapters` says, or None.
+        report: what trains, the head included, as `add_adapters` reports it; None without adapters.
 
     Raises:
         As `add_adapters`; ValueError if num_classes is below 1.
@@ -41,8 +41,12 @@ class VideoClassifier(nn.Module):
             raise TypeError(
                 f"backbone: expected one with `num_features`, as timm's have, got {type(backbone).__name__}"
             )
+        if getattr(backbone, "num_classes", 0):
+            raise ValueError(
+                f"backbone: expected one without a head (num_classes=0), got {backbone.num_classes} classes"
+            )
         if adapters:
-            self.report = add_adapters(backbone, num_frames=num_frames, verbose=False, **options)
+            add_adapters(backbone, num_frames=num_frames, verbose=False, **options)
         else:
             find_blocks(backbone)
             backbone.requires_grad_(False)
@@ -50,13 +54,15 @@ class VideoClassifier(nn.Module):
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        if adapters:
+            self.report = report_of(self)
 
     def features(self, clips: Tensor) -> Tensor:
         """clips: (B, T, 3, height, width), normalised as the backbone takes images. Returns (B, C)."""
         if clips.dim() != 5 or clips.shape[1] != self.num_frames:
             raise ValueError(f"clips: expected (B, {self.num_frames}, 3, height, width), got {tuple(clips.shape)}")
-        frames = self.backbone(rearrange(clips, "b t c h w -> (b t) c h w"))
-        return reduce(frames, "(b t) c -> b c", "mean", t=self.num_frames)
+        frames = self.backbone(clips.flatten(0, 1))
+        return reduce(frames.unflatten(0, clips.shape[:2]), "b t c -> b c", "mean")
 
     def forward(self, clips: Tensor) -> Tensor:
         """clips: as `features`. Returns logits (B, classes)."""

@@ -20,8 +20,8 @@ class Gate(nn.Module):
 
     Args:
         kind: ``"am_flow"``, as above; ``"raw"``, weight = flow, the paper's formula to the letter;
-            ``"frame_difference"``, in the place of flow the norm of the difference of the block's input tokens between
-            frames, standardised; ``"constant"``, weight = gain, which sees nothing.
+            ``"frame_difference"``, in the place of flow the norm of the difference between frames of the tokens that
+            the adapter reads, standardised; ``"constant"``, weight = gain, which sees nothing.
 
     Of T frames, T - 1 pairs have a flow. A frame's is the mean over the pairs that it belongs to: one for the first and
     the last frame, two for the others.
@@ -43,7 +43,7 @@ class Gate(nn.Module):
         return self.kind == "am_flow"
 
     def forward(self, x: Tensor, flow: Tensor | None) -> Tensor:
-        """x: the block's input tokens (B, T, N, C); flow: (B, T - 1, N), if needed. Returns (B, T, N) float32,
+        """x: the tokens that the adapter reads (B, T, N, C); flow: (B, T - 1, N), if needed. Returns (B, T, N) float32,
         or a scalar."""
         if self.kind == "constant":
             return self.gain

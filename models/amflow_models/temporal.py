@@ -51,7 +51,7 @@ class TemporalUnit(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (B, T, N, r). Returns (B, T, N, r), or (B, T, 1, r) if pooled."""
-        batch = len(z)
+        batch, _, tokens, _ = z.shape
         if self.pooled:
             z = reduce(z, "b t n r -> b t 1 r", "mean")
         z = rearrange(z, "b t n r -> (b n) t r")
@@ -63,7 +63,7 @@ class TemporalUnit(nn.Module):
             z = self.mix(z)
         else:
             z, _ = self.mix(z)
-        return rearrange(self.out(z), "(b n) t r -> b t n r", b=batch)
+        return rearrange(self.out(z), "(b n) t r -> b t n r", b=batch, n=1 if self.pooled else tokens)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {'pooled' if self.pooled else 'per token'}"
