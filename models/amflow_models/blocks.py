@@ -129,7 +129,7 @@ class AdaptedBlock(nn.Module):
             raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
         block: Any = self.block
         if self.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
-            # A layer of transformers that checkpoints itself would run its attention again unseen: run all of this again.
+            # A layer of transformers that checkpoints itself would run its attention again unseen: all of this is.
             return block._gradient_checkpointing_func(partial(self._without_checkpointing, **kwargs), x, *args)
         return self._forward(x, args, kwargs)
 
