@@ -338,9 +338,7 @@ def checkout(tmp_path: Path) -> Path:
     here = {distribution.name for distribution in importlib.metadata.distributions()}
     if not {"pip", "setuptools"} <= here:
         pytest.skip("installing needs pip and setuptools, which this environment does not have")
-    leave_out = shutil.ignore_patterns(
-        ".*", "__pycache__", "*.so", "*.sha256", "build", "*.egg-info", "models", "tests"
-    )
+    leave_out = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.sha256", "build", "*.egg-info", "tests")
     return shutil.copytree(ROOT, tmp_path / "checkout", ignore=leave_out)
 
 
@@ -357,9 +355,10 @@ def pip_install(checkout: Path, target: Path, env: dict[str, str | None]) -> Non
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
 
 
-def package_files(folder: Path) -> set[str]:
+def package_files(folder: Path, models: str = ".") -> set[str]:
     wanted = (".py", ".typed")
-    return {str(p.relative_to(folder)) for p in (folder / "amflow_kernels").rglob("*") if p.suffix in wanted}
+    packages = ((folder, "amflow_kernels"), (folder / models, "amflow_models"))
+    return {str(p.relative_to(top)) for top, name in packages for p in (top / name).rglob("*") if p.suffix in wanted}
 
 
 def cpp_sources(folder: Path) -> dict[str, bytes]:
@@ -370,11 +369,11 @@ def test_installed_package(built: tuple[Path, object], checkout: Path, tmp_path:
     """A plain install carries every module, the C++ sources and nothing else, and runs with a library built before."""
     target = tmp_path / "installed"
     pip_install(checkout, target, {})
-    assert package_files(target) == package_files(ROOT)
+    assert package_files(target) == package_files(ROOT, "models")
     assert cpp_sources(target / "amflow_kernels" / "csrc") == cpp_sources(ROOT / "csrc")
     assert list(target.rglob("*.so")) == []
     top = {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")}
-    assert top <= {"amflow_kernels", "bin"}
+    assert top <= {"amflow_kernels", "amflow_models", "bin"}
     code = RUNS_NATIVE + '; import amflow_kernels; print("package", amflow_kernels.__file__)'
     result = cold_python(code, env={"ATEN_CPU_CAPABILITY": None, "XDG_CACHE_HOME": str(built[0])}, path=target)
     assert COMPILING not in result.stderr
