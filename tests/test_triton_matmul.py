@@ -10,6 +10,7 @@ import test_matmul as motion
 import test_matrix as matrix
 import test_triton as flow
 import torch
+from torch import library
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -84,8 +85,8 @@ def test_opcheck(operator: str) -> None:
     x = motion.tt.make_features(q, k, 3, lag=1, transpose=transpose)
     inputs = tuple(t.requires_grad_() for t in (q, k, x))
     arguments = (*inputs[:2], None, None, inputs[2], 0.3, 1, 1.0, transpose, softmax)
-    torch.library.opcheck(motion.matmul_ops.am_flow_matmul, (*arguments, "triton"))
+    library.opcheck(motion.matmul_ops.am_flow_matmul, (*arguments, "triton"))
     detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
     dy = torch.randn(1, 2, 1, 7 if transpose else 5, 3)
     needs = [True, True, False, False, True]
-    torch.library.opcheck(motion.matmul_ops.am_flow_matmul_backward, (dy, *detached, needs, "triton"))
+    library.opcheck(motion.matmul_ops.am_flow_matmul_backward, (dy, *detached, needs, "triton"))

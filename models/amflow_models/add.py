@@ -52,6 +52,7 @@ def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
             ``"third_stage"``, for hierarchical backbones (our reading of AM/16 on Hiera-B: blocks 5 to 20); or indices.
 
     Raises:
+        TypeError: neither a name nor whole numbers.
         ValueError: no such placement or block, or no stages.
     """
     path, block_list = find_blocks(model)
@@ -65,8 +66,7 @@ def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
             return tuple(range(ends[1] + 1, ends[2] + 1))
         return {"none": (), "all": tuple(range(count)), "first_last": tuple(sorted({0, count - 1}))}[blocks]
     try:
-        numbers: list[Any] = ["" if isinstance(block, bool) else block for block in blocks]
-        chosen = [index(number) for number in numbers]
+        chosen = [index(block) for block in iter(blocks)]
     except TypeError:
         raise TypeError(f"blocks: expected the name of a placement or whole numbers, got {blocks!r}") from None
     for number in chosen:

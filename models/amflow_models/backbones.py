@@ -29,6 +29,7 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
         ModuleNotFoundError: timm, or a package of the demo extra, is missing.
     """
     import timm
+    from timm.models import load_state_dict
 
     base = name.partition(".")[0]
     check_known("backbone", base, timm.list_models())
@@ -36,14 +37,20 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
         if base != OFFLINE_BACKBONE:
             raise ValueError(f"weights: 'offline' has those of {OFFLINE_BACKBONE} alone, not of {name}")
         return dinov2_vit_small(224 if img_size is None else img_size)
+    file = None if weights in (None, "hub") else Path(str(weights))
+    if file is not None and not file.is_file():
+        raise ValueError(f"weights: expected 'hub', 'offline', None or a file, and there is no file {file}")
     options: dict[str, Any] = {"num_classes": 0, "pretrained": weights is not None}
     if img_size is not None:
         options["img_size"] = img_size
-    if weights is not None and weights != "hub":
-        if not Path(weights).is_file():
-            raise ValueError(f"weights: expected 'hub', 'offline', None or a file, and there is no file {weights}")
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
+        if file is not None:
+            # Without the classifier's weights, and not as those of another number of classes: else timm would take
+            # what fits and leave the rest of the model random.
+            heads: Any = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
+            heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+            state = {key: x for key, x in load_state_dict(str(file)).items() if not key.startswith(heads)}
+            options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         return timm.create_model(name, **options).eval()
     except ModuleNotFoundError:
         raise

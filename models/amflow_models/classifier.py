@@ -25,7 +25,8 @@ class VideoClassifier(nn.Module):
         report: what trains, the head included, as `add_adapters` reports it; None without adapters.
 
     Raises:
-        As `add_adapters`; ValueError if num_classes is below 1.
+        TypeError: the backbone does not say its `num_features`, or as `add_adapters`.
+        ValueError: num_classes is below 1, the backbone has a head of its own, or as `add_adapters`.
     """
 
     def __init__(
