@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,10 +11,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import amflow_kernels
 from benchmarks import report
+from benchmarks.machine import machine
 from benchmarks.shapes import SHAPES
-from benchmarks.timing import ReplayClock, Series, cache_bytes, measure
+from benchmarks.timing import ReplayClock, Series, measure
 
 CLOCK = ReplayClock()
 TimeRow = Callable[[str, str, str, str], None]  # function, shape, direction, provider
@@ -61,30 +58,6 @@ def time_row(
         request.config.stash[TIMES].append({**info, "median": median(durations), "rounds": len(durations)})
 
     return row
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine itself."""
-    return {
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cache_bytes": cache_bytes(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "amflow_kernels": amflow_kernels.__version__,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from amflow_models import VideoClassifier, create_backbone
 from torch.nn.functional import cross_entropy
 
-from benchmarks.conftest import machine
+from benchmarks.machine import machine
 from benchmarks.memory import peak_growth
 from benchmarks.report import Table
 from benchmarks.timing import interleave
