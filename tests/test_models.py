@@ -35,7 +35,7 @@ T = 3
 BACKBONES = {**MODELS, "hiera": ("hiera_tiny_224", SMALL_HIERA)}
 KINDS: list[dict[str, Any]] = [
     {"form": "serial"},
-    {"form": "parallel", "unit": "lstm", "pooled": True},
+    {"form": "parallel", "unit": "lstm", "pooled": True, "centred": False},
     {"form": "scaled_parallel", "unit": "transformer", "gate": "raw"},
     {"unit": "gru", "gate": "frame_difference"},
     {"gate": "constant"},

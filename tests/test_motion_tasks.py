@@ -94,7 +94,7 @@ def test_what_moves(task: str) -> None:
             assert zoom == 0 or (y, x) == (0, 0)
         else:
             assert kind.pan == ((y, x) != (0, 0))
-            own = [(dy + y, dx + x) for dy, dx in zip(digits[::2], digits[1::2], strict=True)]  # over the ground
+            own = list(zip(digits[::2], digits[1::2], strict=True))
             if len(own) == 1:
                 ((dy, dx),) = own
                 assert 4 <= abs(dy) + abs(dx) <= 14
@@ -398,10 +398,10 @@ def motion(clips: Tensor, reach: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("task", "reach", "least"),
-    [("camera", 0, 0.5), ("direction", 0, 0.5), ("which", 0, 0.9), ("direction_pan", 5, 0.4), ("which_pan", 5, 0.75)],
+    [("camera", 0, 0.5), ("direction", 0, 0.5), ("which", 0, 0.9), ("direction_pan", 5, 0.33), ("which_pan", 0, 0.9)],
 )
 def test_frame_differences_tell(task: str, reach: int, least: float) -> None:
-    """Five numbers of the difference of two frames, after alignment if the camera pans, beat chance by far."""
+    """Five numbers of the difference of two frames (a direction over a pan: after alignment) beat chance by far."""
     for found, count in guesses(task, lambda split: motion(small_clips(task, split)[0], reach)):
         assert found > least * count
 

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,16 @@ def _store(table: dict[str, Any], rows: Iterable[dict[str, Any]], out: Path) -> 
         part = out.with_suffix(".part")
         part.write_text(_dumps(table))
         part.replace(out)
-        told = f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {row['accuracy']:.3f}  {row['seconds']:.0f} s"
-        print(told, flush=True)
+        accuracy = " / ".join("-" if row[split] is None else f"{row[split]:.3f}" for split in ("validation", "test"))
+        print(f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {accuracy}  {row['seconds']:.0f} s", flush=True)
 
 
 def _jobs(setting: Setting, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[str, str, int]]:
-    for seed in range(setting.seeds):
-        for task in tasks:
-            for arm in arms:
-                known = ARMS[arm].tasks
-                if (known is None or task in known) and (ARMS[arm].options is not None or seed == 0):
-                    yield task, arm, seed  # a probe has no seed: it is the best of its kind
+    for seed, choice, task, arm in product(range(setting.seeds), (False, True), tasks, arms):
+        spec = ARMS[arm]
+        wanted = spec.choice == choice and (spec.tasks is None or task in spec.tasks)
+        if wanted and (spec.options is not None or seed == 0):
+            yield task, arm, seed  # a probe has no seed: it is the best of its kind
 
 
 def _train(job: tuple[str, str, int, Setting, str]) -> dict[str, Any]:

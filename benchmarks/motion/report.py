@@ -28,43 +28,56 @@ def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
     return centre, max(clips, STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values)))
 
 
-def cells(table: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float, float, int]]:
-    """By (arm, task): mean accuracy, half its interval, mean steps to 90% of the final accuracy, runs."""
+def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], tuple[float, float, float]]:
+    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of what was reached."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table["runs"]:
-        found.setdefault((row["arm"], row["task"]), []).append(row)
+        if row[split] is not None:
+            found.setdefault((row["arm"], row["task"]), []).append(row)
     return {
         key: (
-            *interval([row["accuracy"] for row in rows], table["setting"]["test"]),
+            *interval([row[split] for row in rows], table["setting"][split]),
             mean(row["steps_to_90"] for row in rows),
-            len(rows),
         )
         for key, rows in found.items()
     }
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Accuracy in percent on the test split, its 95% interval, and steps to 90% of the final validation accuracy."""
-    results = cells(table)
-    tasks = [task for task in TASKS if any(key[1] == task for key in results)]
+    """Accuracy in percent, its 95% interval, and steps to 90% of the accuracy reached in training.
+
+    One table on the test split, and one on the validation split of what there is a choice of.
+    """
+    choices = [arm for arm, spec in ARMS.items() if spec.choice]
+    tables = {
+        "Test": (cells(table), [arm for arm in ARMS if arm not in choices]),
+        "Validation": (cells(table, "validation"), ["am_flow", *choices]),
+    }
+    if not any(row["arm"] in choices for row in table["runs"]):
+        del tables["Validation"]
+    return "\n\n".join(f"{name}:\n\n{_rows(table, *content)}" for name, content in tables.items())
+
+
+def _rows(table: dict[str, Any], results: dict[tuple[str, str], tuple[float, float, float]], arms: list[str]) -> str:
+    arms = [arm for arm in arms if any(key[0] == arm for key in results)]
+    chosen = [task for arm in arms if ARMS[arm].choice for task in ARMS[arm].tasks or ()] or list(TASKS)
+    tasks = [task for task in TASKS if task in chosen and any(key[1] == task for key in results)]
     lines = [
         "| | trained | " + " | ".join(tasks) + " |",
         "|---|---|" + "---|" * len(tasks),
         "| chance | | " + " | ".join(f"{100 / len(TASKS[task].classes):.0f}" for task in tasks) + " |",
     ]
-    for arm, spec in ARMS.items():
-        trainable = [row["trainable"] for row in table["runs"] if row["arm"] == arm]
-        if not trainable:
-            continue
+    for arm in arms:
         row = []
         for task in tasks:
             if (arm, task) not in results:
                 row.append("")
                 continue
-            centre, half, steps, _ = results[arm, task]
-            at = "" if spec.options is None else f" ({steps:.0f})"
+            centre, half, steps = results[arm, task]
+            at = "" if ARMS[arm].options is None else f" ({steps:.0f})"
             row.append(f"{100 * centre:.0f} ± {100 * half:.0f}{at}")
-        lines.append(f"| {spec.label} | {max(trainable) / 1e3:.0f}k | " + " | ".join(row) + " |")
+        trained = max(row["trainable"] for row in table["runs"] if row["arm"] == arm)
+        lines.append(f"| {ARMS[arm].label} | {trained / 1e3:.0f}k | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -80,7 +93,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
     for axes, task in zip(panels, tasks, strict=True):
         for place, arm in enumerate(arms):
             if (arm, task) in results:
-                centre, half, _, _ = results[arm, task]
+                centre, half, _ = results[arm, task]
                 colour = "#d55e00" if arm.startswith("am_flow") else "#0072b2"
                 axes.errorbar(100 * centre, place, xerr=100 * half, fmt="o", color=colour, capsize=3, markersize=5)
         axes.axvline(100 / len(TASKS[task].classes), color="0.6", linestyle=":")

@@ -7,9 +7,8 @@ task               what moves                                                   
                                                                                            zoom_in zoom_out still
 ``direction``      a digit, over a photograph                                              left right up down
 ``which``          one of two digits, in any direction: the one in which half              left right
-``direction_pan``  as ``direction``, and the camera pans, too                              left right up down
-``which_pan``      as ``which``, and the camera pans, too: the digit that stays, stays on  left right
-                   the ground
+``direction_pan``  as ``direction``, and the photograph slides behind the digit            left right up down
+``which_pan``      as ``which``, and the photograph slides behind the digits               left right
 =================  ======================================================================  ========================
 
 **Why a frame tells nothing.** All that changes from frame to frame is a state of whole numbers, each modulo its own
@@ -76,8 +75,8 @@ _SHOTS_PAN: dict[str, tuple[Shot, ...]] = {
     "validation": (_PHONE,),
     "test": (_BUNNY,),
 }
-# Pixels per frame at 98 px, uniform from the first to the second. Camera and digit together stay below 24.5, half the
-# width in which a digit of `which` wraps: farther, left could not be told from right.
+# Pixels per frame at 98 px, uniform from the first to the second. A digit moves less than 24.5, half the width in which
+# one of `which` wraps: farther, left could not be told from right.
 CAMERA_SPEED, DIGIT_SPEED, PAN_SPEED = (3, 14), (4, 14), (2, 8)
 ZOOM_SPEED = (0.04, 0.14)  # of the logarithm of the width, per frame: 2 to 7 pixels at the middle of an edge
 _DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # y, x
@@ -90,7 +89,7 @@ class Task:
 
     classes: tuple[str, ...]
     digits: int = 0  # objects over the photograph
-    pan: bool = False  # whether the camera pans behind the objects
+    pan: bool = False  # whether the photograph slides behind the objects, in any direction
 
 
 # New tasks go last: the place in here is part of the seeds.
@@ -182,16 +181,15 @@ def draw_scene(task: str, split: str, index: int, *, size: int = 98, frames: int
         red, green, blue = (real(0.55, 1) if light else real(0, 0.4) for _ in range(3))
         digits.append(Digit(sample, digit_side, (red, green, blue), 0.0 if light else 1.0))
     speed = max(1, round(real(*DIGIT_SPEED) * size / 98))
-    along, camera = velocity(DIGIT_SPEED), velocity(PAN_SPEED)
+    anywhere, camera = velocity(DIGIT_SPEED), velocity(PAN_SPEED)
     if not kind.pan:
         camera = (0, 0)
     if kind.digits == 1:
         y, x = _DIRECTIONS[name]
         moves = [(y * speed, x * speed)]
     else:
-        moves = [along if place == label else (0, 0) for place in range(2)]
-    # The camera takes the whole scene along, digits and all; what is asked for is motion over the ground.
-    step = [*camera, 0] + [own - pan for move in moves for own, pan in zip(move, camera, strict=True)]
+        moves = [anywhere if place == label else (0, 0) for place in range(2)]
+    step = [*camera, 0] + [along for move in moves for along in move]
     return Scene(label, photograph, side, False, tuple(digits), _path(start, step, periods, frames), periods)
 
 

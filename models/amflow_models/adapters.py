@@ -19,7 +19,8 @@ class Adapter(nn.Module):
     `branch` is the second term alone: beside a block the block's own residual is the x.
 
     With a temporal unit U, the bottleneck z = f(x W_down) becomes ``z + U(weight * (z - mean of z over time))``: what
-    stays the same in all frames does not enter U. The weight is a `Gate`'s, by default from AM flow.
+    stays the same in all frames does not enter U (with ``centred=False`` it does). The weight is a `Gate`'s, by default
+    from AM flow.
 
     Args:
         width: channels C of x.
@@ -27,6 +28,7 @@ class Adapter(nn.Module):
         width_out: channels of the result, where the block changes them; None means `width`.
         scaled: learn the scalar s; else it is 1.
         activation: f.
+        centred: whether the mean over time is subtracted before U.
         gate, unit: of a temporal processing adapter; without `unit` the adapter sees single frames.
     """
 
@@ -38,12 +40,14 @@ class Adapter(nn.Module):
         width_out: int | None = None,
         scaled: bool = False,
         activation: type[nn.Module] = nn.ReLU,
+        centred: bool = True,
         gate: Gate | None = None,
         unit: TemporalUnit | None = None,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(width, bottleneck)
         self.activation = activation()
+        self.centred = centred
         self.gate = gate
         self.unit = unit
         self.up = nn.Linear(bottleneck, width if width_out is None else width_out)
@@ -82,7 +86,7 @@ class Adapter(nn.Module):
         if num_frames is None:
             raise ValueError("num_frames: expected an int with a temporal unit, got None")
         z = in_clips(z, num_frames)
-        moving = z - z.mean(1, keepdim=True)
+        moving = z - z.mean(1, keepdim=True) if self.centred else z
         if self.gate is not None:
             weight = self.gate(in_clips(x, num_frames), flow)
             moving = (weight[..., None] if weight.dim() else weight) * moving

@@ -36,6 +36,7 @@ class AdapterOptions:
         activation: f.
         unit: one of `UNITS`, the temporal unit of temporal processing adapters.
         pooled: whether it sees the mean over tokens, in place of each.
+        centred: whether what stays the same in all frames is subtracted before it.
         gate: one of `GATES`, what weighs tokens for it.
         align: an `AligningEncoder` in every block with AM flow, for moving cameras.
         impl: as in `am_flow`.
@@ -47,6 +48,7 @@ class AdapterOptions:
     activation: type[nn.Module] = nn.ReLU
     unit: str = "conv"
     pooled: bool = False
+    centred: bool = True
     gate: str = "am_flow"
     align: bool = False
     impl: str | None = None
@@ -92,6 +94,7 @@ class AdaptedBlock(nn.Module):
             width_out=width_out,
             scaled=options.form == "scaled_parallel",
             activation=options.activation,
+            centred=options.centred,
         ).to(like.device, like.dtype)
         self.align: AligningEncoder | None = None
         if temporal:
