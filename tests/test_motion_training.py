@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from benchmarks.motion import __main__ as command
 from benchmarks.motion import report
@@ -18,10 +22,13 @@ SMOKE = SETTINGS["smoke"]
 
 
 def test_a_table_is_made_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In processes of its own; what is in the file is not run again."""
+    """As a command with processes of its own; what is in the file is not run again."""
     out, plot = tmp_path / "motion.json", tmp_path / "motion.png"
     words = ["run", "--setting", "smoke", "--out", str(out), "--tasks", "which_pan", "camera", "--workers"]
-    command.main([*words, "2", "--arms", "probe_all", "am_flow_aligned"])
+    module = [sys.executable, "-m", "benchmarks.motion", *words, "2", "--arms", "probe_all", "am_flow_aligned"]
+    subprocess.run(
+        module, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'models'}"}, timeout=300
+    )
     table = json.loads(out.read_text())
     assert sorted((row["arm"], row["task"]) for row in table["runs"]) == [
         ("am_flow_aligned", "which_pan"), ("probe_all", "camera"), ("probe_all", "which_pan"),

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from benchmarks.motion import report, sheet
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
-from benchmarks.motion.train import SETTINGS, Setting, train
+from benchmarks.motion.train import SETTINGS, Setting, train_job
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -59,12 +60,13 @@ def run(
     done = {(row["task"], row["arm"], row["seed"]) for row in table["runs"]}
     todo = [job for job in _jobs(setting, tasks, arms) if job not in done]
     print(f"{len(todo)} runs, {workers} at a time: {out}", flush=True)
-    jobs = [(*job, setting, device) for job in todo]
+    one = partial(train_job, setting=setting, device=device)
     if workers == 1:
-        _store(table, map(_train, jobs), out)
+        _store(table, map(one, todo), out)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _one_thread) as pool:
-        _store(table, pool.imap_unordered(_train, jobs), out)
+    # What the processes call must not be of this file: run as a command, they can't import it.
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        _store(table, pool.imap_unordered(one, todo), out)
 
 
 def _store(table: dict[str, Any], rows: Iterable[dict[str, Any]], out: Path) -> None:
@@ -83,14 +85,6 @@ def _jobs(setting: Setting, tasks: Sequence[str], arms: Sequence[str]) -> Iterat
         wanted = spec.choice == choice and (spec.tasks is None or task in spec.tasks)
         if wanted and (spec.options is not None or seed == 0):
             yield task, arm, seed  # a probe has no seed: it is the best of its kind
-
-
-def _train(job: tuple[str, str, int, Setting, str]) -> dict[str, Any]:
-    return train(*job)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -88,6 +88,11 @@ def train(task: str, arm: str, seed: int, setting: Setting, device: str = "cpu")
     return asdict(Run(**run))
 
 
+def train_job(job: tuple[str, str, int], setting: Setting, device: str) -> dict[str, Any]:
+    """`train` of (task, arm, seed)."""
+    return train(*job, setting, device)
+
+
 def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> dict[str, Any]:
     steps = setting.steps * ARMS[arm].budget * SLOW.get(task, 1)
     rate = setting.learning_rate / SLOW.get(task, 1)
