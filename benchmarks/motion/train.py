@@ -194,6 +194,7 @@ def _clips(task: str, split: str, setting: Setting, device: str) -> tuple[Tensor
     return clips.to(device), labels.to(device)
 
 
+@cache
 @torch.no_grad()
 def _vectors(task: str, split: str, setting: Setting, device: str) -> tuple[Tensor, Tensor]:
     """The backbone's vectors of each frame, (clips, T, C), and labels."""
