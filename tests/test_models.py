@@ -256,7 +256,7 @@ def test_gates() -> None:
     weight, mean, std = gate(x, flow), frames.mean(-1, keepdim=True), frames.std(-1, correction=0, keepdim=True)
     assert torch.allclose(weight, 1 + 0.5 * (frames - mean) / std, atol=1e-4)
     assert torch.equal(Gate("raw")(x, 1 + flow), ((1 + flow)[:, [0, 0, 1, 2]] + (1 + flow)[:, [0, 1, 2, 2]]) / 2)
-    assert Gate("constant")(x, None).shape == ()
+    assert Gate("constant")(x, None).shape == (1,)
     assert torch.equal(gate(x, torch.zeros(2, 3, 7)), torch.ones(2, 4, 7))  # nothing moves
     moved = x.clone()
     moved[:, 1:, 2] += 10  # one token changes between the first frames

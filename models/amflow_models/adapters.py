@@ -51,7 +51,7 @@ class Adapter(nn.Module):
         self.gate = gate
         self.unit = unit
         self.up = nn.Linear(bottleneck, width if width_out is None else width_out)
-        self.scale = nn.Parameter(torch.tensor(INITIAL_SCALE)) if scaled else None
+        self.scale = nn.Parameter(torch.full((1,), INITIAL_SCALE)) if scaled else None
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -89,7 +89,7 @@ class Adapter(nn.Module):
         moving = z - z.mean(1, keepdim=True) if self.centred else z
         if self.gate is not None:
             weight = self.gate(in_clips(x, num_frames), flow)
-            moving = (weight[..., None] if weight.dim() else weight) * moving
+            moving = (weight[..., None] if weight.dim() > 1 else weight) * moving
         mixed = self.unit(moving.to(z.dtype))  # a weight is float32
         return rearrange(mixed.expand_as(z), "b t n r -> (b t) n r")
 

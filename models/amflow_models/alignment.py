@@ -33,7 +33,7 @@ class AligningEncoder(nn.Module):
         self.query = nn.Linear(width, inner)
         self.key_value = nn.Linear(width, 2 * inner)
         self.out = nn.Linear(inner, width)
-        self.g = nn.Parameter(torch.zeros(()))
+        self.g = nn.Parameter(torch.zeros(1))
 
     def forward(self, this: Tensor, following: Tensor) -> Tensor:
         """this, following: tokens (..., N, C) of frames t and t+1. Returns (..., N, C)."""

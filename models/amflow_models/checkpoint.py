@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from amflow_models.blocks import AdaptedBlock
 
@@ -20,22 +21,29 @@ WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataPara
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that require a gradient, by the name they have in the model itself.
 
+    Those that processes hold a part of each are put together: all of these must call this.
+
     Raises:
         ValueError: there are none.
     """
-    state = {_own_name(name): p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    state = {own_name(name): _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not state:
         raise ValueError(f"model: expected one with parameters that train, found none in {type(model).__name__}")
     return state
 
 
-def save_trained(model: nn.Module, path: str | Path) -> None:
+def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the parameters of a model that require a gradient to a safetensors file, and what its adapters are like.
+
+    Args:
+        state: what `trained_state` gave; None calls it.
 
     Raises:
         ValueError: nothing in the model trains.
     """
-    save_file(trained_state(model), path, metadata={"adapters": json.dumps(_options(model))})
+    save_file(
+        trained_state(model) if state is None else state, path, metadata={"adapters": json.dumps(_options(model))}
+    )
 
 
 def load_trained(model: nn.Module, path: str | Path) -> None:
@@ -45,7 +53,7 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         ValueError: the file is not of this model: all missing and unexpected names, other shapes and other options are
             listed; or it can't be read. The model is as it was then.
     """
-    own = {_own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    own = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with safe_open(path, "pt") as file:
             loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
@@ -75,7 +83,11 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
             p.copy_(loaded[name])
 
 
-def _own_name(name: str) -> str:
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).contiguous()
+
+
+def own_name(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.removeprefix(wrapper)
     return name

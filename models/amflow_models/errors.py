@@ -11,7 +11,11 @@ def check_known(argument: str, name: object, known: Iterable[str]) -> None:
     names = list(known)
     if name in names:
         return
-    nearest = get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
     listed = f" of {', '.join(map(repr, names))}" if len(names) < 20 else ""
-    raise ValueError(f"{argument}: expected one{listed or ' that is known'}, got {name!r}{hint}")
+    raise ValueError(f"{argument}: expected one{listed or ' that is known'}, got {name!r}{nearest(name, names)}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A question about the nearest known names, to put behind an error; empty if none is near."""
+    found = get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

@@ -31,7 +31,7 @@ class Gate(nn.Module):
         super().__init__()
         check_known("gate", kind, GATES)
         self.kind = kind
-        self.gain = nn.Parameter(torch.ones(()), requires_grad=kind != "raw")
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=kind != "raw")
 
     @property
     def needs_flow(self) -> bool:
@@ -44,7 +44,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, flow: Tensor | None) -> Tensor:
         """x: the tokens that the adapter reads (B, T, N, C); flow: (B, T - 1, N), if needed. Returns (B, T, N) float32,
-        or a scalar."""
+        or a number (1,)."""
         if self.kind == "constant":
             return self.gain
         change = flow if self.needs_flow else (x[:, 1:] - x[:, :-1]).float().norm(dim=-1)

@@ -1,0 +1,37 @@
+"""Videos from disk: lists, checks of lists, reading frames, sampling, augmentation, data sets.
+
+``python -m amflow_models.data check`` looks for what is wrong with lists before anything is trained on them.
+"""
+
+from amflow_models.data.checks import Problem, Report, check_lists
+from amflow_models.data.dataset import SyntheticDataset, VideoDataset, collate
+from amflow_models.data.lists import KINDS, SPLITS, Video, VideoList, read_list
+from amflow_models.data.sampling import dense, uniform, views
+from amflow_models.data.transforms import TrainTransform, names_directions, spatial_crops
+from amflow_models.data.video import FrameFolder, UnreadableVideo, VideoFile, count_frames, open_video, read_frames_at
+
+__all__ = [
+    "KINDS",
+    "SPLITS",
+    "FrameFolder",
+    "Problem",
+    "Report",
+    "SyntheticDataset",
+    "TrainTransform",
+    "UnreadableVideo",
+    "Video",
+    "VideoDataset",
+    "VideoFile",
+    "VideoList",
+    "check_lists",
+    "collate",
+    "count_frames",
+    "dense",
+    "names_directions",
+    "open_video",
+    "read_frames_at",
+    "read_list",
+    "spatial_crops",
+    "uniform",
+    "views",
+]

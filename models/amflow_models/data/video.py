@@ -1,0 +1,280 @@
+"""Reading some frames of a video file or of a folder of frames, exactly those that were asked for.
+
+Which frame has which number: the visible pictures in the order they are shown, counted from 0, as in decoding the whole
+file. A container's own count may be missing or wrong, so one pass over the packets, without decoding, takes the times
+of all pictures. Pictures before the first keyframe, which nothing can decode, do not count, nor do those that an edit
+list hides. How long a picture is shown makes no difference, so variable rates need no rule of their own. Where packets
+have no usable times (AVI, raw streams) the file is decoded from its beginning and frames are counted.
+
+Rotation in a file's metadata (phones) is not applied.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_IMAGES = {".jpg", ".jpeg", ".png"}
+
+
+class UnreadableVideo(ValueError):  # noqa: N818 -- what it is, not that it is an error
+    """A video that can't be read. Its message is ``path: reason``.
+
+    Attributes:
+        path: of the video.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it survives pickling: loader processes send it
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class _MissingFrameError(Exception):
+    """Decoding went past a frame without giving it, or gave a damaged one."""
+
+
+class VideoFile:
+    """An open video file; ``len()`` is its number of frames.
+
+    Decodes in one thread: data loading runs many processes. Close it, or use it in a ``with`` statement.
+
+    Raises:
+        UnreadableVideo: there is no such file, it is no video, it has no frames, or it breaks off. (A transport stream
+            does not say where it should end: one that is cut is a shorter video.)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UnreadableVideo(path, "there is no such file")
+        with self._errors():
+            self._open()
+            self._times = self._read_times()
+            self._places = {time: place for place, time in enumerate(self._times or ())}
+            self._total = sum(1 for _ in self._decode_from(None)) if self._times is None else len(self._times)
+        if not self._total:
+            raise UnreadableVideo(self.path, "holds no frames that can be decoded")
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, indices: Iterable[int]) -> Tensor:
+        """Frames by number: in any order, any number of times.
+
+        Returns:
+            uint8 RGB (len(indices), 3, H, W).
+
+        Raises:
+            IndexError: an index is not in [0, len).
+            UnreadableVideo: one of the frames can't be decoded, is damaged, or has another size than the others.
+        """
+        indices = _check_indices(indices, len(self))
+        wanted = sorted(set(indices))
+        with self._errors():
+            try:
+                found = self._decode(wanted, seek=self._times is not None)
+            except (_MissingFrameError, av.error.FFmpegError):
+                # Some keyframes are none (a decoder needs pictures before them), and some containers lead elsewhere.
+                try:
+                    found = self._decode(wanted, seek=False)
+                except _MissingFrameError as error:
+                    raise UnreadableVideo(self.path, str(error)) from None
+        return _stack(self.path, [found[index] for index in indices])
+
+    def _open(self) -> None:
+        self._container: Any = av.open(str(self.path))
+        if not self._container.streams.video:
+            raise UnreadableVideo(self.path, "holds no video stream")
+        self._stream: Any = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise UnreadableVideo(self.path, "FFmpeg has no decoder for it")
+        self._stream.codec_context.thread_count = 1
+
+    def _read_times(self) -> list[int] | None:
+        """When each picture is shown, in order; None if that can't be known. Notes which are keyframes."""
+        packets: list[tuple[Any, ...]] = []
+        keys: dict[int, None] = {}  # in the order of decoding
+        for packet in self._container.demux(self._stream):
+            if not packet.size:  # the end
+                continue
+            if packet.is_corrupt:
+                raise UnreadableVideo(self.path, "breaks off, or is damaged")
+            packets.append((packet.pts, packet.duration or 0, packet.is_discard))
+            if packet.is_keyframe:
+                keys[packet.pts] = None
+        times = {time for time, *_ in packets}
+        # AVI has no place for the order that pictures are shown in.
+        if None in times or len(times) < len(packets) or not keys or self._container.format.name == "avi":
+            return None
+        visible = [(time, span) for time, span, hidden in packets if not hidden and time >= next(iter(keys))]
+        if not visible:
+            return []
+        shown = sorted(time for time, _ in visible)
+        self._check_end(min(shown[0], 0), max(time + span for time, span in visible), len(shown))
+        # The first picture that is shown may need a keyframe that an edit list hides.
+        self._keys = {0: max(key for key in keys if key <= shown[0])}
+        self._keys |= {place: time for place, time in enumerate(shown) if time in keys}
+        return shown
+
+    def _check_end(self, start: int, end: int, count: int) -> None:
+        """Raises if the pictures end half a second, or two pictures, before the header says. Times: of the stream."""
+        there = (end - start) * self._stream.time_base
+        told = self._stream.duration and self._stream.duration * self._stream.time_base
+        if told is None and len(self._container.streams) == 1:  # else it may be the duration of the audio
+            told = self._container.duration and Fraction(self._container.duration, av.time_base)
+        if told is not None and told - there > max(0.5, 2 * there / count):
+            raise UnreadableVideo(self.path, f"breaks off: {float(there):.1f} of {float(told):.1f} s are there")
+
+    def _decode(self, wanted: Sequence[int], *, seek: bool) -> dict[int, Tensor]:
+        """`wanted`: in order. Only goes forward; jumps over what is not wanted where a keyframe allows it."""
+        found: dict[int, Tensor] = {}
+        keys = sorted(self._keys) if seek else [0]
+        frames: Iterator[tuple[int, Any]] | None = None
+        place = -1
+        for index in wanted:
+            key = keys[bisect_right(keys, index) - 1]
+            if frames is None or key > place + 1:
+                frames, place = self._decode_from(key if seek else None), key - 1
+            while place < index:
+                step = next(frames, None)
+                if step is None:
+                    raise _MissingFrameError(f"frame {index} of {len(self)} can't be decoded")
+                number, frame = step
+                if number <= place:  # shown before the keyframe: of the part that was jumped over
+                    continue
+                if frame.is_corrupt:
+                    raise _MissingFrameError(f"is damaged: frame {number} of {len(self)} is incomplete")
+                place = number
+            if place > index:
+                raise _MissingFrameError(f"frame {index} of {len(self)} can't be decoded")
+            found[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+        return found
+
+    def _decode_from(self, key: int | None) -> Iterator[tuple[int, Any]]:
+        """Numbers and frames from a keyframe on, by its number; None: from the beginning of the file."""
+        if key is None:
+            self.close()  # not every container can seek to its beginning
+            self._open()
+        else:
+            self._container.seek(self._keys[key], stream=self._stream)
+        for count, frame in enumerate(self._container.decode(self._stream)):
+            number = count if self._times is None else self._places.get(frame.pts)  # None: it is not to be shown
+            if number is not None:
+                yield number, frame
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.error.FFmpegError, OSError) as error:
+            empty = self.path.is_file() and not self.path.stat().st_size
+            reason = "it is empty" if empty else error.strerror or str(error)
+            raise UnreadableVideo(self.path, f"can't be read as a video ({reason})") from error
+
+
+class FrameFolder:
+    """A folder of frames, jpg and png, in the natural order of their names (``img_2`` comes before ``img_10``).
+
+    ``len()`` is how many there are.
+
+    Raises:
+        UnreadableVideo: there is no such folder, or no image in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UnreadableVideo(path, "there is no such folder")
+        self.files = sorted((file for file in self.path.iterdir() if file.suffix.lower() in _IMAGES), key=_natural)
+        if not self.files:
+            raise UnreadableVideo(path, f"expected a folder with {', '.join(sorted(_IMAGES))} files, found none")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __enter__(self) -> FrameFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, indices: Iterable[int]) -> Tensor:
+        """As `VideoFile.read`."""
+        indices = _check_indices(indices, len(self))
+        found = {index: self._read(self.files[index]) for index in set(indices)}
+        return _stack(self.path, [found[index] for index in indices])
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            with Image.open(file) as image:
+                return torch.from_numpy(np.array(image.convert("RGB")))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, for what is cut or damaged
+            raise UnreadableVideo(self.path, f"{file.name} can't be read as an image ({error})") from error
+
+
+def open_video(path: str | Path) -> VideoFile | FrameFolder:
+    """A video file or a folder of frames, whichever is there.
+
+    Raises:
+        UnreadableVideo: as `VideoFile` and `FrameFolder`.
+    """
+    return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
+
+
+def count_frames(path: str | Path) -> int:
+    """How many frames a video has. Raises as `open_video`."""
+    with open_video(path) as video:
+        return len(video)
+
+
+def read_frames_at(path: str | Path, indices: Iterable[int]) -> Tensor:
+    """Some frames of a video: uint8 RGB (len(indices), 3, H, W). Raises as `open_video` and `VideoFile.read`."""
+    with open_video(path) as video:
+        return video.read(indices)
+
+
+def _check_indices(indices: Iterable[int], total: int) -> list[int]:
+    numbers = [int(index) for index in indices]
+    if not numbers:
+        raise IndexError("indices: expected at least one, got none")
+    if min(numbers) < 0 or max(numbers) >= total:
+        raise IndexError(f"indices: expected them in [0, {total}), got {min(numbers)} to {max(numbers)}")
+    return numbers
+
+
+def _stack(path: Path, frames: list[Tensor]) -> Tensor:
+    """Frames (H, W, 3) -> (T, 3, H, W)."""
+    shapes = {(frame.shape[1], frame.shape[0]) for frame in frames}
+    if len(shapes) > 1:
+        raise UnreadableVideo(path, f"has frames of several sizes: {sorted(shapes)}")
+    return torch.stack(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """A key that orders numbers within names by value."""
+    parts = re.split(r"([0-9]+)", file.name)
+    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)]

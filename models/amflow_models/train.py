@@ -1,0 +1,296 @@
+"""Trains a video classifier: ``python -m amflow_models.train --config FILE [key=value ...]``.
+
+On many processes: ``torchrun --nproc-per-node 8 -m amflow_models.train --config FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+
+from amflow_models.checkpoint import load_trained
+from amflow_models.classifier import VideoClassifier
+from amflow_models.training.average import Average
+from amflow_models.training.build import build_model, dataset, image_size, normalisation, read_lists
+from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, load_state, restore_optimizer
+from amflow_models.training.config import Config, Training, load_config
+from amflow_models.training.loading import TrainBatches, loader
+from amflow_models.training.logs import Log
+from amflow_models.training.metrics import scores
+from amflow_models.training.parallel import any_process, clip_gradients, distribute, make_accelerator, without_sync
+from amflow_models.training.testing import predict
+
+INTERRUPTED = 130  # exit status, as a shell gives it after Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns 0; 1 after an error, told in a line; 130 if it was interrupted and can be resumed."""
+    args = _parser().parse_args(argv)
+    try:
+        config = load_config(args.config, args.changes)
+        finished = train(config, synthetic=args.synthetic, resume=args.resume)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if finished else INTERRUPTED
+
+
+def train(config: Config, *, synthetic: bool = False, resume: bool = False) -> bool:
+    """Trains as a config says; in each of several processes it does this process's part.
+
+    Args:
+        synthetic: made-up clips in the place of the lists, and random weights where others would be downloaded.
+        resume: go on from the newest checkpoint in the config's `output`.
+
+    Returns:
+        Whether it came to its end; else it was interrupted (Ctrl-C, SIGTERM), and the newest checkpoint is of the step
+        that it stopped at.
+
+    Raises:
+        ValueError: before the first step: the config, a list or a checkpoint is wrong. Later: the loss is no number, or
+            a video can't be read (with `data.strict`).
+        OSError: a checkpoint can't be written; those before it stay.
+    """
+    run = _Run(config, synthetic, resume)
+    try:
+        with _interrupts() as stop:
+            return run.steps(stop)
+    finally:
+        run.log.close()
+
+
+class _Run:
+    """All that a run needs, made and checked before its first step."""
+
+    def __init__(self, config: Config, synthetic: bool, resume: bool) -> None:
+        settings = config.training
+        self.config = config
+        self.accelerator = make_accelerator(settings.precision)
+        world = self.accelerator.num_processes
+        if settings.batch % (world * settings.accumulate):
+            raise ValueError(
+                f"training.batch: expected a multiple of {world} processes times {settings.accumulate} parts, "
+                f"got {settings.batch}"
+            )
+        checkpoints = Checkpoints(config.output, settings.keep)
+        newest = checkpoints.all()[-1:]
+        if newest and not resume:
+            raise ValueError(
+                f"output: {newest[0]} is of a run before: --resume goes on with it, another output keeps it"
+            )
+        if resume and not newest:
+            raise ValueError(f"output: there is no checkpoint in {checkpoints.folder} to resume")
+        state = load_state(newest[0], config) if newest else None
+        lists = {} if synthetic else read_lists(config, ("train", "validation"))
+
+        model = build_model(config, synthetic=synthetic, grown=state is not None)
+        if state is not None:
+            load_trained(model, newest[0] / TRAINED)
+        size = image_size(config, model)
+        self.train_set = dataset(config, lists.get("train"), size, train=True)
+        self.validation_set = (
+            dataset(config, lists.get("validation"), size, train=False) if _tests(config, synthetic) else None
+        )
+        self.per_epoch = len(self.train_set) // settings.batch
+        self.total = settings.epochs * self.per_epoch
+        self.step = 0 if state is None else int(state["step"])
+        self.batches = TrainBatches(
+            len(self.train_set), settings.batch, rank=self.accelerator.process_index, world=world, seed=config.seed,
+            start=self.step, stop=self.total,
+        )  # fmt: skip
+        checkpoints.check_space(model, settings.ema is not None)
+        self.checkpoints = checkpoints
+
+        self.report = _report(model)
+        self.normalise = normalisation(model, self.accelerator.device)
+        self.model = distribute(model, settings, self.accelerator)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, settings)
+        self.average = Average(self.model, settings.ema) if settings.ema is not None else None
+        if state is not None:
+            restore_optimizer(self.model, self.optimizer, state)
+            if self.average is not None:
+                self.average.load(newest[0] / AVERAGE)
+        self.log = Log(config.output, self.total, self.step, self.accelerator.is_main_process)
+        self.errors: Counter[str] = Counter()
+
+    def steps(self, stop: list[int]) -> bool:
+        """Runs to the end, or to where `stop` is no longer empty."""
+        self.log.say(self.report)
+        shared = "sharded" if isinstance(self.model, FSDPModule) else "copied"
+        self.log.say(f"{self.accelerator.num_processes} x {self.accelerator.device.type}, the model is {shared}")
+        self.log.say(
+            f"{self.total} steps of {self.config.training.batch} clips, from step {self.step}: {self.config.output}"
+        )
+        batches = loader(self.train_set, self.batches, self.config.data.workers, self.accelerator.device)
+        self.model.train()
+        saved = self.step
+        end = time.perf_counter()
+        for step, batch in enumerate(batches, self.step + 1):
+            begin = time.perf_counter()
+            told = self._train_step(step, batch)
+            now = time.perf_counter()
+            told |= {
+                "clips_per_second": self.config.training.batch / (now - end),
+                "waiting": (begin - end) / (now - end),
+            }
+            self.step = step
+            self.log.write("train", step, told)
+            self.log.step(step, _told(step / self.per_epoch, told))
+            epoch_ends = step % self.per_epoch == 0
+            interrupted = any_process(bool(stop), self.accelerator)
+            if interrupted or epoch_ends or step % (self.config.training.save_every or self.total + 1) == 0:
+                self._save()
+                saved = step
+            if interrupted:
+                self.log.say(f"interrupted after step {step}; --resume goes on from there")
+                return False
+            if epoch_ends and self.validation_set is not None:
+                self._validate()
+            end = time.perf_counter()
+        if saved != self.step:
+            self._save()
+        self._tell_errors()
+        return True
+
+    def _train_step(self, step: int, batch: dict[str, Any]) -> dict[str, float]:
+        settings, accelerator = self.config.training, self.accelerator
+        self._count_errors(batch["errors"])
+        # Whatever draws numbers in the model draws those of the step, whether or not the run was resumed.
+        torch.manual_seed(self.config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index)
+        clips, labels = batch["clips"].flatten(0, 1), batch["label"].to(accelerator.device, non_blocking=True)
+        parts = list(zip(clips.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True))
+        loss = torch.zeros((), device=accelerator.device)
+        for place, (some, known) in enumerate(parts, 1):
+            with without_sync(self.model, accelerator, last=place == len(parts)):
+                with accelerator.autocast():
+                    logits = self.model(self.normalise(some)).float()
+                part = cross_entropy(logits, known, label_smoothing=settings.label_smoothing) / len(parts)
+                part.backward()
+            loss += part.detach()
+        rate = _rate(step, self.total, settings.warmup_epochs * self.per_epoch, settings.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = clip_gradients(self.parameters, settings.clip_grad)
+        mean = float(accelerator.reduce(loss, "mean"))
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise ValueError(f"step {step}: the loss is {mean}, the gradients' norm {norm}; lower training.lr?")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        return {"loss": mean, "lr": rate, "gradient_norm": norm}
+
+    def _validate(self) -> None:
+        config = self.config
+        found = predict(
+            self.model, self.validation_set, config.data.num_classes, config.evaluation.batch, config.data.workers,
+            self.normalise, self.accelerator,
+        )  # fmt: skip
+        self.errors.update(found.errors)
+        result = scores(found.probabilities, found.labels)
+        told = {"loss": found.loss, "top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+        self.log.write("validation", self.step, told)
+        self.log.say(f"epoch {self.step // self.per_epoch}: validation {result}")
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, self.config, self.accelerator)
+
+    def _count_errors(self, errors: list[str]) -> None:
+        for error in errors:
+            if not self.errors[error]:
+                self.log.say(f"[yellow]skipped: {error}[/yellow]")
+            self.errors[error] += 1
+
+    def _tell_errors(self) -> None:
+        told = [*self.errors.items()]
+        if self.accelerator.num_processes > 1:
+            told = gather_object(told)
+        if told:
+            total: Counter[str] = Counter()
+            for error, count in told:
+                total[error] += count
+            self.log.say(f"{len(total)} videos could not be read:")
+            for error, count in sorted(total.items()):
+                self.log.say(f"  {error} ({count}x)")
+
+
+def _tests(config: Config, synthetic: bool) -> bool:
+    return synthetic or config.data.validation is not None
+
+
+def _report(model: VideoClassifier) -> str:
+    return str(model.report)
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
+    """AdamW; biases, gains and scales are not decayed."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def _rate(step: int, total: int, warmup: float, peak: float) -> float:
+    """Of step 1 to `total`: linear to `peak`, then half a cosine to 0."""
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+
+def _told(epoch: float, told: dict[str, float]) -> str:
+    return (
+        f"epoch {epoch:.2f}  loss {told['loss']:.3f}  {told['clips_per_second']:.1f} clips/s  "
+        f"{told['waiting']:.0%} waiting for data"
+    )
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM put their number into; the second one of a kind does what it always does."""
+    seen: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        before[kind] = signal.signal(kind, handle)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m amflow_models.train", description="Train a video classifier with AM-flow adapters."
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a YAML file, or the name of one that comes along"
+    )
+    parser.add_argument("--synthetic", action="store_true", help="on made-up clips: how fast is it, does it run at all")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config, as training.lr=1e-3")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""From a config to a model, lists and data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amflow_models.add import grow_am_flow
+from amflow_models.backbones import create_backbone
+from amflow_models.blocks import find_blocks
+from amflow_models.checkpoint import load_trained
+from amflow_models.classifier import VideoClassifier
+from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
+from amflow_models.training.checkpoints import find_trained
+from amflow_models.training.config import Config
+
+SPLITS = ("train", "validation", "test")
+SYNTHETIC_STEPS = 20  # of an epoch on made-up clips
+_ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
+
+Images = Callable[[Tensor], Tensor]
+
+
+def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) -> VideoClassifier:
+    """The model of a config.
+
+    Args:
+        synthetic: random weights in the place of pretrained ones that would have to be downloaded.
+        grown: AM flow in all of `blocks` from the beginning; else, where there is a `start`, as it was trained so far,
+            and then grown.
+
+    Raises:
+        ValueError: a name, size or file that does not fit, see `create_backbone`, `add_adapters` and `load_trained`.
+    """
+    wanted = config.model
+    torch.manual_seed(config.seed)  # random weights are of the run, too
+    weights = None if synthetic and wanted.weights == "hub" else wanted.weights
+    backbone: Any = create_backbone(wanted.backbone, weights, wanted.img_size)
+    if wanted.depth is not None:
+        path, blocks = find_blocks(backbone)
+        if hasattr(backbone, "stage_ends") or wanted.depth > len(blocks):
+            raise ValueError(f"model.depth: expected at most {len(blocks)} blocks in one stage, got {wanted.depth}")
+        backbone.set_submodule(path, blocks[: wanted.depth])
+    if wanted.pool is not None:
+        backbone.reset_classifier(0, wanted.pool)
+    options = {name: getattr(wanted, name) for name in _ADAPTERS}
+    start = None if grown else wanted.start
+    model = VideoClassifier(
+        backbone,
+        config.data.num_classes,
+        config.data.frames,
+        blocks=start.blocks if start else wanted.blocks,
+        **options,
+    )
+    if start is not None:
+        load_trained(model, find_trained(start.trained))
+        grow_am_flow(model.backbone, wanted.blocks, verbose=False)
+    if config.training.recompute:
+        backbone.set_grad_checkpointing(True)
+    return model
+
+
+def image_size(config: Config, model: VideoClassifier) -> int:
+    """Side of the frames that the backbone takes, in pixels."""
+    return config.model.img_size or int(_pretrained(model.backbone, "input_size")[-1])
+
+
+def normalisation(model: VideoClassifier, device: torch.device) -> Images:
+    """Turns uint8 clips (B, T, 3, H, W) into what the backbone was trained on, float32, on the device."""
+    mean, std = (
+        torch.tensor(_pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
+    )
+    return lambda clips: (clips.to(device, non_blocking=True) / 255 - mean) / std
+
+
+def read_lists(config: Config, splits: tuple[str, ...]) -> dict[str, VideoList]:
+    """The lists of a config, checked together; no video is opened.
+
+    Raises:
+        ValueError: a list can't be read, or a check of `check_lists` fails: all problems are listed.
+    """
+    data, lists = config.data, {}
+    for split in splits:
+        path = getattr(data, split)
+        if path is not None:
+            part = f"{data.split}/{split}" if data.kind == "smarthome" else data.split
+            lists[split] = read_list(
+                data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part
+            )
+    check_lists(lists, data.num_classes, open_videos=False).raise_for_problems()
+    return lists
+
+
+def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool, views: bool = False) -> Any:
+    """The clips of a list, or made-up ones if there is none.
+
+    Args:
+        size: of frames, in pixels.
+        train: with augmentation, and random in time; else from the middle.
+        views: the clips and crops that the config tests on.
+    """
+    data, tested = config.data, config.evaluation
+    clips, crops = (tested.clips, tested.crops) if views else (1, 1)
+    if videos is None:
+        count = config.training.batch * (SYNTHETIC_STEPS if train else 2)
+        return SyntheticDataset(
+            data.num_classes, count, frames=data.frames, size=size, views=clips * crops, seed=config.seed + (not train)
+        )
+    return VideoDataset(
+        videos, frames=data.frames, size=size, train=train, sampling=data.sampling, stride=data.stride, clips=clips,
+        crops=crops, augment=data.augment, flip=data.flip, scale=data.scale, seed=config.seed, strict=data.strict,
+    )  # fmt: skip
+
+
+def _pretrained(backbone: nn.Module, name: str) -> Any:
+    found: Any = getattr(backbone, "pretrained_cfg", None)
+    if not found:
+        raise ValueError(f"backbone: expected one of timm with a pretrained_cfg, got {type(backbone).__name__}")
+    return found[name]

@@ -1,0 +1,165 @@
+"""What a run can be resumed from: written whole or not at all, the newest few kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from amflow_models.checkpoint import save_trained, trained_state
+from amflow_models.training.average import Average
+from amflow_models.training.config import Config
+
+TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What a resumed run may change: anything else would make it another run.
+FREE = {"output", "evaluation", "data.workers", "data.test", "training.keep", "training.save_every", "training.compile"}
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a run: `step_00000100`, ...
+
+    In each, `model.safetensors` (what trains, as of `save_trained`), `ema.safetensors` if there is an average, and
+    `state.pt` (the optimizer's state, the step and the config). None depends on how many processes wrote it.
+
+    Args:
+        output: folder of the run.
+        keep: how many stay.
+    """
+
+    def __init__(self, output: Path, keep: int) -> None:
+        self.folder, self.keep = output / "checkpoints", keep
+
+    def all(self) -> list[Path]:
+        """From the oldest to the newest; what was not written to its end is none."""
+        return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".part")
+
+    def check_space(self, model: nn.Module, average: bool) -> None:
+        """Raises OSError if the disk has no room for the checkpoints of a run: the kept ones, and one being written."""
+        copies = 3 + average  # the weights, AdamW's two moments, the average
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        needed = (self.keep + 1) * copies * trained
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: {needed / 1e6:.0f} MB are needed for checkpoints, {free / 1e6:.0f} MB are free"
+            )
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: Average | None,
+        config: Config,
+        accelerator: Accelerator,
+    ) -> None:
+        """Writes a checkpoint and removes the oldest; all processes call it.
+
+        Raises:
+            OSError: it can't be written; those that there are stay.
+        """
+        trained = trained_state(model)
+        averaged = None
+        if average is not None:
+            with average.applied():
+                averaged = {name: x.clone() for name, x in trained_state(model).items()}
+        state = {
+            "step": step,
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
+            "config": config.model_dump(mode="json"),
+        }
+        if accelerator.is_main_process:
+            self._write(self.folder / f"step_{step:08d}", model, trained, averaged, state)
+        accelerator.wait_for_everyone()
+
+    def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, state: Any) -> None:
+        part = path.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            save_trained(model, part / TRAINED, trained)
+            if averaged is not None:
+                save_trained(model, part / AVERAGE, averaged)
+            torch.save(state, part / STATE)
+            for file in part.iterdir():
+                _flush(file)
+            shutil.rmtree(path, ignore_errors=True)
+            part.rename(path)
+            _flush(self.folder)
+        except Exception as error:  # of the file system, of safetensors, of torch.save: they have no common ancestor
+            shutil.rmtree(part, ignore_errors=True)
+            last = self.all()
+            kept = f"the last one is {last[-1]}" if last else "there is none yet"
+            raise OSError(f"{path}: the checkpoint can't be written ({error}); {kept}") from error
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def find_trained(path: Path, name: str = TRAINED) -> Path:
+    """The file of weights that a path means: itself, that of a checkpoint, or that of a run's newest checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = path
+    if (path / "checkpoints").is_dir():
+        found = next(reversed(Checkpoints(path, 1).all()), path)
+    if found.is_dir():
+        found = found / name
+    if not found.is_file():
+        raise ValueError(f"{path}: expected a run, a checkpoint or a file, and there is no file {found}")
+    return found
+
+
+def load_state(path: Path, config: Config) -> dict[str, Any]:
+    """The state of a checkpoint.
+
+    Raises:
+        ValueError: it can't be read, or is of another config: what differs is listed.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own
+        raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
+    before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    if changed:
+        raise ValueError(f"{path}: is of another run: {'; '.join(changed)}")
+    return state
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives the optimizer its state back; each process takes its part."""
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_WHOLE)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _flush(path: Path) -> None:
+    """What was written is on the disk, not on its way there."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,64 @@
+"""How good predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the field reports of a classifier; fractions from 0 to 1.
+
+    Attributes:
+        top1, top5: videos whose label is the most probable class, or one of the five most probable.
+        mean_class: the mean over classes (of those that have videos) of the top-1 accuracy on the class's videos.
+        confusion: int64 (classes, classes), how many videos of a row's class were taken for a column's.
+    """
+
+    top1: float
+    top5: float
+    mean_class: float
+    confusion: Tensor
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, mean class {self.mean_class:.2%}"
+
+
+def scores(probabilities: Tensor, labels: Tensor) -> Scores:
+    """Args: probabilities (or logits) (videos, classes), labels (videos,). ValueError if there is no video."""
+    if not len(labels):
+        raise ValueError("labels: expected at least one video to score, got none")
+    classes = probabilities.shape[1]
+    found = probabilities.topk(min(5, classes), dim=1).indices
+    right = found == labels[:, None]
+    pairs = labels * classes + found[:, 0]
+    confusion = pairs.bincount(minlength=classes * classes).view(classes, classes)
+    counts = confusion.sum(1)
+    recall = confusion.diagonal()[counts > 0] / counts[counts > 0]
+    return Scores(
+        right[:, 0].double().mean().item(), right.any(1).double().mean().item(), recall.mean().item(), confusion
+    )
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """The confusion matrix, each row as fractions of its class's videos."""
+    from matplotlib.figure import Figure
+
+    side = min(20.0, 3 + 0.3 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes: Any = figure.subplots()
+    rows = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    image = axes.imshow(rows.to(torch.float32).numpy(), vmin=0, vmax=1, cmap="Blues")
+    if len(classes) <= 60:  # more names can't be read
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    figure.colorbar(image, label="fraction of the label's videos")
+    figure.savefig(path, dpi=110)
