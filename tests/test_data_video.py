@@ -79,6 +79,7 @@ def write_video(
         stream: Any = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1  # the same file every time
         if varying or start:
             stream.codec_context.time_base = Fraction(1, 1000)
         packets: list[Any] = []
@@ -288,7 +289,7 @@ def test_cut_anywhere(tmp_path: Path, share: float) -> None:
                 found = video.read(range(len(video)))
         except UnreadableVideo:
             continue
-        sure = len(found) - (name == "a.ts")  # nothing in a transport stream tells that its last picture is cut
+        sure = len(found) - (name != "a.mp4")  # of the others, the last picture may be cut, see `VideoFile`
         assert torch.equal(found[:sure], expected[:sure]), name
 
 
@@ -444,6 +445,7 @@ def test_train_transform(augment: bool) -> None:
     results = []
     for seed in range(60):
         result = transform(clip, seed)
+        assert torch.equal(torch.get_rng_state(), before)
         assert result.shape == (4, 3, 32, 32)
         assert result.dtype == torch.uint8
         assert torch.equal(result, result[:1].expand_as(result)), seed
@@ -452,7 +454,6 @@ def test_train_transform(augment: bool) -> None:
         assert torch.equal(result, transform(clip, seed))
         results.append(result[0])
         torch.set_rng_state(before)
-    assert torch.equal(torch.get_rng_state(), before)
     assert len({result.numpy().tobytes() for result in results}) > 50
 
 

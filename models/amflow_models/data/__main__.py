@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             splits = [split for split in SPLITS if split.startswith(f"{options.split}/")]
             lists = {split: read_list("smarthome", here / options.lists[0], split=split) for split in splits}
         else:
-            short = len({path.name for path in options.lists}) == len(options.lists)
-            lists = {
-                path.name if short else str(path): read_list(options.kind, here / path, **own) for path in options.lists
-            }
+            unique = len({path.name for path in options.lists}) == len(options.lists)
+            names = [path.name if unique else str(path) for path in options.lists]
+            read = [read_list(options.kind, here / path, **own) for path in options.lists]
+            lists = dict(zip(names, read, strict=True))
         num_classes = options.num_classes
         if num_classes is None:
             num_classes = len(next(iter(lists.values())).classes)

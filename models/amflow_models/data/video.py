@@ -54,8 +54,9 @@ class VideoFile:
     Decodes in one thread: data loading runs many processes. Close it, or use it in a ``with`` statement.
 
     Raises:
-        UnreadableVideo: there is no such file, it is no video, it has no frames, or it breaks off. (A transport stream
-            does not say where it should end: one that is cut is a shorter video.)
+        UnreadableVideo: there is no such file, it is no video, it has no frames, or it breaks off. (Not every container
+            tells: a transport stream that is cut is a shorter video, and so is Matroska cut within its last half
+            second. The last picture before such a cut may be incomplete, or a later one.)
     """
 
     def __init__(self, path: str | Path) -> None:
