@@ -21,7 +21,7 @@ import yaml
 from amflow_models import VideoClassifier, create_backbone, evaluate, load_trained, train
 from amflow_models.training import checkpoints as checkpoints_module
 from amflow_models.training.average import Average
-from amflow_models.training.build import build_model
+from amflow_models.training.build import build_model, image_size
 from amflow_models.training.checkpoints import Checkpoints, find_trained
 from amflow_models.training.config import CONFIGS, load_config
 from amflow_models.training.loading import EvaluationBatches, TrainBatches
@@ -117,6 +117,26 @@ def test_shipped_configs_are_valid() -> None:
         config = load_config(name)
         assert config.data.num_classes == {"k": 400, "s": 174, "t": 31}[name[0] if name[1] != "m" else "t"]
         assert load_config(name, [f"output=/elsewhere/{name}"]).output == Path(f"/elsewhere/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "temporal"),
+    [
+        ("k400_vitb_am12", range(12)),
+        ("ssv2_vitb_am12", range(12)),
+        ("smarthome_vitb_first_last", (0, 11)),
+        ("k400_hierab_am16_stage1", (5, 6, 19, 20)),
+        ("k400_hierab_am16_stage2", range(5, 21)),
+    ],
+)
+def test_shipped_configs_make_models(name: str, temporal: tuple[int, ...]) -> None:
+    """AM flow is where the name says, and the size fits the backbone. Without memory for the weights."""
+    with torch.device("meta"):
+        model = build_model(config := load_config(name), synthetic=True)
+        assert model.report is not None
+        assert model.report.temporal == tuple(temporal)
+        clips = torch.empty(1, config.data.frames, 3, *2 * [image_size(config, model)])
+        assert model(clips).shape == (1, config.data.num_classes)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +359,7 @@ def test_videos_that_cannot_be_read(videos: Path, config_file: Path, tmp_path: P
     assert "broken.mp4" in out
     assert evaluate.main(words) == 0
     assert "not read: " in capsys.readouterr().err
-    assert train.main([*words, "data.strict=true", f"output={tmp_path / 'strict'}"]) == 1
+    assert train.main([*words, "--strict", f"output={tmp_path / 'strict'}"]) == 1
     assert "broken.mp4" in capsys.readouterr().err
 
 

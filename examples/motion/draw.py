@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("picture", type=Path)
     parser.add_argument("changes", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, args.changes)
     videos = read_lists(config, ("test",))["test"]
     model = build_model(config).eval()

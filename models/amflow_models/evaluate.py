@@ -20,9 +20,15 @@ from amflow_models.training.testing import predict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 1 after an error, told in a line."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
-        evaluate(load_config(args.config, args.changes), args.split, args.checkpoint, ema=args.ema, output=args.output)
+        evaluate(
+            load_config(args.config, [*args.changes, *(["data.strict=true"] if args.strict else [])]),
+            args.split,
+            args.checkpoint,
+            ema=args.ema,
+            output=args.output,
+        )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -91,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--ema", action="store_true", help="test the exponential moving average of the weights")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the config's output)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first video that can't be read")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config, as evaluation.clips=10")
     return parser
 

@@ -39,9 +39,9 @@ INTERRUPTED = 130  # exit status, as a shell gives it after Ctrl-C
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 1 after an error, told in a line; 130 if it was interrupted and can be resumed."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
-        config = load_config(args.config, args.changes)
+        config = load_config(args.config, [*args.changes, *(["data.strict=true"] if args.strict else [])])
         finished = train(config, synthetic=args.synthetic, resume=args.resume)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -288,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--synthetic", action="store_true", help="on made-up clips: how fast is it, does it run at all")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("--strict", action="store_true", help="stop at the first video that can't be read")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config, as training.lr=1e-3")
     return parser
 

@@ -62,7 +62,7 @@ class Data(_Section):
     Attributes:
         kind: of list, see `amflow_models.data.read_list`.
         train, validation, test: list files; a folder for "smarthome", whose `split` tells the three apart.
-        root: folder that the paths in lists start from; None is the list's own.
+        root: folder that all relative paths start from; None: those in a list start from the list's own folder.
         classes, labels, split: as for `read_list`, where the kind has them.
         num_classes: how many.
         frames: T, of a clip.
@@ -71,7 +71,7 @@ class Data(_Section):
         augment: RandAugment, besides random crops and flips.
         flip: mirror clips at random; None: unless class names speak of left and right.
         workers: processes that load, per process that trains.
-        strict: stop at the first video that can't be read, in place of counting it.
+        strict: stop at the first video that can't be read, in place of leaving it out (`--strict`).
     """
 
     kind: str
