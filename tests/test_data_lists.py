@@ -350,8 +350,10 @@ def test_folders(tmp_path: Path) -> None:
 
     for quick in (False, True):
         assert of("frames", 3, open_videos=not quick) == {}
-        assert of("frames", 4, open_videos=not quick) == {("test", "folders with fewer frames than the list says"): 1}
-        assert of("none", 4, open_videos=not quick) == {("test", "videos that can't be read"): 1}
+        short = {("test", "folders with fewer frames than the list says"): 1}
+        assert of("frames", 4, open_videos=not quick) == ({} if quick else short)
+        empty = {("test", "videos that can't be read"): 1}
+        assert of("none", 4, open_videos=not quick) == ({} if quick else empty)
         assert of("no", 4, open_videos=not quick) == {("test", "missing files"): 1}
 
 

@@ -26,6 +26,7 @@ from amflow_models.training.checkpoints import Checkpoints, find_trained
 from amflow_models.training.config import CONFIGS, load_config
 from amflow_models.training.loading import EvaluationBatches, TrainBatches
 from amflow_models.training.metrics import scores
+from amflow_models.training.parallel import distribute, make_accelerator
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -35,7 +36,7 @@ TINY = {
         "kind": "mmaction", "train": "train.txt", "validation": "test.txt", "test": "test.txt", "num_classes": 2,
         "frames": 3, "stride": 1, "workers": 0,
     },
-    "training": {"epochs": 2, "warmup_epochs": 0.5, "batch": 4, "precision": "no", "lr": 1e-3},
+    "training": {"epochs": 2, "warmup_epochs": 0.5, "batch": 4, "precision": "fp32", "lr": 1e-3},
     "evaluation": {"clips": 2, "crops": 3, "batch": 4},
 }  # fmt: skip
 EXACT = ("step", "loss", "lr", "gradient_norm")  # of train.csv: the rest are times
@@ -110,7 +111,7 @@ def environment() -> dict[str, str]:
 
 
 def test_shipped_configs_are_valid() -> None:
-    """Each names a backbone that there is, blocks that it has, and as many classes as its data set."""
+    """As they are, and with changes; each has as many classes as its data set."""
     names = [path.stem for path in CONFIGS.glob("*.yaml")]
     assert len(names) >= 5
     for name in names:
@@ -148,7 +149,8 @@ def test_shipped_configs_make_models(name: str, temporal: tuple[int, ...]) -> No
         (["trainin.lr=1"], "did you mean 'training'"),
         (["data.frames=1"], "data.frames: .*greater than or equal to 2, got 1"),
         (["training.lr=fast"], "training.lr: .*got 'fast'"),
-        (["training.accumulate=3"], "training.batch: expected a multiple of training.accumulate"),
+        (["training.lr=.inf"], "training.lr: .*finite"),
+        (["model.pool=avgg"], "model.pool: .*'avg' or 'token'"),
         (["training"], "expected section.key=value, got 'training'"),
         (["training.lr.x=1"], "training.lr.x: lr is no section"),
         (["training.lr=[1"], "the value can't be read as YAML"),
@@ -161,7 +163,8 @@ def test_bad_changes(config_file: Path, changes: list[str], message: str) -> Non
 
 def test_numbers_as_people_write_them(config_file: Path) -> None:
     """YAML takes 3e-4 for a string."""
-    assert load_config(config_file, ["training.lr=3e-4", "training.betas=[0.8, 1e-1]"]).training.lr == 3e-4
+    config = load_config(config_file, ["training.lr=3e-4", "training.betas=[0.8, 1e-1]", "training.precision=bf16"])
+    assert (config.training.lr, config.training.betas, config.training.precision) == (3e-4, (0.8, 0.1), "bf16")
 
 
 @pytest.mark.parametrize(
@@ -277,14 +280,17 @@ def test_killed_and_resumed_to_the_bit(config_file: Path, tmp_path: Path) -> Non
         assert (find_trained(cut, name)).read_bytes() == find_trained(whole, name).read_bytes()
 
 
-def test_interrupted(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C in a step: the step is ended and saved, and the run goes on from there as if nothing had been."""
+@pytest.mark.parametrize("at", [3, 4])
+def test_interrupted(
+    at: int, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in a step, or in an epoch's last one: it is ended and saved, and the run goes on as if nothing was."""
     output = load_config(config_file).output
     assert train.main(["--config", str(config_file), f"output={output}_whole"]) == 0
     step = train._Run._train_step
 
     def interrupted(self: Any, number: int, batch: Any) -> Any:
-        if number == 3:
+        if number == at:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, number, batch)
 
@@ -292,16 +298,39 @@ def test_interrupted(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         patch.setattr(train._Run, "_train_step", interrupted)
         assert train.main(["--config", str(config_file)]) == train.INTERRUPTED
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert [path.name for path in Checkpoints(output, 2).all()] == ["step_00000003"]
-    assert "interrupted after step 3" in capsys.readouterr().out
+    assert [path.name for path in Checkpoints(output, 2).all()] == [f"step_0000000{at}"]
+    assert f"interrupted after step {at}" in capsys.readouterr().out
     assert train.main(["--config", str(config_file), "--resume"]) == 0
     assert rows(output) == rows(Path(f"{output}_whole"))
+    assert len(rows(output, "validation", ("step", "loss"))) == 2
+    assert rows(output, "validation", ("step", "loss")) == rows(Path(f"{output}_whole"), "validation", ("step", "loss"))
+
+
+def test_stopped_by_a_scheduler(config_file: Path) -> None:
+    """SIGTERM, twice and to loaders as well: a checkpoint of the step that it came in."""
+    output = load_config(config_file).output
+    words = ["training.epochs=200", "data.workers=1"]
+    process = subprocess.Popen(
+        command(config_file, *words), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not (output / "train.csv").exists() or len(rows(output)) < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == train.INTERRUPTED
+    last = Checkpoints(output, 2).all()[-1]
+    assert last.name == f"step_{int(rows(output)[-1][0]):08d}"
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_are_as_one(config_file: Path, tmp_path: Path, parallel: str) -> None:
     """The same global batch gives the same losses, and a checkpoint that one process can go on from."""
-    words = ["training.ema=0.9", "training.accumulate=2", f"training.parallel={parallel}"]
+    recompute = "true" if parallel == "fsdp2" else "false"
+    words = ["training.ema=0.9", "training.accumulate=2", f"training.parallel={parallel}",
+             f"training.recompute={recompute}"]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     run(config_file, *words, f"output={one}")
     told = run(config_file, *words, f"output={two}", processes=2)
@@ -314,7 +343,12 @@ def test_two_processes_are_as_one(config_file: Path, tmp_path: Path, parallel: s
         assert difference(find_trained(one, name), find_trained(two, name)) < 1e-3
     _, last = Checkpoints(two, 2).all()
     last.rename(tmp_path / "last")
-    assert train.main(["--config", str(config_file), *words, f"output={two}", "--resume"]) == 0  # now as one process
+    if parallel == "ddp":
+        assert (
+            train.main(["--config", str(config_file), *words, f"output={two}", "--resume"]) == 0
+        )  # now as one process
+    else:
+        run(config_file, *words, f"output={two}", "--resume", processes=2)
     assert difference(tmp_path / "last" / "model.safetensors", find_trained(two)) < 1e-3
 
 
@@ -335,11 +369,15 @@ def test_second_stage(config_file: Path, tmp_path: Path) -> None:
 
 
 def test_made_up_clips(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any config runs without its data, and a class can be learned; recomputing blocks changes no loss."""
-    words = ["--config", str(config_file), "--synthetic", "data.train=/none.txt", "training.epochs=1", "data.frames=4"]
+    """Runs without its data, and without a first stage; recomputing blocks changes no loss."""
+    words = ["--config", str(config_file), "--synthetic", "data.train=/none.txt", "training.epochs=1", "data.frames=4",
+             "model.start.trained=/none", "model.start.blocks=[0]"]  # fmt: skip
     assert train.main(words) == 0
     output = load_config(config_file).output
-    assert "clips/s" in capsys.readouterr().out or (output / "train.csv").exists()
+    assert "40 videos" not in capsys.readouterr().out
+    assert len(rows(output)) == 20
+    assert train.main(["--config", str(config_file), "training.epochs=1", "--resume"]) == 1  # with real clips
+    assert "was trained on other clips" in capsys.readouterr().err
     assert train.main([*words, "training.recompute=true", f"output={output}_2"]) == 0
     for a, b in zip(rows(output), rows(Path(f"{output}_2")), strict=True):
         assert [float(x) for x in a] == pytest.approx([float(x) for x in b], rel=1e-4)
@@ -359,7 +397,12 @@ def test_videos_that_cannot_be_read(videos: Path, config_file: Path, tmp_path: P
     assert "broken.mp4" in out
     assert evaluate.main(words) == 0
     assert "not read: " in capsys.readouterr().err
-    assert train.main([*words, "--strict", f"output={tmp_path / 'strict'}"]) == 1
+    for workers in (0, 1):
+        strict = [*words, "--strict", f"data.workers={workers}", f"output={tmp_path / 'strict'}"]
+        assert train.main(strict) == 1
+        (told,) = capsys.readouterr().err.splitlines()
+        assert "broken.mp4" in told
+    assert evaluate.main([*words, "--strict"]) == 1
     assert "broken.mp4" in capsys.readouterr().err
 
 
@@ -399,16 +442,17 @@ def test_no_space(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert train.main(["--config", str(config_file), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("what", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("what", ["model.safetensors", "ema.safetensors", "state.pt"])
 def test_broken_checkpoints(config_file: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = load_config(config_file).output
     assert train.main(["--config", str(config_file), "--resume"]) == 1
     assert "there is no checkpoint in" in capsys.readouterr().err
-    assert train.main(["--config", str(config_file), "training.epochs=1"]) == 0
-    assert train.main(["--config", str(config_file), "training.epochs=1", "training.lr=1", "--resume"]) == 1
+    words = ["--config", str(config_file), "training.epochs=1", "training.ema=0.9"]
+    assert train.main(words) == 0
+    assert train.main([*words, "training.lr=1", "--resume"]) == 1
     assert "is of another run: training.lr 0.001, now 1.0" in capsys.readouterr().err
     (Checkpoints(output, 2).all()[-1] / what).write_bytes(b"half")
-    assert train.main(["--config", str(config_file), "training.epochs=1", "--resume"]) == 1
+    assert train.main([*words, "--resume"]) == 1
     assert "can't be read" in capsys.readouterr().err
 
 
@@ -433,6 +477,8 @@ def test_average() -> None:
     ("changes", "message"),
     [
         (["training.batch=32"], "training.batch: expected at most the 16 videos"),
+        (["training.accumulate=3"], "training.batch: expected a multiple of 1 processes times 3 parts, got 4"),
+        (["model.backbone=resnet18", "model.img_size=null"], "model.backbone resnet18: "),
         (["model.backbone=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
         (["model.depth=13"], "model.depth: expected at most 12 blocks"),
         (["model.blocks=[2]"], "blocks: expected indices from 0 to 1, got 2"),
@@ -447,6 +493,35 @@ def test_bad_runs(config_file: Path, changes: list[str], message: str, capsys: p
     assert train.main(["--config", str(config_file), *changes]) == 1
     assert message in capsys.readouterr().err
     assert not (load_config(config_file).output / "train.csv").exists()
+
+
+def test_compiled_blocks_share_a_graph(config_file: Path) -> None:
+    """However many there are: one of their own each would be more than are compiled, and the rest would run eagerly."""
+    from torch._dynamo.utils import counters
+
+    config = load_config(config_file, ["training.compile=true", "model.depth=3"])
+    torch._dynamo.reset()
+    counters.clear()
+    model = build_model(config)
+    clips = torch.rand(1, 3, 3, 32, 32)
+    expected = model(clips)
+    compiled = distribute(model, config.training, make_accelerator("fp32"))
+    found = compiled(clips)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2  # the first block's input needs no gradient
+    found.sum().backward()
+    torch._dynamo.reset()
+
+
+def test_class_without_a_test_video(videos: Path, config_file: Path, tmp_path: Path) -> None:
+    """A list that names no class may end before the last one, which may still be predicted."""
+    assert train.main(["--config", str(config_file), "training.epochs=1"]) == 0
+    listed = tmp_path / "first.txt"
+    listed.write_text("".join(f"{videos}/test {number}.mp4 0\n" for number in range(5)))
+    assert evaluate.main(["--config", str(config_file), f"data.test={listed}"]) == 0
+    output = load_config(config_file).output
+    with (output / "test.csv").open() as file:
+        assert {line["label"] for line in csv.DictReader(file)} == {"0"}
 
 
 def test_rates() -> None:

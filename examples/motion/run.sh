@@ -4,7 +4,7 @@
 set -euo pipefail
 python -m examples.motion.make_clips data/motion
 config=examples/motion/config.yaml
-timeout --signal=INT 40 python -m amflow_models.train --config $config || [ $? = 124 ]  # Ctrl-C after 40 seconds
+timeout --foreground --signal=INT 40 python -m amflow_models.train --config $config || [ $? = 124 ]  # Ctrl-C after 40 seconds
 python -m amflow_models.train --config $config --resume
 python -m amflow_models.evaluate --config $config
 python -m examples.motion.draw --config $config runs/motion/flow.png

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amflow_models.checkpoint import load_trained
-from amflow_models.training.build import SPLITS, build_model, dataset, image_size, normalisation, read_lists
+from amflow_models.training.build import (
+    SPLITS,
+    build_model,
+    class_names,
+    dataset,
+    image_size,
+    normalisation,
+    read_lists,
+)
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, find_trained
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
@@ -55,18 +63,16 @@ def evaluate(
     if getattr(config.data, split) is None:
         raise ValueError(f"data.{split}: the config has none")
     file = find_trained(checkpoint or config.output, AVERAGE if ema else TRAINED)
-    videos = read_lists(config, (split,))[split]
+    accelerator = make_accelerator(config.training.precision)
+    videos = read_lists(config, (split,), check=accelerator.is_main_process)[split]
     model = build_model(config)
     load_trained(model, file)
-    accelerator = make_accelerator(config.training.precision)
     clips = dataset(config, videos, image_size(config, model), train=False, views=True)
     normalise = normalisation(model, accelerator.device)
-    found = predict(
-        distribute(model, config.training, accelerator), clips, config.data.num_classes, config.evaluation.batch,
-        config.data.workers, normalise, accelerator,
-    )  # fmt: skip
+    found = predict(distribute(model, config.training, accelerator), clips, config, normalise, accelerator)
     result = scores(found.probabilities, found.labels)
     if accelerator.is_main_process:
+        names = class_names(config, videos)
         folder = config.output if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
         told = {"checkpoint": str(file), "videos": len(found.labels), "not_read": found.errors, "loss": found.loss,
@@ -79,9 +85,8 @@ def evaluate(
             for place, label, guess, value in zip(
                 found.places.tolist(), found.labels.tolist(), taken.tolist(), sure.tolist(), strict=True
             ):
-                names = videos.classes
                 writer.writerow([videos.videos[place].path, names[label], names[guess], f"{value:.6f}"])
-        draw_confusion(result.confusion, videos.classes, folder / f"{split}_confusion.png")
+        draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
         print(f"{file}\n{split}: {len(found.labels)} videos, {result}")
         for error in found.errors:
             print(f"not read: {error}", file=sys.stderr)

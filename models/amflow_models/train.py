@@ -23,18 +23,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from amflow_models.checkpoint import load_trained
-from amflow_models.classifier import VideoClassifier
 from amflow_models.training.average import Average
-from amflow_models.training.build import build_model, dataset, image_size, normalisation, read_lists
+from amflow_models.training.build import build_model, dataset, digest, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, load_state, restore_optimizer
 from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
 from amflow_models.training.logs import Log
 from amflow_models.training.metrics import scores
-from amflow_models.training.parallel import any_process, clip_gradients, distribute, make_accelerator, without_sync
+from amflow_models.training.parallel import (
+    any_process,
+    clip_gradients,
+    distribute,
+    make_accelerator,
+    of_main,
+    without_sync,
+)
 from amflow_models.training.testing import predict
 
 INTERRUPTED = 130  # exit status, as a shell gives it after Ctrl-C
+PATIENCE = 2.0  # seconds after which another Ctrl-C ends the run where it is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,24 +94,25 @@ class _Run:
                 f"got {settings.batch}"
             )
         checkpoints = Checkpoints(config.output, settings.keep)
-        newest = checkpoints.all()[-1:]
+        newest = of_main(checkpoints.all()[-1:], self.accelerator)
         if newest and not resume:
             raise ValueError(
                 f"output: {newest[0]} is of a run before: --resume goes on with it, another output keeps it"
             )
         if resume and not newest:
             raise ValueError(f"output: there is no checkpoint in {checkpoints.folder} to resume")
-        state = load_state(newest[0], config) if newest else None
-        lists = {} if synthetic else read_lists(config, ("train", "validation"))
+        main = self.accelerator.is_main_process
+        lists = {} if synthetic else read_lists(config, ("train", "validation"), check=main)
+        self.clips = digest(lists)
+        state = load_state(newest[0], config, self.clips) if newest else None
 
         model = build_model(config, synthetic=synthetic, grown=state is not None)
         if state is not None:
             load_trained(model, newest[0] / TRAINED)
         size = image_size(config, model)
         self.train_set = dataset(config, lists.get("train"), size, train=True)
-        self.validation_set = (
-            dataset(config, lists.get("validation"), size, train=False) if _tests(config, synthetic) else None
-        )
+        tested = synthetic or "validation" in lists
+        self.validation_set = dataset(config, lists.get("validation"), size, train=False) if tested else None
         self.per_epoch = len(self.train_set) // settings.batch
         self.total = settings.epochs * self.per_epoch
         self.step = 0 if state is None else int(state["step"])
@@ -115,7 +123,7 @@ class _Run:
         checkpoints.check_space(model, settings.ema is not None)
         self.checkpoints = checkpoints
 
-        self.report = _report(model)
+        self.report = str(model.report)
         self.normalise = normalisation(model, self.accelerator.device)
         self.model = distribute(model, settings, self.accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -125,10 +133,10 @@ class _Run:
             restore_optimizer(self.model, self.optimizer, state)
             if self.average is not None:
                 self.average.load(newest[0] / AVERAGE)
-        self.log = Log(config.output, self.total, self.step, self.accelerator.is_main_process)
+        self.log = Log(config.output, self.total, self.step, main)
         self.errors: Counter[str] = Counter()
 
-    def steps(self, stop: list[int]) -> bool:
+    def steps(self, stop: list[float]) -> bool:
         """Runs to the end, or to where `stop` is no longer empty."""
         self.log.say(self.report)
         shared = "sharded" if isinstance(self.model, FSDPModule) else "copied"
@@ -136,6 +144,12 @@ class _Run:
         self.log.say(
             f"{self.total} steps of {self.config.training.batch} clips, from step {self.step}: {self.config.output}"
         )
+        if (
+            self.step
+            and self.step % self.per_epoch == 0
+            and not of_main(self.log.main and self.log.has("validation", self.step), self.accelerator)
+        ):
+            self._validate()  # the run was cut off before it could
         batches = loader(self.train_set, self.batches, self.config.data.workers, self.accelerator.device)
         self.model.train()
         saved = self.step
@@ -157,9 +171,10 @@ class _Run:
                 self._save()
                 saved = step
             if interrupted:
+                self._tell_errors()
                 self.log.say(f"interrupted after step {step}; --resume goes on from there")
                 return False
-            if epoch_ends and self.validation_set is not None:
+            if epoch_ends:
                 self._validate()
             end = time.perf_counter()
         if saved != self.step:
@@ -196,24 +211,27 @@ class _Run:
         return {"loss": mean, "lr": rate, "gradient_norm": norm}
 
     def _validate(self) -> None:
-        config = self.config
-        found = predict(
-            self.model, self.validation_set, config.data.num_classes, config.evaluation.batch, config.data.workers,
-            self.normalise, self.accelerator,
-        )  # fmt: skip
-        self.errors.update(found.errors)
+        if self.validation_set is None:
+            return
+        found = predict(self.model, self.validation_set, self.config, self.normalise, self.accelerator)
+        if self.accelerator.is_main_process:  # all processes know of all errors
+            self.errors.update(found.errors)
         result = scores(found.probabilities, found.labels)
         told = {"loss": found.loss, "top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
         self.log.write("validation", self.step, told)
         self.log.say(f"epoch {self.step // self.per_epoch}: validation {result}")
 
     def _save(self) -> None:
-        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, self.config, self.accelerator)
+        self.checkpoints.save(
+            self.step, self.model, self.optimizer, self.average, self.config, self.clips, self.accelerator
+        )
 
     def _count_errors(self, errors: list[str]) -> None:
+        if self.config.data.strict and any_process(bool(errors), self.accelerator):
+            raise ValueError(errors[0] if errors else "another process can't read a video")
         for error in errors:
             if not self.errors[error]:
-                self.log.say(f"[yellow]skipped: {error}[/yellow]")
+                self.log.say(f"skipped: {error}", style="yellow")
             self.errors[error] += 1
 
     def _tell_errors(self) -> None:
@@ -227,14 +245,6 @@ class _Run:
             self.log.say(f"{len(total)} videos could not be read:")
             for error, count in sorted(total.items()):
                 self.log.say(f"  {error} ({count}x)")
-
-
-def _tests(config: Config, synthetic: bool) -> bool:
-    return synthetic or config.data.validation is not None
-
-
-def _report(model: VideoClassifier) -> str:
-    return str(model.report)
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: Training) -> torch.optim.Optimizer:
@@ -261,14 +271,18 @@ def _told(epoch: float, told: dict[str, float]) -> str:
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put their number into; the second one of a kind does what it always does."""
-    seen: list[int] = []
+def _interrupts() -> Iterator[list[float]]:
+    """A list that SIGINT and SIGTERM put the time into; who presses Ctrl-C again, a while later, means it.
+
+    One signal may come twice: from a scheduler and from torchrun, to a process and to its group.
+    """
+    seen: list[float] = []
     before: dict[int, Any] = {}
 
     def handle(number: int, _: FrameType | None) -> None:
-        seen.append(number)
-        signal.signal(number, before[number])
+        seen.append(time.monotonic())
+        if number == signal.SIGINT and seen[-1] - seen[0] > PATIENCE:
+            raise KeyboardInterrupt
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         before[kind] = signal.signal(kind, handle)

@@ -37,7 +37,7 @@ class UnreadableVideo(ValueError):  # noqa: N818 -- what it is, not that it is a
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # both, so that it survives pickling: loader processes send it
+        super().__init__(path, reason)  # both, so that it survives pickling
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -243,7 +243,10 @@ def open_video(path: str | Path) -> VideoFile | FrameFolder:
     Raises:
         UnreadableVideo: as `VideoFile` and `FrameFolder`.
     """
-    return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
+    try:
+        return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
+    except OSError as error:  # no right to look at it, a network's file system that is gone
+        raise UnreadableVideo(path, str(error)) from error
 
 
 def count_frames(path: str | Path) -> int:

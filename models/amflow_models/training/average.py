@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,8 +44,14 @@ class Average:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """What `save_trained` wrote while it was `applied`."""
-        for name, value in load_file(path).items():
+        """What `save_trained` wrote while it was `applied`. ValueError if it can't be read or has other names."""
+        try:
+            loaded = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
+        if loaded.keys() != self.values.keys():
+            raise ValueError(f"{path}: does not hold what trains in this model")
+        for name, value in loaded.items():
             self.values[name].copy_(_like(self.values[name], value))
 
     @torch.no_grad()

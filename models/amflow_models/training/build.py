@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,7 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
     """The model of a config.
 
     Args:
-        synthetic: random weights in the place of pretrained ones that would have to be downloaded.
+        synthetic: random weights in the place of pretrained ones that would have to be downloaded, and no `start`.
         grown: AM flow in all of `blocks` from the beginning; else, where there is a `start`, as it was trained so far,
             and then grown.
 
@@ -39,22 +41,20 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
     torch.manual_seed(config.seed)  # random weights are of the run, too
     weights = None if synthetic and wanted.weights == "hub" else wanted.weights
     backbone: Any = create_backbone(wanted.backbone, weights, wanted.img_size)
-    if wanted.depth is not None:
-        path, blocks = find_blocks(backbone)
-        if hasattr(backbone, "stage_ends") or wanted.depth > len(blocks):
-            raise ValueError(f"model.depth: expected at most {len(blocks)} blocks in one stage, got {wanted.depth}")
-        backbone.set_submodule(path, blocks[: wanted.depth])
-    if wanted.pool is not None:
-        backbone.reset_classifier(0, wanted.pool)
     options = {name: getattr(wanted, name) for name in _ADAPTERS}
-    start = None if grown else wanted.start
-    model = VideoClassifier(
-        backbone,
-        config.data.num_classes,
-        config.data.frames,
-        blocks=start.blocks if start else wanted.blocks,
-        **options,
-    )
+    start = None if grown or synthetic else wanted.start
+    placement = start.blocks if start else wanted.blocks
+    try:
+        path, blocks = find_blocks(backbone)
+        if wanted.depth is not None:
+            if hasattr(backbone, "stage_ends") or wanted.depth > len(blocks):
+                raise ValueError(f"model.depth: expected at most {len(blocks)} blocks in one stage, got {wanted.depth}")
+            backbone.set_submodule(path, blocks[: wanted.depth])
+        if wanted.pool is not None:
+            backbone.reset_classifier(0, wanted.pool)
+        model = VideoClassifier(backbone, config.data.num_classes, config.data.frames, blocks=placement, **options)
+    except TypeError as error:
+        raise ValueError(f"model.backbone {wanted.backbone}: {error}") from error
     if start is not None:
         load_trained(model, find_trained(start.trained))
         grow_am_flow(model.backbone, wanted.blocks, verbose=False)
@@ -76,11 +76,16 @@ def normalisation(model: VideoClassifier, device: torch.device) -> Images:
     return lambda clips: (clips.to(device, non_blocking=True) / 255 - mean) / std
 
 
-def read_lists(config: Config, splits: tuple[str, ...]) -> dict[str, VideoList]:
-    """The lists of a config, checked together; no video is opened.
+def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -> dict[str, VideoList]:
+    """The lists of a config.
+
+    Args:
+        check: look for what is wrong with them together, as `check_lists` does; no video is opened. Warnings are
+            printed.
 
     Raises:
-        ValueError: a list can't be read, or a check of `check_lists` fails: all problems are listed.
+        ValueError: a list can't be read or names other classes than there are, or a check fails: all problems are
+            listed.
     """
     data, lists = config.data, {}
     for split in splits:
@@ -90,8 +95,26 @@ def read_lists(config: Config, splits: tuple[str, ...]) -> dict[str, VideoList]:
             lists[split] = read_list(
                 data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part
             )
-    check_lists(lists, data.num_classes, open_videos=False).raise_for_problems()
+            found = len(lists[split].classes)
+            if found != data.num_classes and (data.classes is not None or data.kind in ("ssv2", "smarthome")):
+                raise ValueError(f"data.num_classes: expected the {found} that have names, got {data.num_classes}")
+    if check:
+        report = check_lists(lists, data.num_classes, open_videos=False)
+        report.raise_for_problems()
+        for problem in report.problems:
+            print(f"warning: {problem}", file=sys.stderr)
     return lists
+
+
+def digest(lists: dict[str, VideoList]) -> str:
+    """Of the clips to train on: their names without folders, labels and order."""
+    told = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos) if lists else "synthetic"
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def class_names(config: Config, videos: VideoList) -> list[str]:
+    """A name for every class; a list that names none may not have the last ones."""
+    return [*videos.classes, *map(str, range(len(videos.classes), config.data.num_classes))]
 
 
 def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool, views: bool = False) -> Any:
@@ -111,7 +134,7 @@ def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool,
         )
     return VideoDataset(
         videos, frames=data.frames, size=size, train=train, sampling=data.sampling, stride=data.stride, clips=clips,
-        crops=crops, augment=data.augment, flip=data.flip, scale=data.scale, seed=config.seed, strict=data.strict,
+        crops=crops, augment=data.augment, flip=data.flip, scale=data.scale, seed=config.seed,
     )  # fmt: skip
 
 

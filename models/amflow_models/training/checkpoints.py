@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from amflow_models.training.config import Config
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a resumed run may change: anything else would make it another run.
-FREE = {"output", "evaluation", "data.workers", "data.test", "training.keep", "training.save_every", "training.compile"}
+FREE = {
+    "output", "evaluation", "data.root", "data.train", "data.validation", "data.test", "data.classes", "data.labels",
+    "data.workers", "data.strict", "training.keep", "training.save_every", "training.compile", "training.recompute",
+    "training.parallel",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -63,9 +68,13 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         config: Config,
+        clips: str,
         accelerator: Accelerator,
     ) -> None:
         """Writes a checkpoint and removes the oldest; all processes call it.
+
+        Args:
+            clips: what tells these clips from others, see `digest`.
 
         Raises:
             OSError: it can't be written; those that there are stay.
@@ -79,6 +88,7 @@ class Checkpoints:
             "step": step,
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_WHOLE),
             "config": config.model_dump(mode="json"),
+            "clips": clips,
         }
         if accelerator.is_main_process:
             self._write(self.folder / f"step_{step:08d}", model, trained, averaged, state)
@@ -86,25 +96,26 @@ class Checkpoints:
 
     def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, state: Any) -> None:
         part = path.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
+        for left in self.folder.glob("step_*.part"):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir(parents=True)
             save_trained(model, part / TRAINED, trained)
             if averaged is not None:
                 save_trained(model, part / AVERAGE, averaged)
             torch.save(state, part / STATE)
-            for file in part.iterdir():
+            for file in [*part.iterdir(), part]:
                 _flush(file)
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
-            _flush(self.folder)
         except Exception as error:  # of the file system, of safetensors, of torch.save: they have no common ancestor
             shutil.rmtree(part, ignore_errors=True)
             last = self.all()
             kept = f"the last one is {last[-1]}" if last else "there is none yet"
             raise OSError(f"{path}: the checkpoint can't be written ({error}); {kept}") from error
+        _flush(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a network's file system keeps what somebody reads
 
 
 def find_trained(path: Path, name: str = TRAINED) -> Path:
@@ -123,17 +134,23 @@ def find_trained(path: Path, name: str = TRAINED) -> Path:
     return found
 
 
-def load_state(path: Path, config: Config) -> dict[str, Any]:
+def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
     """The state of a checkpoint.
 
     Raises:
-        ValueError: it can't be read, or is of another config: what differs is listed.
+        ValueError: it can't be read, or is of another config (what differs is listed) or of other clips.
     """
     try:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own
         raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
-    before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    if state["clips"] != clips:
+        raise ValueError(f"{path}: was trained on other clips, another order of them, or with or without --synthetic")
+    # Keys that are newer than the checkpoint have the values that they have by default.
+    before, now = (
+        _flat(Config.model_validate(state["config"]).model_dump(mode="json")),
+        _flat(config.model_dump(mode="json")),
+    )
     changed = [
         f"{key} {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -160,6 +177,7 @@ def _flush(path: Path) -> None:
     """What was written is on the disk, not on its way there."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems do that for folders
+            os.fsync(file)
     finally:
         os.close(file)

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from amflow_models.errors import check_known, nearest
 
@@ -17,7 +17,7 @@ Blocks = str | list[int]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Start(_Section):
@@ -37,14 +37,14 @@ class Model(_Section):
 
     Attributes:
         depth: how many of the backbone's first blocks are used; None is all.
-        pool: how the backbone makes one vector of its tokens (timm's names, "avg" or "token"); None is its own way.
+        pool: how the backbone makes one vector of its tokens: their mean or the class token; None is its own way.
     """
 
     backbone: str
     weights: str | None = "hub"
     img_size: PositiveInt | None = None
     depth: PositiveInt | None = None
-    pool: str | None = None
+    pool: Literal["avg", "token"] | None = None
     blocks: Blocks = "all"
     form: str = "scaled_parallel"
     bottleneck: PositiveInt = 64
@@ -118,7 +118,7 @@ class Training(_Section):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: PositiveFloat | None = 1.0
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     ema: float | None = Field(default=None, gt=0, lt=1)
     recompute: bool = False
     compile: bool = False
@@ -133,7 +133,7 @@ class Evaluation(_Section):
     Attributes:
         clips: in time.
         crops: 1 (the centre) or 3 (along the longer side).
-        batch: videos at a time, over all processes.
+        batch: videos loaded at a time, over all processes; as many clips go through the model at a time.
     """
 
     clips: PositiveInt = 1
@@ -145,17 +145,11 @@ class Config(_Section):
     """A run. `output` is where it writes; `seed` decides about everything random."""
 
     output: Path
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     model: Model
     data: Data
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
-
-    @model_validator(mode="after")
-    def _parts(self) -> Config:
-        if self.training.batch % self.training.accumulate:
-            raise ValueError("training.batch: expected a multiple of training.accumulate")
-        return self
 
 
 def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:

@@ -78,5 +78,6 @@ def loader(dataset: Any, batches: Sampler[list[Key]], workers: int, device: torc
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes; what becomes of it is for the one that trains to say."""
+    """Ctrl-C and a scheduler's SIGTERM reach all processes; what becomes of them is for the one that trains to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

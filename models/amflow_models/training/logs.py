@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,8 +62,13 @@ class Log:
         if self.main:
             self.progress.update(self.task, completed=step, description=told)
 
-    def say(self, what: Any) -> None:
-        self.console.print(what, highlight=False, soft_wrap=True)
+    def say(self, what: str, style: str | None = None) -> None:
+        self.console.print(what, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether a file has a line of a step."""
+        path = self.output / f"{name}.csv"
+        return path.exists() and any(line.startswith(f"{step},") for line in path.read_text().splitlines())
 
     def close(self) -> None:
         if self.main:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from amflow_models.blocks import find_blocks
+from amflow_models.blocks import AdaptedBlock, find_blocks
 from amflow_models.classifier import VideoClassifier
 from amflow_models.training.config import Training
+
+T = TypeVar("T")
 
 
 def make_accelerator(precision: str) -> Accelerator:
     """Of the processes that torchrun (or ``accelerate launch``) started, or of this one alone."""
     # Unless told that it is on a CPU, accelerate takes each process on one for a run of its own.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no" if precision == "fp32" else precision
+    )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise RuntimeError(f"{started} processes were started, and accelerate found {accelerator.num_processes}")
@@ -33,16 +38,19 @@ def distribute(model: VideoClassifier, training: Training, accelerator: Accelera
     FSDP2 shards each block, frozen or not, and gathers it when it runs: per device, a backbone that N processes train
     takes an N-th of its memory. It is PyTorch's own, as accelerate's does not run on a CPU.
     """
-    model.to(accelerator.device)
+    blocks = list(find_blocks(model.backbone)[1])
     if training.compile:
-        for block in find_blocks(model.backbone)[1]:
-            block.compile()  # all blocks share one graph
-    if accelerator.num_processes == 1:
-        return model
-    if training.parallel == "fsdp2":
-        for block in find_blocks(model.backbone)[1]:
+        for block in blocks:
+            if isinstance(block, AdaptedBlock):
+                block.name = "a compiled block"  # with names of their own, each would be a graph of its own
+            block.compile()
+    shards = training.parallel == "fsdp2" and accelerator.num_processes > 1
+    if shards:  # before anything is moved: whole, the model may not fit
+        for block in blocks:
             fully_shard(block)
         fully_shard(model)
+    model.to(accelerator.device)
+    if shards or accelerator.num_processes == 1:
         return model
     prepared: nn.Module = accelerator.prepare_model(model)
     return prepared
@@ -65,8 +73,9 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     """Whether it is so in one of the processes: all get the same answer."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(_sum(torch.tensor(float(flag), device=accelerator.device), accelerator) > 0)
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def _sum(x: Tensor, accelerator: Accelerator) -> Tensor:
-    return accelerator.reduce(x, "sum")
+def of_main(found: T, accelerator: Accelerator) -> T:
+    """What the main process found, in all of them."""
+    return found if accelerator.num_processes == 1 else broadcast_object_list([found])[0]

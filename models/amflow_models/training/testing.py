@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from amflow_models.training.build import Images
+from amflow_models.training.config import Config
 from amflow_models.training.loading import EvaluationBatches, loader
 
 
@@ -36,38 +37,40 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, dataset: Any, classes: int, batch: int, workers: int, normalise: Images, accelerator: Accelerator
-) -> Predictions:
+def predict(model: nn.Module, dataset: Any, config: Config, normalise: Images, accelerator: Accelerator) -> Predictions:
     """Predictions for every video of a data set; all processes call it and get the same.
 
-    Args:
-        batch: videos at a time, over all processes.
-
     Raises:
-        ValueError: no video could be read.
+        ValueError: no video could be read, or, with `data.strict`, one could not; a prediction is no number.
     """
+    batch, classes = config.evaluation.batch, config.data.num_classes
+    together = max(1, batch // accelerator.num_processes)  # clips that go through the model
     batches = EvaluationBatches(len(dataset), batch, rank=accelerator.process_index, world=accelerator.num_processes)
-    found = torch.full((len(dataset), classes), torch.nan)
-    labels = torch.full((len(dataset),), -1)
+    found = torch.zeros(len(dataset), classes)
+    labels = torch.zeros(len(dataset), dtype=torch.int64)
+    read = torch.zeros(len(dataset), dtype=torch.bool)
     errors: list[str] = []
     training = model.training
     model.eval()
-    for part in loader(dataset, batches, workers, accelerator.device):
-        views = part["clips"].shape[1]
+    for part in loader(dataset, batches, config.data.workers, accelerator.device):
+        clips = rearrange(part["clips"], "b v t c h w -> (b v) t c h w")
         with accelerator.autocast():
-            logits = model(normalise(rearrange(part["clips"], "b v t c h w -> (b v) t c h w"))).float()
-        mean = reduce(logits.softmax(-1), "(b v) k -> b k", "mean", v=views)
-        mean[~part["valid"].to(mean.device)] = torch.nan
-        places, mean, known = accelerator.gather((part["index"].to(mean.device), mean, part["label"].to(mean.device)))
-        found[places.cpu()], labels[places.cpu()] = mean.cpu(), known.cpu()
+            logits = torch.cat([model(normalise(some)).float() for some in clips.split(together)])
+        mean = reduce(logits.softmax(-1), "(b v) k -> b k", "mean", v=part["clips"].shape[1])
+        told = (part[name].to(mean.device) for name in ("index", "label", "valid"))
+        places, known, valid, mean = (x.cpu() for x in accelerator.gather((*told, mean)))
+        found[places], labels[places], read[places] = mean, known, valid
         errors += part["errors"]
     model.train(training)
     if accelerator.num_processes > 1:
         errors = gather_object(errors)
-    read = found.isfinite().all(1)
+    errors = sorted(set(errors))
+    if errors and config.data.strict:
+        raise ValueError(errors[0])
     if not read.any():
-        raise ValueError(f"none of {len(dataset)} videos could be read; the first: {(errors or ['no error'])[0]}")
+        raise ValueError(f"none of {len(dataset)} videos could be read; the first: {errors[0]}")
     probabilities, labels = found[read], labels[read]
+    if not probabilities.isfinite().all():
+        raise ValueError("a prediction is no number: the model's weights or its precision can't be right")
     loss = cross_entropy(probabilities.clamp_min(1e-12).log(), labels).item()
-    return Predictions(read.nonzero()[:, 0], probabilities, labels, loss, sorted(set(errors)))
+    return Predictions(read.nonzero()[:, 0], probabilities, labels, loss, errors)
