@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
+from amflow_models.blocks import AdapterOptions
 from amflow_models.errors import check_known, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -46,13 +47,13 @@ class Model(_Section):
     depth: PositiveInt | None = None
     pool: Literal["avg", "token"] | None = None
     blocks: Blocks = "all"
-    form: str = "scaled_parallel"
-    bottleneck: PositiveInt = 64
-    unit: str = "conv"
-    pooled: bool = False
-    centred: bool = True
-    gate: str = "am_flow"
-    align: bool = False
+    form: str = AdapterOptions.form
+    bottleneck: PositiveInt = AdapterOptions.bottleneck
+    unit: str = AdapterOptions.unit
+    pooled: bool = AdapterOptions.pooled
+    centred: bool = AdapterOptions.centred
+    gate: str = AdapterOptions.gate
+    align: bool = AdapterOptions.align
     start: Start | None = None
 
 
