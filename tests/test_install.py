@@ -356,7 +356,7 @@ def pip_install(checkout: Path, target: Path, env: dict[str, str | None]) -> Non
 
 
 def package_files(folder: Path, models: str = ".") -> set[str]:
-    wanted = (".py", ".typed")
+    wanted = (".py", ".typed", ".yaml")
     packages = ((folder, "amflow_kernels"), (folder / models, "amflow_models"))
     return {str(p.relative_to(top)) for top, name in packages for p in (top / name).rglob("*") if p.suffix in wanted}
 

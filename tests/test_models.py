@@ -513,3 +513,32 @@ def test_bad_models_and_inputs() -> None:
     unfused.blocks[1].attn.fused_attn = False
     with pytest.raises(RuntimeError, match=r"blocks\.1: AM flow is read where"):
         unfused(images(unfused))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"vit_{size}_patch14_{kind}"
+            for size in ("small", "base", "large", "giant")
+            for kind in ("dinov2", "reg4_dinov2")
+        ),
+        *(f"hiera_{size}_224" for size in ("tiny", "small", "base", "large")),
+    ],
+)
+def test_all_sizes(name: str) -> None:
+    """Of all the backbones that are promised; without memory for weights."""
+    with torch.device("meta"):
+        model = VideoClassifier(create_backbone(name, None), 5, 2, blocks="all", bottleneck=8)
+        assert model(torch.empty(1, 2, 3, *2 * [518 if "dinov2" in name else 224])).shape == (1, 5)
+
+
+@pytest.mark.demo
+def test_real_weights_stay() -> None:
+    """A fresh model gives what the real DINOv2 gives, to the bit."""
+    images = torch.randn(2, 3, 70, 70)
+    backbone = create_backbone("vit_small_patch14_dinov2", "offline", 70)
+    with torch.no_grad():
+        expected = backbone(images)
+        add_adapters(backbone, num_frames=2, blocks="all", verbose=False)
+        assert torch.equal(backbone(images), expected)

@@ -231,6 +231,9 @@ def test_train_and_evaluate(config_file: Path, capsys: pytest.CaptureFixture[str
     assert rows(output, "validation", ("step",)) == [("4",), ("8",)]
     assert [path.name for path in Checkpoints(output, 2).all()] == ["step_00000004", "step_00000008"]
     assert list((output / "tensorboard").iterdir())
+    for speed, waiting in rows(output, columns=("clips_per_second", "waiting")):
+        assert float(speed) > 0
+        assert 0 <= float(waiting) <= 1
 
     capsys.readouterr()
     assert evaluate.main(["--config", str(config_file)]) == 0
@@ -363,9 +366,35 @@ def test_second_stage(config_file: Path, tmp_path: Path) -> None:
     clips = torch.rand(2, 3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(before(clips), after(clips))
+    assert after.report is not None
+    assert after.report.temporal == (0, 1)
     assert train.main(["--config", str(config_file), *words]) == 0
     assert train.main(["--config", str(config_file), *words, "training.epochs=3", "--resume"]) == 1  # another run
     assert train.main(["--config", str(config_file), *words, "data.workers=1", "--resume"]) == 0
+
+
+def test_other_backbone(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of another backbone fit by name and shape, and would give wrong scores."""
+    assert train.main(["--config", str(config_file), "training.epochs=1"]) == 0
+    words = ["--config", str(config_file), "model.pool=avg"]
+    assert evaluate.main(words) == 1
+    assert "was trained on another backbone: pool None, now 'avg'" in capsys.readouterr().err
+    output = load_config(config_file).output
+    start = [f"model.start.trained={output}", "model.start.blocks=all", f"output={output}_2"]
+    assert train.main([*words, *start]) == 1
+    assert "was trained on another backbone" in capsys.readouterr().err
+    torch.save([1], Checkpoints(output, 2).all()[-1] / "state.pt")
+    assert train.main(["--config", str(config_file), "training.epochs=1", "--resume"]) == 1
+    assert "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["k400_vitb_am12", "ssv2_vitb_am12", "smarthome_vitb_first_last"])
+def test_shipped_configs_run(name: str, tmp_path: Path) -> None:
+    """On made-up clips, cut down in size and depth."""
+    small = ["model.img_size=28", "model.depth=2", "model.backbone=vit_small_patch14_dinov2", "data.frames=2",
+             "training.batch=2", "training.epochs=1", "training.precision=fp32", f"output={tmp_path}"]  # fmt: skip
+    assert train.main(["--config", name, "--synthetic", *small]) == 0
+    assert len(rows(tmp_path)) == 20
 
 
 def test_made_up_clips(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -483,6 +512,7 @@ def test_average() -> None:
         (["model.depth=13"], "model.depth: expected at most 12 blocks"),
         (["model.blocks=[2]"], "blocks: expected indices from 0 to 1, got 2"),
         (["data.num_classes=1"], "label"),
+        (["model.gate=am_flo"], "did you mean 'am_flow'"),
         (["data.train=/none.txt"], "none.txt"),
         (["data.kind=mmactoin"], "did you mean 'mmaction'"),
         (["model.start.trained=/none", "model.start.blocks=all"], "there is no file"),
@@ -492,7 +522,12 @@ def test_bad_runs(config_file: Path, changes: list[str], message: str, capsys: p
     """Before the first step, in a line."""
     assert train.main(["--config", str(config_file), *changes]) == 1
     assert message in capsys.readouterr().err
-    assert not (load_config(config_file).output / "train.csv").exists()
+    assert not (config_file.parent / "run" / "train.csv").exists()
+
+
+def test_training_on_the_test_list(videos: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", str(config_file), f"data.test={videos / 'train.txt'}"]) == 1
+    assert "videos in both lists" in capsys.readouterr().err
 
 
 def test_compiled_blocks_share_a_graph(config_file: Path) -> None:

@@ -1,1 +1,1 @@
-"""Motion tasks on real pictures, in which single frames tell nothing: `python -m benchmarks.motion OUT.png`."""
+"""Motion tasks on real pictures, in which single frames tell nothing: `python -m benchmarks.motion --help`."""

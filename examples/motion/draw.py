@@ -6,6 +6,7 @@ python -m examples.motion.draw --config examples/motion/config.yaml PNG
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch.nn.functional import interpolate
 CLIPS = 4
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.motion.draw", description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("picture", type=Path)
     parser.add_argument("changes", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.changes)
     videos = read_lists(config, ("test",))["test"]
     model = build_model(config).eval()

@@ -6,6 +6,7 @@ python -m examples.motion.make_clips FOLDER
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,12 +19,12 @@ COUNTS = {"train": 2400, "validation": 200, "test": 400}
 SIZE, FRAMES = 70, 4
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.motion.make_clips", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", choices=TASKS, default="direction")
     parser.add_argument("--part", type=float, default=1.0, help="of the clips, for a quick look (default 1)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     (args.folder / "videos").mkdir(parents=True, exist_ok=True)
     (args.folder / "classes.txt").write_text("\n".join(TASKS[args.task].classes) + "\n")
     for split, count in COUNTS.items():

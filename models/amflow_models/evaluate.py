@@ -19,7 +19,7 @@ from amflow_models.training.build import (
     normalisation,
     read_lists,
 )
-from amflow_models.training.checkpoints import AVERAGE, TRAINED, find_trained
+from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
 from amflow_models.training.parallel import distribute, make_accelerator
@@ -63,13 +63,14 @@ def evaluate(
     if getattr(config.data, split) is None:
         raise ValueError(f"data.{split}: the config has none")
     file = find_trained(checkpoint or config.output, AVERAGE if ema else TRAINED)
+    check_backbone(file, config)
     accelerator = make_accelerator(config.training.precision)
     videos = read_lists(config, (split,), check=accelerator.is_main_process)[split]
     model = build_model(config)
     load_trained(model, file)
     clips = dataset(config, videos, image_size(config, model), train=False, views=True)
     normalise = normalisation(model, accelerator.device)
-    found = predict(distribute(model, config.training, accelerator), clips, config, normalise, accelerator)
+    found = predict(distribute(model, config.training, accelerator), clips, config, normalise, accelerator, bar=True)
     result = scores(found.probabilities, found.labels)
     if accelerator.is_main_process:
         names = class_names(config, videos)

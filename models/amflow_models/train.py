@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from amflow_models.checkpoint import load_trained
 from amflow_models.training.average import Average
-from amflow_models.training.build import build_model, dataset, digest, image_size, normalisation, read_lists
+from amflow_models.training.build import SPLITS, build_model, dataset, digest, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, load_state, restore_optimizer
 from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
@@ -102,7 +102,7 @@ class _Run:
         if resume and not newest:
             raise ValueError(f"output: there is no checkpoint in {checkpoints.folder} to resume")
         main = self.accelerator.is_main_process
-        lists = {} if synthetic else read_lists(config, ("train", "validation"), check=main)
+        lists = {} if synthetic else read_lists(config, SPLITS, check=main)
         self.clips = digest(lists)
         state = load_state(newest[0], config, self.clips) if newest else None
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from amflow_models.data.lists import Video, VideoList
-from amflow_models.data.video import UnreadableVideo, open_video
+from amflow_models.data.video import UnreadableVideo, count_images, open_video
 
 _EXAMPLES = 3
 
@@ -93,7 +93,7 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
 
     - labels below 0 or of more than `num_classes`, above all those that count from 1;
     - empty lists; classes without a video: an error in a list with "train" in its name, a warning in others;
-    - missing files; if they are opened, folders with fewer frames than their list says, and videos that can't be read;
+    - missing files, folders with fewer frames than their list says, and videos that can't be opened;
     - one video with several labels, and videos that two lists share, by the file that a path leads to. A video that
       comes several times with the same label is no problem: some lists balance their classes so.
 
@@ -157,12 +157,11 @@ def _look(video: Video, open_it: bool) -> tuple[str, str, str]:
     if not os.path.exists(file):
         return file, "missing files", ""
     try:
-        if not open_it:
-            return file, "", ""
-        with open_video(file) as reader:
-            if video.frames is not None and len(reader) < video.frames:
-                return file, "folders with fewer frames than the list says", f": {len(reader)} of {video.frames}"
-            reader.read([0])
+        if video.frames is not None and os.path.isdir(file) and (there := count_images(file)) < video.frames:
+            return file, "folders with fewer frames than the list says", f": {there} of {video.frames}"
+        if open_it:
+            with open_video(file) as reader:
+                reader.read([0])
     except UnreadableVideo as error:
         return file, "videos that can't be read", f": {error.reason}"
     return file, "", ""

@@ -11,6 +11,7 @@ Rotation in a file's metadata (phones) is not applied.
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-_IMAGES = {".jpg", ".jpeg", ".png"}
+_IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class UnreadableVideo(ValueError):  # noqa: N818 -- what it is, not that it is an error
@@ -210,7 +211,7 @@ class FrameFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UnreadableVideo(path, "there is no such folder")
-        self.files = sorted((file for file in self.path.iterdir() if file.suffix.lower() in _IMAGES), key=_natural)
+        self.files = sorted((file for file in self.path.iterdir() if _is_image(file.name)), key=_natural)
         if not self.files:
             raise UnreadableVideo(path, f"expected a folder with {', '.join(sorted(_IMAGES))} files, found none")
 
@@ -247,6 +248,16 @@ def open_video(path: str | Path) -> VideoFile | FrameFolder:
         return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
     except OSError as error:  # no right to look at it, a network's file system that is gone
         raise UnreadableVideo(path, str(error)) from error
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)
+
+
+def count_images(folder: str | Path) -> int:
+    """How many frames are in a folder, without putting them in order."""
+    with os.scandir(folder) as entries:
+        return sum(_is_image(entry.name) for entry in entries)
 
 
 def count_frames(path: str | Path) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amflow_models.add import grow_am_flow
+from amflow_models.add import grow_am_flow, report_of
 from amflow_models.backbones import create_backbone
 from amflow_models.blocks import find_blocks
 from amflow_models.checkpoint import load_trained
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
-from amflow_models.training.checkpoints import find_trained
+from amflow_models.training.checkpoints import check_backbone, find_trained
 from amflow_models.training.config import Config
 
 SPLITS = ("train", "validation", "test")
@@ -56,8 +56,11 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
     except TypeError as error:
         raise ValueError(f"model.backbone {wanted.backbone}: {error}") from error
     if start is not None:
-        load_trained(model, find_trained(start.trained))
+        trained = find_trained(start.trained)
+        check_backbone(trained, config)
+        load_trained(model, trained)
         grow_am_flow(model.backbone, wanted.blocks, verbose=False)
+        model.report = report_of(model)
     if config.training.recompute:
         backbone.set_grad_checkpointing(True)
     return model
@@ -88,10 +91,12 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             listed.
     """
     data, lists = config.data, {}
+    distinct = {}  # a list that is there to validate and to test on shares all of its videos with itself
     for split in splits:
         path = getattr(data, split)
         if path is not None:
             part = f"{data.split}/{split}" if data.kind == "smarthome" else data.split
+            distinct[split == "train", path, part] = split
             lists[split] = read_list(
                 data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part
             )
@@ -99,7 +104,8 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             if found != data.num_classes and (data.classes is not None or data.kind in ("ssv2", "smarthome")):
                 raise ValueError(f"data.num_classes: expected the {found} that have names, got {data.num_classes}")
     if check:
-        report = check_lists(lists, data.num_classes, open_videos=False)
+        checked = {split: lists[split] for split in distinct.values()}
+        report = check_lists(checked, data.num_classes, open_videos=False)
         report.raise_for_problems()
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)

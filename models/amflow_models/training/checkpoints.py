@@ -134,16 +134,35 @@ def find_trained(path: Path, name: str = TRAINED) -> Path:
     return found
 
 
+def check_backbone(trained: Path, config: Config) -> None:
+    """Raises ValueError if a checkpoint's weights belong to another backbone: names and shapes may be the same."""
+    if not (trained.parent / STATE).is_file():
+        return  # a file of weights alone does not say
+    before, now = _read_state(trained.parent)["config"]["model"], config.model.model_dump(mode="json")
+    changed = [
+        f"{key} {before[key]!r}, now {now[key]!r}" for key in ("backbone", "depth", "pool") if before[key] != now[key]
+    ]
+    if changed:
+        raise ValueError(f"{trained}: was trained on another backbone: {', '.join(changed)}")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own
+        raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
+    if not isinstance(state, dict) or not {"step", "optimizer", "config", "clips"} <= state.keys():
+        raise ValueError(f"{path}: can't be read as a checkpoint (its {STATE} holds something else)")
+    return state
+
+
 def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
     """The state of a checkpoint.
 
     Raises:
         ValueError: it can't be read, or is of another config (what differs is listed) or of other clips.
     """
-    try:
-        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own
-        raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
+    state = _read_state(path)
     if state["clips"] != clips:
         raise ValueError(f"{path}: was trained on other clips, another order of them, or with or without --synthetic")
     # Keys that are newer than the checkpoint have the values that they have by default.

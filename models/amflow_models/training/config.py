@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from amflow_models.blocks import AdapterOptions
 from amflow_models.errors import check_known, nearest
@@ -55,6 +55,12 @@ class Model(_Section):
     gate: str = AdapterOptions.gate
     align: bool = AdapterOptions.align
     start: Start | None = None
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Model:
+        """Knows their names before a backbone is downloaded."""
+        AdapterOptions(2, self.form, unit=self.unit, gate=self.gate, align=self.align)
+        return self
 
 
 class Data(_Section):

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+LINES = 50  # steps between lines where there is no terminal to draw a bar on
+
 
 class Log:
     """Writes what happens at a step. Only the main process has a log; the others' says nothing.
@@ -61,6 +63,8 @@ class Log:
         """Moves the progress bar."""
         if self.main:
             self.progress.update(self.task, completed=step, description=told)
+            if not self.console.is_terminal and step % LINES == 0:
+                self.say(f"step {step}: {told}")
 
     def say(self, what: str, style: str | None = None) -> None:
         self.console.print(what, style=style, highlight=False, markup=False, soft_wrap=True)

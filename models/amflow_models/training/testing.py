@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from einops import rearrange, reduce
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -37,8 +39,13 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Any, config: Config, normalise: Images, accelerator: Accelerator) -> Predictions:
+def predict(
+    model: nn.Module, dataset: Any, config: Config, normalise: Images, accelerator: Accelerator, *, bar: bool = False
+) -> Predictions:
     """Predictions for every video of a data set; all processes call it and get the same.
+
+    Args:
+        bar: show progress on a terminal.
 
     Raises:
         ValueError: no video could be read, or, with `data.strict`, one could not; a prediction is no number.
@@ -52,7 +59,10 @@ def predict(model: nn.Module, dataset: Any, config: Config, normalise: Images, a
     errors: list[str] = []
     training = model.training
     model.eval()
-    for part in loader(dataset, batches, config.data.workers, accelerator.device):
+    parts = loader(dataset, batches, config.data.workers, accelerator.device)
+    console = Console(stderr=True)
+    silent = not (bar and accelerator.is_main_process and console.is_terminal)
+    for part in track(parts, "testing", total=len(batches), console=console, disable=silent):
         clips = rearrange(part["clips"], "b v t c h w -> (b v) t c h w")
         with accelerator.autocast():
             logits = torch.cat([model(normalise(some)).float() for some in clips.split(together)])
