@@ -11,6 +11,9 @@ from typing import Any
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 
+# What a default is chosen among, besides the arms that are there for a choice alone.
+RIVALS = ("am_flow", "am_flow_raw", "frame_difference", "constant", "am_flow_serial", "am_flow_aligned")
+
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -28,19 +31,24 @@ def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
     return centre, max(clips, STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values)))
 
 
-def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], tuple[float, float, float]]:
-    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of what was reached."""
+Cell = tuple[float, float, float | None]
+
+
+def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], Cell]:
+    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of what was reached.
+
+    The steps are of the runs that beat chance by more than its interval; None if there is none.
+    """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table["runs"]:
         if row[split] is not None:
             found.setdefault((row["arm"], row["task"]), []).append(row)
-    return {
-        key: (
-            *interval([row[split] for row in rows], table["setting"][split]),
-            mean(row["steps_to_90"] for row in rows),
-        )
-        for key, rows in found.items()
-    }
+    tested, results = table["setting"][split], {}
+    for key, rows in found.items():
+        chance = 1 / len(TASKS[key[1]].classes)
+        learned = [row["steps_to_90"] for row in rows if row[split] > chance + interval([chance], tested)[1]]
+        results[key] = (*interval([row[split] for row in rows], tested), mean(learned) if learned else None)
+    return results
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -51,14 +59,14 @@ def markdown(table: dict[str, Any]) -> str:
     choices = [arm for arm, spec in ARMS.items() if spec.choice]
     tables = {
         "Test": (cells(table), [arm for arm in ARMS if arm not in choices]),
-        "Validation": (cells(table, "validation"), ["am_flow", *choices]),
+        "Validation": (cells(table, "validation"), [*RIVALS, *choices]),
     }
     if not any(row["arm"] in choices for row in table["runs"]):
         del tables["Validation"]
     return "\n\n".join(f"{name}:\n\n{_rows(table, *content)}" for name, content in tables.items())
 
 
-def _rows(table: dict[str, Any], results: dict[tuple[str, str], tuple[float, float, float]], arms: list[str]) -> str:
+def _rows(table: dict[str, Any], results: dict[tuple[str, str], Cell], arms: list[str]) -> str:
     arms = [arm for arm in arms if any(key[0] == arm for key in results)]
     chosen = [task for arm in arms if ARMS[arm].choice for task in ARMS[arm].tasks or ()] or list(TASKS)
     tasks = [task for task in TASKS if task in chosen and any(key[1] == task for key in results)]
@@ -74,7 +82,7 @@ def _rows(table: dict[str, Any], results: dict[tuple[str, str], tuple[float, flo
                 row.append("")
                 continue
             centre, half, steps = results[arm, task]
-            at = "" if ARMS[arm].options is None else f" ({steps:.0f})"
+            at = "" if steps is None or ARMS[arm].options is None else f" ({steps:.0f})"
             row.append(f"{100 * centre:.0f} ± {100 * half:.0f}{at}")
         trained = max(row["trainable"] for row in table["runs"] if row["arm"] == arm)
         lines.append(f"| {ARMS[arm].label} | {trained / 1e3:.0f}k | " + " | ".join(row) + " |")
