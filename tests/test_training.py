@@ -414,25 +414,28 @@ def test_made_up_clips(config_file: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_videos_that_cannot_be_read(videos: Path, config_file: Path, tmp_path: Path, capsys: Any) -> None:
     """Counted, named and left out; with data.strict an error."""
-    broken = tmp_path / "broken.mp4"
-    broken.write_text("no video")
-    listed = tmp_path / "list.txt"
-    listed.write_text((videos / "train.txt").read_text() + f"{broken} 1\n")
-    words = ["--config", str(config_file), f"data.train={listed}", f"data.root={videos}", f"data.test={listed}",
-             "training.batch=17", "training.epochs=1"]  # fmt: skip
+    lists = []
+    for split in ("train", "test"):
+        broken = tmp_path / f"broken {split}.mp4"
+        broken.write_text("no video")
+        listed = tmp_path / f"{split}.txt"
+        listed.write_text((videos / f"{split}.txt").read_text() + f"{broken} 1\n")
+        lists.append(f"data.{split}={listed}")
+    lists.append(f"data.validation={listed}")  # that of the test, as in the config
+    words = ["--config", str(config_file), *lists, f"data.root={videos}", "training.batch=17", "training.epochs=1"]
     assert train.main(words) == 0
     out = capsys.readouterr().out
-    assert "1 videos could not be read" in out
-    assert "broken.mp4" in out
+    assert "2 videos could not be read" in out
+    assert "broken train.mp4" in out
     assert evaluate.main(words) == 0
     assert "not read: " in capsys.readouterr().err
     for workers in (0, 1):
         strict = [*words, "--strict", f"data.workers={workers}", f"output={tmp_path / 'strict'}"]
         assert train.main(strict) == 1
         (told,) = capsys.readouterr().err.splitlines()
-        assert "broken.mp4" in told
+        assert "broken train.mp4" in told
     assert evaluate.main([*words, "--strict"]) == 1
-    assert "broken.mp4" in capsys.readouterr().err
+    assert "broken test.mp4" in capsys.readouterr().err
 
 
 # Checkpoints.

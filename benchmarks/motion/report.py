@@ -90,7 +90,7 @@ def _rows(table: dict[str, Any], results: dict[tuple[str, str], Cell], arms: lis
 
 
 def plot(table: dict[str, Any], path: Path) -> None:
-    """Accuracy of each arm, a panel per task."""
+    """Accuracy of each arm and of its runs, a panel per task."""
     from matplotlib.figure import Figure
 
     results = cells(table)
@@ -103,7 +103,9 @@ def plot(table: dict[str, Any], path: Path) -> None:
             if (arm, task) in results:
                 centre, half, _ = results[arm, task]
                 colour = "#d55e00" if arm.startswith("am_flow") else "#0072b2"
-                axes.errorbar(100 * centre, place, xerr=100 * half, fmt="o", color=colour, capsize=3, markersize=5)
+                axes.errorbar(100 * centre, place, xerr=100 * half, fmt="|", color=colour, capsize=3, alpha=0.5)
+                runs = [100 * row["test"] for row in table["runs"] if row["arm"] == arm and row["task"] == task]
+                axes.plot(runs, [place] * len(runs), "o", color=colour, markersize=4)
         axes.axvline(100 / len(TASKS[task].classes), color="0.6", linestyle=":")
         axes.set_title(f"{task}: {len(TASKS[task].classes)} classes", fontsize=10)
         axes.set_xlim(0, 102)
@@ -111,7 +113,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
     panels[0].set_yticks(range(len(arms)), [ARMS[arm].label for arm in arms], fontsize=9)
     panels[0].invert_yaxis()
     figure.supxlabel(
-        "Test accuracy in %, 95% interval over seeds, at least that over test clips. Orange: AM flow. Dotted: chance.",
+        "Test accuracy in %: each run, mean and 95% interval. Orange: AM flow. Dotted: chance.",
         fontsize=9,
     )
     figure.savefig(path, dpi=110)

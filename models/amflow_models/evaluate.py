@@ -22,7 +22,7 @@ from amflow_models.training.build import (
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
-from amflow_models.training.parallel import distribute, make_accelerator
+from amflow_models.training.parallel import distribute, leave, make_accelerator
 from amflow_models.training.testing import predict
 
 
@@ -91,6 +91,7 @@ def evaluate(
         print(f"{file}\n{split}: {len(found.labels)} videos, {result}")
         for error in found.errors:
             print(f"not read: {error}", file=sys.stderr)
+    accelerator.end_training()
     return result
 
 
@@ -109,4 +110,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

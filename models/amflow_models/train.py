@@ -34,6 +34,7 @@ from amflow_models.training.parallel import (
     any_process,
     clip_gradients,
     distribute,
+    leave,
     make_accelerator,
     of_main,
     without_sync,
@@ -75,7 +76,9 @@ def train(config: Config, *, synthetic: bool = False, resume: bool = False) -> b
     run = _Run(config, synthetic, resume)
     try:
         with _interrupts() as stop:
-            return run.steps(stop)
+            finished = run.steps(stop)
+        run.accelerator.end_training()
+        return finished
     finally:
         run.log.close()
 
@@ -308,4 +311,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -79,3 +80,17 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
 def of_main(found: T, accelerator: Accelerator) -> T:
     """What the main process found, in all of them."""
     return found if accelerator.num_processes == 1 else broadcast_object_list([found])[0]
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process, at once if it is one of several.
+
+    A thread of gloo's may come to drop the last collective's tensors only when Python is being taken down, which
+    aborts the process: a run that succeeded would be told as failed. The group can't be relied on to end its threads
+    before, as FSDP2 keeps it alive.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
