@@ -1,0 +1,111 @@
+"""Handles of the CUDA kernels (csrc/cuda); shapes and meaning as in the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amflow_kernels import _ext
+
+MAX_TOKENS = 640
+MAX_HEAD_DIM = 128
+
+_REDUCTIONS = {"none": 0, "mean": 1, "mean_map": 2}
+
+
+def unavailable() -> str | None:
+    """Why the kernels can't run in this process, or None. Builds and loads the library if needed."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    return _ext.load("cuda")
+
+
+def unsupported_shape(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels don't take q and k, or None."""
+    tokens, D = max(q.shape[-2], k.shape[-2]), q.shape[-1]
+    if tokens > MAX_TOKENS:
+        return f"expected at most {MAX_TOKENS} tokens in a frame, got {tokens}"
+    if D > MAX_HEAD_DIM:
+        return f"expected a head dimension of at most {MAX_HEAD_DIM}, got {D}"
+    return None
+
+
+def am_flow(
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    center: bool,
+    lse: Tensor | None,
+    lse_b: Tensor | None,
+    saved: Tensor,
+) -> Tensor:
+    # Log-sum-exps would save nothing: a strip makes each map once.
+    groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
+    flow = torch.empty((q.shape[0], q.shape[1] - lag, *groups, k.shape[-2]), dtype=torch.float32, device=q.device)
+    with _on(q):
+        _ops().forward(
+            flow, saved, q, k, q_b, k_b, scale, lag, temperature, _REDUCTIONS[head_reduction], center, *_device(q)
+        )
+    return flow
+
+
+def am_flow_backward(
+    dflow: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_b: Tensor | None,
+    k_b: Tensor | None,
+    scale: float,
+    lag: int,
+    temperature: float,
+    head_reduction: str,
+    needs: Sequence[bool],
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dq_b, dk_b = (
+        torch.empty(x.shape if needed and x is not None else 0, dtype=q.dtype, device=q.device)
+        for x, needed in zip((q, k, q_b, k_b), needs, strict=True)
+    )
+    # Less its mean: a constant has no effect, as the rows of P sum to 1; without it a constant dflow gives exactly 0.
+    g = dflow - dflow.mean(-1, keepdim=True, dtype=torch.float64).to(dflow.dtype)
+    if head_reduction == "mean":
+        heads = q.shape[2]
+        g = (g / heads).unsqueeze(2).expand(*g.shape[:2], heads, *g.shape[2:])
+    with _on(q):
+        _ops().backward(
+            dq, dk, dq_b, dk_b, g.contiguous(), saved, q, k, q_b, k_b,
+            scale, lag, temperature, _REDUCTIONS[head_reduction], *_device(q),
+        )  # fmt: skip
+    return dq, dk, dq_b, dk_b
+
+
+def describe() -> list[str]:
+    """What `explain` says of the CUDA kernels."""
+    why_not = unavailable()
+    if why_not is not None:
+        return [f"cuda kernels: not available: {why_not}"]
+    return [f"cuda kernels: from {_ext.binary('cuda')}; they run where impl='cuda' asks for them alone"]
+
+
+def _ops() -> Any:
+    return torch.ops.amflow_cuda
+
+
+def _on(q: Tensor) -> Any:
+    """Launch on the tensors' GPU, whichever is current."""
+    return torch.cuda.device(q.device)
+
+
+def _device(q: Tensor) -> tuple[int, int, int]:
+    """Multiprocessors, bytes of shared memory that a block can have, stream."""
+    found = torch.cuda.get_device_properties(q.device)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    return found.multi_processor_count, found.shared_memory_per_block_optin, stream

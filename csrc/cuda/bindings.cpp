@@ -1,0 +1,153 @@
+// The one file that knows torch: its stable ABI, so that one binary loads on every torch from 2.11 on.
+// Registers amflow_cuda::*, without autograd and without checks: amflow_kernels has made them.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "am_flow.h"
+
+namespace {
+
+using amflow_cuda::Device;
+using amflow_cuda::Dtype;
+using amflow_cuda::Frames;
+using amflow_cuda::Problem;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: return Dtype::f16;
+  }
+}
+
+void* data_or_null(const Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
+
+// Strides of batch, frame, head, window, token; without windows there is one.
+void set_strides(const Tensor& x, int64_t* stride) {
+  const bool windows = x.dim() == 6;
+  const int64_t dims[5] = {0, 1, 2, 3, x.dim() - 2};
+  for (int i = 0; i < 5; ++i) stride[i] = i == 3 && !windows ? 0 : x.stride(dims[i]);
+}
+
+Frames frames_of(const Tensor& q, const Tensor& k, float*& saved, int64_t rows) {
+  Frames f{};
+  f.q = q.data_ptr();
+  f.k = k.data_ptr();
+  set_strides(q, f.q_stride);
+  set_strides(k, f.k_stride);
+  f.row_max = saved;
+  f.row_norm = saved + rows;
+  saved += 2 * rows;
+  return f;
+}
+
+// saved: row_max and row_norm of each set of frames, then e_sum. Reductions: none, mean, mean_map.
+Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, const OptionalTensor& k_b,
+                   const Tensor& saved, double scale, int64_t lag, double temperature, int64_t reduction) {
+  const auto size = [](int64_t n) { return static_cast<int>(n); };
+  Problem p{};
+  p.dtype = dtype_of(q);
+  p.mean = reduction == 1;
+  p.mean_map = reduction == 2;
+  p.B = size(q.size(0)), p.T = size(q.size(1)), p.H = size(q.size(2)), p.G = size(q.dim() == 6 ? q.size(3) : 1);
+  p.Nq = size(q.size(q.dim() - 2)), p.Nk = size(k.size(k.dim() - 2)), p.D = size(q.size(q.dim() - 1));
+  p.P = size(p.T - lag);
+  p.Z = p.mean_map ? 1 : p.H;
+  float* left = static_cast<float*>(saved.data_ptr());
+  const int64_t rows = int64_t{p.B} * p.T * p.H * p.G * p.Nq;
+  p.first = p.second = frames_of(q, k, left, rows);
+  p.shift = p.step = size(lag);
+  if (q_b) {
+    p.second = frames_of(*q_b, *k_b, left, rows);
+    p.step = p.P;
+  }
+  p.e_sum = left;
+  p.scale = static_cast<float>(scale);
+  p.inv_temperature = static_cast<float>(1 / temperature);
+  return p;
+}
+
+void check(const char* wrong) {
+  if (wrong) throw std::runtime_error(std::string("amflow_kernels: impl='cuda': ") + wrong);
+}
+
+Tensor scratch(const Tensor& like, int64_t floats) {
+  const int64_t sizes[1] = {floats};
+  Tensor x = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Float);
+#ifdef AMFLOW_SIMT
+  torch::stable::fill_(x, NAN);  // what nobody writes must not be read
+#endif
+  return x;
+}
+
+void forward(Tensor flow, Tensor saved, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale,
+             int64_t lag, double temperature, int64_t reduction, bool center, int64_t multiprocessors,
+             int64_t shared_bytes, int64_t stream) {
+  Problem p = problem_of(q, k, q_b, k_b, saved, scale, lag, temperature, reduction);
+  const Device device{static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)};
+  const Tensor part = scratch(q, amflow_cuda::part_floats(p, device));
+  p.part = static_cast<float*>(part.data_ptr());
+  p.flow = static_cast<float*>(flow.data_ptr());
+  p.base = center ? 0.f : static_cast<float>(static_cast<double>(p.Nq) / p.Nk);
+  check(amflow_cuda::forward(p, device, reinterpret_cast<void*>(stream)));
+}
+
+void backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tensor saved, Tensor q, Tensor k,
+              OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag, double temperature, int64_t reduction,
+              int64_t multiprocessors, int64_t shared_bytes, int64_t stream) {
+  Problem p = problem_of(q, k, q_b, k_b, saved, scale, lag, temperature, reduction);
+  const Device device{static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)};
+  p.first.dq = data_or_null(dq), p.first.dk = data_or_null(dk);
+  p.second.dq = data_or_null(q_b ? dq_b : dq), p.second.dk = data_or_null(q_b ? dk_b : dk);
+  p.dflow = static_cast<const float*>(dflow.data_ptr());
+  const int64_t pairs = int64_t{p.B} * p.P * p.Z * p.G * p.Nq;
+  const int64_t heads = int64_t{p.B} * p.T * p.H * p.G * p.Nq;
+  const Tensor rows = scratch(q, 4 * pairs + (p.mean_map ? heads : 0));
+  p.slope = static_cast<float*>(rows.data_ptr());
+  p.offset = p.slope + pairs;
+  p.rho = p.offset + pairs;
+  p.next_rho = p.rho + pairs;
+  p.head_rho = p.next_rho + pairs;
+  check(amflow_cuda::backward(p, device, reinterpret_cast<void*>(stream)));
+}
+
+}  // namespace
+
+#ifdef AMFLOW_SIMT
+#define AMFLOW_LIBRARY amflow_simt
+#define AMFLOW_KEY CPU
+#else
+#define AMFLOW_LIBRARY amflow_cuda
+#define AMFLOW_KEY CUDA
+#endif
+
+// Expanded once more, so that the name of the library and not of its macro is registered.
+#define AMFLOW_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define AMFLOW_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+AMFLOW_DEFINE(AMFLOW_LIBRARY, m) {
+  m.def(
+      "forward(Tensor(a!) flow, Tensor(b!) saved, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, "
+      "float temperature, int reduction, bool center, int multiprocessors, int shared_bytes, int stream) -> ()");
+  m.def(
+      "backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor saved, Tensor q, "
+      "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int "
+      "multiprocessors, int shared_bytes, int stream) -> ()");
+}
+
+AMFLOW_IMPLEMENT(AMFLOW_LIBRARY, AMFLOW_KEY, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}

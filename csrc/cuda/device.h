@@ -1,0 +1,152 @@
+// All that the kernels use of the machine, by name: warps, shared memory by address, asynchronous copies, matrix products.
+// tests/simt/simt.h has the same names for a host compiler, and runs them lane by lane.
+#pragma once
+
+#ifdef AMFLOW_SIMT
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace amflow_cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+using Shared = uint32_t;  // an address in shared memory
+
+extern __shared__ __align__(16) char dynamic_shared[];
+
+__device__ inline Shared shared_memory() { return static_cast<Shared>(__cvta_generic_to_shared(dynamic_shared)); }
+
+__device__ inline void store_shared(Shared to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
+
+__device__ inline void store_shared(Shared to, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+
+__device__ inline void store_shared(Shared to, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+__device__ inline float load_shared(Shared from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
+}
+
+__device__ inline void load_shared(Shared from, float& x, float& y) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(from) : "memory");
+}
+
+// One number of q or k.
+__device__ inline float load_shared(Shared from, float) { return load_shared(from); }
+
+template <class X>
+__device__ inline float load_shared(Shared from, X) {
+  uint16_t raw;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(raw) : "r"(from) : "memory");
+  X x;
+  memcpy(&x, &raw, 2);
+  return static_cast<float>(x);
+}
+
+// 16 bytes, of which `bytes` are read, and the rest is 0. Both addresses are multiples of 16.
+__device__ inline void copy_async(Shared to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until this thread's copies are there; others see them after a barrier.
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline void sync_block() { __syncthreads(); }
+
+// A barrier of `threads` of the block, by number (1 to 15).
+__device__ inline void sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Read anew wherever it is used: what the compiler makes of it ahead of a loop would take registers that maps need.
+__device__ inline int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+__device__ inline float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8, and gets 4 bytes of row l / 4 of each.
+__device__ inline void load_matrices(uint32_t (&x)[4], Shared from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
+
+// acc (16, 8) += a (16, 32 bytes) b (8, 32 bytes)^T. Lane l has of acc the columns 2 (l % 4) and the one after it, in rows
+// l / 4 and l / 4 + 8.
+__device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Of numbers that are tf32.
+__device__ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(f16 x) { return __half2float(x); }
+__device__ inline void round_to(float& to, float x) { to = x; }
+__device__ inline void round_to(bf16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ inline void round_to(f16& to, float x) { to = __float2half_rn(x); }
+
+__device__ inline uint32_t bits(float x) { return __float_as_uint(x); }
+__device__ inline float number(uint32_t x) { return __uint_as_float(x); }
+
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+template <class Kernel, class... Arguments>
+const char* launch(Kernel* kernel, int64_t blocks, int threads, int shared, void* stream, const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (shared > 48 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace amflow_cuda
+#endif

@@ -1,0 +1,193 @@
+// The forward in one pass: flows of pairs from strips of their maps, summed up over the strips of a map at the end.
+
+#include "strip.h"
+#include "table.h"
+
+namespace amflow_cuda {
+
+namespace {
+
+constexpr int THREADS = 384;  // at most, of a block: 168 registers for each
+constexpr int FINISH_THREADS = 256;
+
+// Halves of a list of sums go to either half of the lanes, until each lane has one sum.
+template <int COUNT>
+__device__ inline void scatter(const float (&x)[COUNT], float (&y)[COUNT / 2], int lanes) {
+  const bool upper = lane_id() & lanes;
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; ++i) {
+    const float keep = upper ? x[i + COUNT / 2] : x[i];
+    const float send = upper ? x[i] : x[i + COUNT / 2];
+    y[i] = keep + shuffle_xor(send, lanes);
+  }
+}
+
+// Stores the sums over eight lanes of columns of COUNT tiles, each lane's two of a tile.
+template <int COUNT>
+__device__ inline void store_columns(Shared to, const float (&x)[2 * COUNT]) {
+  const int lane = lane_id();
+  if constexpr (COUNT == 4) {
+    float four[4], two[2], one[1];
+    scatter(x, four, 16);
+    scatter(four, two, 8);
+    scatter(two, one, 4);
+    const int found = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);  // of eight
+    store_shared(to + (found / 2 * TILE_KEYS + lane % 4 * 2 + found % 2) * 4, one[0]);
+  } else {
+    float one[1];
+    scatter(x, one, 16);
+    one[0] += shuffle_xor(one[0], 8);
+    one[0] += shuffle_xor(one[0], 4);
+    if ((lane & 12) == 0) store_shared(to + (lane % 4 * 2 + (lane >> 4)) * 4, one[0]);
+  }
+}
+
+template <class X, int MT, int NT, bool MEAN_MAP>
+struct Forward : Strip<X, MT, NT, MEAN_MAP> {
+  using Base = Strip<X, MT, NT, MEAN_MAP>;
+  using typename Base::Tiles;
+  using Base::Base, Base::p, Base::plan, Base::o, Base::warp, Base::group, Base::key0, Base::row0;
+
+  __device__ Shared columns(int n) const { return Base::sums + n % 2 * plan.groups * plan.keys() * 4; }
+
+  // Pair n of the run, (A, B); A is lost.
+  template <bool SHARP>
+  __device__ void add_pair(Tiles& A, const Tiles& B, int n) {
+    float sum[1][MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = 0;
+#pragma unroll
+        for (int c = 0; c < NT; ++c)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            A[m][c][i] = expm1_of<SHARP>(fabsf(A[m][c][i] - B[m][c][i]));
+            total += A[m][c][i];
+          }
+        sum[0][m][half] = total;
+      }
+    Base::sum_rows(sum, Base::exchange + plan.rows() * plan.warps * 16);
+    float w[MT][2];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + Base::row_of(m, half);
+        w[m][half] = row < p.Nq ? reciprocal(p.Nk + sum[0][m][half]) : 0.f;
+        if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][m][half];
+      }
+    const Shared to = columns(n) + (group * plan.keys() + key0) * 4;
+#pragma unroll
+    for (int c = 0; c + 4 <= NT; c += 4) weigh<4>(to, A, w, c);
+#pragma unroll
+    for (int c = NT / 4 * 4; c < NT; ++c) weigh<1>(to, A, w, c);
+  }
+
+  // Sums of w e over rows, in COUNT tiles.
+  template <int COUNT>
+  __device__ static void weigh(Shared to, const Tiles& e, const float (&w)[MT][2], int first) {
+    float x[2 * COUNT];
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        x[2 * c + i] = w[0][0] * e[0][first + c][i];
+        x[2 * c + i] = fmaf(w[0][1], e[0][first + c][2 + i], x[2 * c + i]);
+#pragma unroll
+        for (int m = 1; m < MT; ++m) {
+          x[2 * c + i] = fmaf(w[m][0], e[m][first + c][i], x[2 * c + i]);
+          x[2 * c + i] = fmaf(w[m][1], e[m][first + c][2 + i], x[2 * c + i]);
+        }
+      }
+    store_columns<COUNT>(to + first * TILE_KEYS * 4, x);
+  }
+
+  // What the block's rows add to the flow of pair n, which a barrier is after.
+  __device__ void store_part(int n) const {
+    float* const to = p.part + (o.block * (int64_t{p.B} * p.P * p.Z * p.G) + Base::pair_of(n)) * p.Nk;
+#pragma unroll 1
+    for (int j = threadIdx.x; j < p.Nk; j += blockDim.x) {
+      float total = 0;
+#pragma unroll 1
+      for (int r = 0; r < plan.groups; ++r) total += load_shared(columns(n) + (r * plan.keys() + j) * 4);
+      to[j] = total;
+    }
+  }
+
+  template <bool SHARP>
+  __device__ void run() {
+    Tiles A, B;
+    if (plan.stages > 1) Base::load_next();
+    for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
+      Base::next_map(A, n);
+      if (n > 1) store_part(n - 2);
+      if (n > 0) add_pair<SHARP>(B, A, n - 1);
+      if (n == o.pairs) break;
+      Base::next_map(B, n + 1);
+      if (n > 0) store_part(n - 1);
+      add_pair<SHARP>(A, B, n);
+      if (n + 1 == o.pairs) break;
+    }
+    sync_block();
+    store_part(o.pairs - 1);
+  }
+};
+
+template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
+__global__ void __launch_bounds__(THREADS, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
+  if (strip.o.pairs > 0) strip.template run<SHARP>();
+}
+
+// flow = parts, summed up, less what is too much: the flows of a pair sum up to Nq. A warp for each row of flow.
+__global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_constant__ Problem p, int blocks) {
+  const int heads = p.mean ? p.H : 1, lane = threadIdx.x % 32;
+  const int64_t rows = int64_t{p.B} * p.P * p.Z * p.G, results = rows / heads;
+  const int64_t result = int64_t{blockIdx.x} * (FINISH_THREADS / 32) + threadIdx.x / 32;
+  if (result >= results) return;
+  const int64_t first = (result / p.G * heads) * p.G + result % p.G;
+  float x[MAX_TOKENS / 32], total = 0;
+#pragma unroll
+  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
+    const int j = i * 32 + lane;
+    x[i] = 0;
+    if (j < p.Nk)
+      for (int h = 0; h < heads; ++h)
+        for (int block = 0; block < blocks; ++block) x[i] += p.part[(block * rows + first + int64_t{h} * p.G) * p.Nk + j];
+    total += x[i];
+  }
+  for (int lanes = 1; lanes < 32; lanes *= 2) total += shuffle_xor(total, lanes);
+  const float mean = total / p.Nk;
+#pragma unroll
+  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
+    const int j = i * 32 + lane;
+    if (j < p.Nk) p.flow[result * p.Nk + j] = (x[i] - mean) / heads + p.base;
+  }
+}
+
+struct Launch {
+  template <class X, int MT, int NT, bool MEAN_MAP>
+  const char* run(const Problem& p, const Plan& plan, void* stream) const {
+    const auto kernel = p.inv_temperature > 1 ? am_flow_forward<X, MT, NT, MEAN_MAP, true>
+                                              : am_flow_forward<X, MT, NT, MEAN_MAP, false>;
+    return launch(kernel, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p, plan);
+  }
+};
+
+}  // namespace
+
+int64_t part_floats(const Problem& p, const Device& device) {
+  return plan_of(p, device).blocks * (int64_t{p.B} * p.P * p.Z * p.G * p.Nk);
+}
+
+const char* forward(const Problem& p, const Device& device, void* stream) {
+  const Plan plan = plan_of(p, device);
+  if (const char* wrong = run_strips(Launch{}, p, plan, device, stream)) return wrong;
+  const int64_t results = int64_t{p.B} * p.P * p.Z * p.G / (p.mean ? p.H : 1);
+  return launch(am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
+                p, plan.blocks);
+}
+
+}  // namespace amflow_cuda

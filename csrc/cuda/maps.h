@@ -1,0 +1,162 @@
+// Attention maps as warps hold them, and the second exponential. docs/maths.md derives both.
+//
+// A warp has tiles of 16 rows (queries) and 8 columns (keys) of maps: lane l has the columns 2 (l % 4) and the one after
+// it, in rows l / 4 and l / 4 + 8. Rows of q and k go through shared memory in slices of 128 bytes, of which a step of
+// the matrix product takes 32. No product may be fused into a sum unless fmaf says so: a map has to have the same bits
+// wherever it is computed, or frames that are equal would differ.
+#pragma once
+
+#include "am_flow.h"
+#include "device.h"
+
+namespace amflow_cuda {
+
+constexpr int PIECE = 16;  // bytes of one copy
+constexpr int STEP = 2 * PIECE;
+constexpr int SLICE = 4 * STEP;
+constexpr int PITCH = SLICE + PIECE;  // of rows in shared memory, so that eight of them lie in different banks
+constexpr int TILE_ROWS = 16, TILE_KEYS = 8;
+constexpr float LOWEST = -3.4028234e38f;
+
+template <class X>
+constexpr int slice_elements = SLICE / static_cast<int>(sizeof(X));
+
+// q k^T with the numbers of float32 in two parts each: all but the product of the second parts.
+__device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  uint32_t high[4], low[4];
+  for (int i = 0; i < 4; ++i) {
+    high[i] = to_tf32(number(a[i]));
+    low[i] = to_tf32(number(a[i]) - number(high[i]));
+  }
+  const uint32_t high0 = to_tf32(number(b0)), high1 = to_tf32(number(b1));
+  const uint32_t low0 = to_tf32(number(b0) - number(high0)), low1 = to_tf32(number(b1) - number(high1));
+  multiply_tf32(acc, low, high0, high1);
+  multiply_tf32(acc, high, low0, low1);
+  multiply_tf32(acc, high, high0, high1);
+}
+
+// The sign of a number is the first bit of its 2 or 4 bytes.
+template <class X>
+constexpr uint32_t SIGNS = sizeof(X) == 2 ? 0x80008000u : 0x80000000u;
+
+// s (16 MT rows, 8 NT keys) += +-q k^T of one slice; q and k are those of the warp, in shared memory.
+template <class X, int MT, int NT>
+__device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, int steps, bool negate) {
+  const uint32_t signs = negate ? SIGNS<X> : 0;
+  const int lane = lane_id();
+  const Shared q_row = q + lane % 16 * PITCH + lane / 16 * PIECE;
+  const Shared k_row = k + lane % 8 * PITCH + lane / 8 % 2 * PIECE;
+  const Shared second = lane / 16 * TILE_KEYS * PITCH;  // two tiles are loaded at once
+#pragma unroll
+  for (int step = 0; step < SLICE / STEP; ++step) {
+    if (step >= steps) break;
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      load_matrices(a[m], q_row + m * TILE_ROWS * PITCH + step * STEP);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m][i] ^= signs;
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      load_matrices(b, k_row + (n + 1 < NT ? second : 0) + n * TILE_KEYS * PITCH + step * STEP);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        multiply(s[m][n], a[m], b[0], b[1], X{});
+        if (n + 1 < NT) multiply(s[m][n + 1], a[m], b[2], b[3], X{});
+      }
+    }
+  }
+}
+
+// Rows of a matrix (rows, D) from `first` on, their slice from column d0 on, into `count` rows of shared memory; 0 beyond
+// D. Beyond the last row comes the last one again, or (ZERO) 0.
+template <class X, bool ZERO>
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int rows, int d0, int D) {
+  constexpr int per_piece = PIECE / static_cast<int>(sizeof(X));
+  const int piece = threadIdx.x % (SLICE / PIECE), at = threadIdx.x / (SLICE / PIECE);
+  if (d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
+  const int d = d0 + piece * per_piece, jump = blockDim.x / (SLICE / PIECE);
+  const int bytes = min(max(D - d, 0), per_piece) * static_cast<int>(sizeof(X));
+  const X* const column = x + (bytes ? d : 0);
+  const X* from = column + (first + at) * stride;
+  const int64_t ahead = jump * stride;
+  const Shared end = to + min(count, rows - first) * PITCH, all = to + count * PITCH;
+  to += at * PITCH + piece * PIECE;
+#pragma unroll 2
+  for (; to < end; to += jump * PITCH, from += ahead) copy_async(to, from, bytes);
+#pragma unroll 1
+  for (; to < all; to += jump * PITCH) copy_async(to, column + (rows - 1) * stride, ZERO ? 0 : bytes);
+}
+
+// The same, element by element, for rows that do not begin at multiples of 16 bytes.
+template <class X, bool ZERO>
+__device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride, int first, int count, int rows, int d0,
+                                           int D) {
+  constexpr int per_piece = PIECE / static_cast<int>(sizeof(X));
+  const int piece = threadIdx.x % (SLICE / PIECE);
+  const int d = d0 + piece * per_piece;
+  for (int n = threadIdx.x / (SLICE / PIECE); n < count; n += blockDim.x / (SLICE / PIECE)) {
+    const X* const from = x + min(first + n, rows - 1) * stride + d;
+    const int elements = ZERO && first + n >= rows ? 0 : D - d;
+    uint32_t whole[4] = {0, 0, 0, 0};
+    X* const part = reinterpret_cast<X*>(whole);
+#pragma unroll
+    for (int i = 0; i < per_piece; ++i)
+      if (i < elements) part[i] = from[i];
+    store_shared(to + n * PITCH + piece * PIECE, whole);
+  }
+}
+
+// e^x - 1 on [0, 1], or (SHARP) on [0, 64], to 2.3e-7 relative; exactly 0 for 0.
+template <bool SHARP>
+__device__ inline float expm1_of(float x) {
+  if constexpr (SHARP) {
+    const float n = floorf(fmaf(x, 1.44269504f, 0.5f));
+    float r = fmaf(n, -0.693145752f, x);  // ln 2 in two parts: n times the first is exact
+    r = fmaf(n, -1.42860677e-6f, r);
+    float y = fmaf(r, 1.3888873e-3f, 8.3690686e-3f);  // minimax for (e^r - 1) / r on [-ln 2 / 2, ln 2 / 2]
+    y = fmaf(y, r, 4.1667137e-2f);
+    y = fmaf(y, r, 1.6666506e-1f);
+    y = fmaf(y, r, 4.9999997e-1f);
+    y = fmaf(y, r, 1.f);
+    const float power = exp2_fast(n);
+    return fmaf(r * y, power, power - 1.f);
+  } else {
+    float y = fmaf(x, 2.1345359e-3f, 7.4502416e-3f);  // minimax for (e^x - 1) / x on [0, 1]
+    y = fmaf(y, x, 4.2127855e-2f);
+    y = fmaf(y, x, 1.6656032e-1f);
+    y = fmaf(y, x, 5.0000882e-1f);
+    y = fmaf(y, x, 9.9999988e-1f);
+    return x * y;
+  }
+}
+
+// x with the sign of d, exactly 0 where d is 0.
+__device__ inline float signed_by(float x, float d) { return d == 0 ? 0 : d < 0 ? -x : x; }
+
+template <class X>
+__device__ inline const X* queries(const Frames& f, int64_t b, int64_t t, int64_t h, int64_t g) {
+  const int64_t* const s = f.q_stride;
+  return static_cast<const X*>(f.q) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
+}
+
+template <class X>
+__device__ inline const X* keys(const Frames& f, int64_t b, int64_t t, int64_t h, int64_t g) {
+  const int64_t* const s = f.k_stride;
+  return static_cast<const X*>(f.k) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
+}
+
+// Whether rows can be copied 16 bytes at a time.
+inline bool vectors(const Problem& p) {
+  const int64_t size = p.dtype == Dtype::f32 ? 4 : 2;
+  bool whole = p.D * size % PIECE == 0;
+  for (const Frames* f : {&p.first, &p.second}) {
+    whole = whole && reinterpret_cast<uintptr_t>(f->q) % PIECE == 0 && reinterpret_cast<uintptr_t>(f->k) % PIECE == 0;
+    for (int i = 0; i < 5; ++i) whole = whole && f->q_stride[i] * size % PIECE == 0 && f->k_stride[i] * size % PIECE == 0;
+  }
+  return whole;
+}
+
+}  // namespace amflow_cuda
