@@ -1,6 +1,7 @@
-"""Everything is in pyproject.toml; this only compiles the native library ahead of time when asked to:
+"""Everything is in pyproject.toml; this only compiles the native libraries ahead of time when asked to:
 
 AMFLOW_BUILD=1 pip install . --no-build-isolation     (torch, ninja and a C++ compiler must be there)
+AMFLOW_CUDA=1 pip install . --no-build-isolation      (and nvcc; for the GPUs in TORCH_CUDA_ARCH_LIST)
 """
 
 import importlib.util
@@ -16,17 +17,29 @@ from setuptools.dist import Distribution
 ROOT = Path(__file__).resolve().parent
 
 
-class BuildWithLibrary(build_py):
+
+def asked_for(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+class BuildWithLibraries(build_py):
     def run(self) -> None:
         super().run()
         if importlib.util.find_spec("torch") is None:
-            raise SystemExit("AMFLOW_BUILD=1 needs torch at build time: install it, then pass --no-build-isolation")
+            variable = "AMFLOW_BUILD" if asked_for("AMFLOW_BUILD") else "AMFLOW_CUDA"
+            raise SystemExit(f"{variable}=1 needs torch at build time: install it, then pass --no-build-isolation")
         sys.path.insert(0, str(ROOT))
         from amflow_kernels import _build, _ext
 
         target = (ROOT if self.editable_mode else Path(self.build_lib)) / "amflow_kernels"
-        with tempfile.TemporaryDirectory() as scratch:
-            _ext.install(_build.compile_library(Path(scratch)), _ext.ahead_of_time(target))
+        libraries = {"AMFLOW_BUILD": _build.CPU, "AMFLOW_CUDA": _build.CUDA}
+        for library in (library for variable, library in libraries.items() if asked_for(variable)):
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    built = _build.compile_library(library, Path(scratch))
+                except _build.BuildError as error:
+                    raise SystemExit(f"compiling {library.title}: {error}") from error
+                _ext.install(built, _ext.ahead_of_time(library, target))
 
 
 class BinaryDistribution(Distribution):
@@ -34,7 +47,7 @@ class BinaryDistribution(Distribution):
         return True
 
 
-if os.environ.get("AMFLOW_BUILD", "0") not in ("", "0"):
-    setup(cmdclass={"build_py": BuildWithLibrary}, distclass=BinaryDistribution)
+if asked_for("AMFLOW_BUILD") or asked_for("AMFLOW_CUDA"):
+    setup(cmdclass={"build_py": BuildWithLibraries}, distclass=BinaryDistribution)
 else:
     setup()

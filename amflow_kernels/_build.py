@@ -1,23 +1,25 @@
-"""Compiles the native library: the one list of sources and flags, used on first use and by setup.py.
+"""Compiles the native libraries: the one list of sources and flags, used on first use and by setup.py.
 
-The kernels know no torch headers and are compiled once per instruction set; the bindings use torch's stable ABI.
+The kernels know no torch headers; the CPU's are compiled once per instruction set, the GPU's once per dtype. The bindings
+use torch's stable ABI.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-LIBRARY = "amflow_native.so"
 LOG = "build.log"
 
-# -ffp-contract=off: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
+# -ffp-contract=off, -fmad=false: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
 # TORCH_TARGET_VERSION: of the stable ABI only what torch 2.11 has, so that every later torch loads the library.
 _FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
@@ -29,18 +31,60 @@ _FLAGS = [
     "-fno-math-errno",
     "-Wall",
 ]
+_NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where neither TORCH_CUDA_ARCH_LIST nor a GPU says otherwise
+_NVCC_BYTES = 2 << 30  # of memory that one nvcc may take
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_SOURCES = ("am_flow", "matmul")  # in csrc/cpu, each compiled for every instruction set
 _ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
-_OBJECTS: dict[str, tuple[str, list[str]]] = {
-    "bindings.o": ("bindings.cpp", []),
-    **{
-        f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
-        for source in _SOURCES
-        for isa, flags in _ISAS.items()
+
+
+@dataclass(frozen=True)
+class Library:
+    """A native library, of sources in csrc."""
+
+    name: str
+    title: str  # what it holds, and how long it takes to compile
+    sources: tuple[str, ...]  # files and folders that it depends on
+    objects: dict[str, tuple[str, list[str]]]  # source and flags of each
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.so"
+
+    @property
+    def cuda(self) -> bool:
+        """Whether nvcc compiles it."""
+        return any(source.endswith(".cu") for source, _ in self.objects.values())
+
+
+CPU = Library(
+    "amflow_native",
+    "the CPU kernels, some 20 s",
+    ("bindings.cpp", "cpu"),
+    {
+        "bindings.o": ("bindings.cpp", []),
+        **{
+            f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
+            for source in ("am_flow", "matmul")
+            for isa, flags in _ISAS.items()
+        },
     },
-}
+)
+CUDA = Library(
+    "amflow_cuda",
+    "the CUDA kernels, some minutes",
+    ("cuda",),
+    {
+        "bindings.o": ("cuda/bindings.cpp", []),
+        "am_flow.o": ("cuda/am_flow.cu", []),
+        **{
+            f"{source}_{number}.o": (f"cuda/{source}.cu", [f"-DAMFLOW_NUMBER={number}"])
+            for source in ("forward", "backward")
+            for number in ("float", "bf16", "f16")
+        },
+    },
+)
 
 
 class BuildError(RuntimeError):
@@ -66,50 +110,108 @@ def compiler() -> str:
     raise BuildError(f"$CXX, {chosen}, was not found" if chosen else "no C++ compiler found (c++, g++ or clang++)")
 
 
-def source_key() -> str:
-    """A hash of the sources and of how they are compiled."""
+def nvcc() -> str:
+    """NVIDIA's compiler: that of $CUDA_HOME if that is set, else the one on the path or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or (
+        None if home else shutil.which("nvcc", path="/usr/local/cuda/bin")
+    )
+    if found:
+        return found
+    where = f"in $CUDA_HOME/bin, {home}/bin" if home else "on the path, and CUDA_HOME is not set"
+    raise BuildError(f"the CUDA kernels are compiled by nvcc, which was not found {where}")
+
+
+def architectures() -> list[str]:
+    """nvcc's options for the GPUs to compile for: $TORCH_CUDA_ARCH_LIST, else those that are here, else the usual ones."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not listed and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
+        listed = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    options = []
+    for word in re.split(r"[;\s]+", listed or _ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
+        if match is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected numbers as in '8.0;9.0+PTX', got {word!r}")
+        major, minor, ptx = match.groups()
+        if int(major) < 8:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: the CUDA kernels need compute capability 8.0 or more, got {word}")
+        options.append(f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}")
+        if ptx:
+            options.append(f"-gencode=arch=compute_{major}{minor},code=compute_{major}{minor}")
+    return options
+
+
+def source_key(library: Library) -> str:
+    """A hash of a library's sources and of how they are compiled."""
     digest, sources = hashlib.sha256(Path(__file__).read_bytes()), source_dir()
-    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cpp", ".h")):
-        digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
+    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cpp", ".cu", ".h")):
+        if path.relative_to(sources).parts[0] in library.sources:
+            digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def build_key() -> str:
-    """A hash of all that a library built here depends on: `source_key`, the compiler and the torch version."""
+def build_key(library: Library) -> str:
+    """A hash of all that a library built here depends on: `source_key`, the compilers and the torch version."""
     if sys.platform != "linux":
         raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
-    cxx = compiler()
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
-    return hashlib.sha256(repr((source_key(), cxx, version, torch.__version__)).encode()).hexdigest()[:20]
+    compilers = [compiler(), *([nvcc()] if library.cuda else [])]
+    versions = [
+        subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in compilers
+    ]
+    options = architectures() if library.cuda else []
+    parts = (source_key(library), compilers, versions, options, torch.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def compile_library(folder: Path) -> Path:
-    """Compiles LIBRARY in `folder`, in parallel. The output of the compiler goes to LOG there."""
+def compile_library(library: Library, folder: Path) -> Path:
+    """Compiles a library in `folder`, in parallel. The output of the compilers goes to LOG there."""
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {_ninja_escape(compiler())}",
         f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(torch_dir / 'include'))}",
         f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
-        "rule compile",
-        "  command = $cxx $flags $isa -c $in -o $out",
+        "rule cxx",
+        "  command = $cxx $flags $own -c $in -o $out",
         "rule link",
         "  command = $cxx -shared $in $libs -o $out",
     ]
-    for name, (source, isa) in _OBJECTS.items():
-        lines += [f"build {name}: compile {_ninja_escape(str(sources / source))}", f"  isa = {' '.join(isa)}"]
-    lines += [f"build {LIBRARY}: link {' '.join(_OBJECTS)}", f"default {LIBRARY}", ""]
+    if library.cuda:
+        options = " ".join([*_NVCC_FLAGS, *architectures()])
+        lines += [
+            f"nvcc = {_ninja_escape(nvcc())} -ccbin $cxx",
+            "rule nvcc",
+            f"  command = $nvcc {options} $own -c $in -o $out",
+            "rule link_cuda",
+            "  command = $nvcc -shared $in $libs -o $out",
+        ]
+    for name, (source, own) in library.objects.items():
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        lines += [f"build {name}: {rule} {_ninja_escape(str(sources / source))}", f"  own = {' '.join(own)}"]
+    rule = "link_cuda" if library.cuda else "link"
+    lines += [f"build {library.file}: {rule} {' '.join(library.objects)}", f"default {library.file}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
     log = folder / LOG
+    jobs = ["-j", str(_nvcc_jobs())] if library.cuda else []
     with log.open("w") as out:
         status = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder)], stdout=out, stderr=subprocess.STDOUT, check=False
+            [sys.executable, "-m", "ninja", "-C", str(folder), *jobs], stdout=out, stderr=subprocess.STDOUT, check=False
         ).returncode
     if status != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BuildError(f"compiling failed (exit status {status}):\n{tail}")
-    return folder / LIBRARY
+    return folder / library.file
+
+
+def _nvcc_jobs() -> int:
+    """Compilers at once: as many as there are processors and memory for, or $MAX_JOBS."""
+    if os.environ.get("MAX_JOBS", "").isdigit():
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    by_memory = int(free[1]) * 1024 // _NVCC_BYTES if free else 1
+    return max(1, min(len(os.sched_getaffinity(0)), by_memory))
 
 
 def _ninja_escape(text: str) -> str:

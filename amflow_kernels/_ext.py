@@ -1,4 +1,4 @@
-"""Finds, or else builds, the native library, and loads it: once per process, whoever comes first."""
+"""Finds, or else builds, the native libraries, and loads them: once per process, whoever comes first."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ import torch
 from amflow_kernels import _build
 
 _lock = threading.Lock()
-_state: tuple[Path | None, str | None] | None = None  # (library, None) or (None, reason), once known
+_states: dict[str, tuple[Path | None, str | None]] = {}  # by library: (file, None) or (None, reason), once known
 
 
-def load() -> str | None:
-    """Makes ``torch.ops.amflow_native`` available. Returns None, or the reason why it can't be had.
+def load(library: _build.Library) -> str | None:
+    """Makes a library's ops available. Returns None, or the reason why it can't be had.
 
     The outcome, a failure too, is kept for the life of the process.
     """
-    global _state
-    if _state is None:
+    if library.name not in _states:
         with _lock:
-            if _state is None:
-                _state = _find_or_build()
-    return _state[1]
+            if library.name not in _states:
+                _states[library.name] = _find_or_build(library)
+    return _states[library.name][1]
 
 
-def binary() -> Path | None:
-    """The library that `load` loaded."""
-    return _state[0] if _state else None
+def binary(library: _build.Library) -> Path | None:
+    """The file that `load` loaded."""
+    return _states[library.name][0] if library.name in _states else None
 
 
 def cache_dir() -> Path:
@@ -44,70 +43,70 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "amflow_kernels"
 
 
-def ahead_of_time(package: Path) -> Path:
+def ahead_of_time(library: _build.Library, package: Path) -> Path:
     """Where setup.py leaves a library; the name tells whether it is of the sources that lie beside it."""
-    return package / f"amflow_native_{_build.source_key()}.so"
+    return package / f"{library.name}_{_build.source_key(library)}.so"
 
 
-def _find_or_build() -> tuple[Path | None, str | None]:
+def _find_or_build(library: _build.Library) -> tuple[Path | None, str | None]:
     try:
-        library = ahead_of_time(Path(__file__).parent)
-        if _is_whole(library):
+        file = ahead_of_time(library, Path(__file__).parent)
+        if _is_whole(file):
             try:
-                torch.ops.load_library(str(library))
-                return library, None
+                torch.ops.load_library(str(file))
+                return file, None
             except OSError as error:
-                _say(f"{library} does not load ({error.__cause__}); building another")
-        key = _build.build_key()
+                _say(f"{file} does not load ({error.__cause__}); building another")
+        key = _build.build_key(library)
         try:
-            library = _cached(cache_dir() / key)
+            file = _cached(library, cache_dir() / key)
         except (OSError, RuntimeError) as error:  # read-only, full, no home: any folder will do, but a private one
             if isinstance(error, _build.BuildError):
                 raise
             with tempfile.TemporaryDirectory(prefix="amflow_kernels_") as folder:
                 _say(f"can't write to the cache folder ({error}); using {folder} for this process, then deleting it")
-                library = _cached(Path(folder))
-                torch.ops.load_library(str(library))  # once loaded, the file is not needed
+                file = _cached(library, Path(folder))
+                torch.ops.load_library(str(file))  # once loaded, the file is not needed
         else:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(file))
     except (_build.BuildError, OSError, RuntimeError) as error:
         return None, str(error) + (f": {error.__cause__}" if error.__cause__ else "")
-    return library, None
+    return file, None
 
 
-def _cached(folder: Path) -> Path:
+def _cached(library: _build.Library, folder: Path) -> Path:
     """The library in `folder`, built there first if it is missing or damaged. One process builds, others wait."""
-    library = folder / _build.LIBRARY
-    if _is_whole(library):
-        return library
+    file = folder / library.file
+    if _is_whole(file):
+        return file
     folder.mkdir(parents=True, exist_ok=True)
     with _file_lock(folder / "lock"):
-        if _is_whole(library):  # another process built it while this one waited
-            return library
-        _say(f"compiling the CPU kernels, some 20 s, to be kept in {folder}")
+        if _is_whole(file):  # another process built it while this one waited
+            return file
+        _say(f"compiling {library.title}, to be kept in {folder}")
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:
-            install(_build.compile_library(scratch), library)
+            install(_build.compile_library(library, scratch), file)
         except _build.BuildError as error:
             log = (scratch / _build.LOG).replace(folder / _build.LOG)
             raise _build.BuildError(f"{error}\nwhole log: {log}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         _say(f"compiled in {time.monotonic() - start:.0f} s")
-    return library
+    return file
 
 
-def install(built: Path, library: Path) -> None:
+def install(built: Path, file: Path) -> None:
     """Puts a compiled library in its place together with its checksum; never half of it is seen there."""
-    _replace(library.with_name(library.name + ".sha256"), _digest(built).encode())
-    _replace(library, built.read_bytes())
+    _replace(file.with_name(file.name + ".sha256"), _digest(built).encode())
+    _replace(file, built.read_bytes())
 
 
-def _is_whole(library: Path) -> bool:
+def _is_whole(file: Path) -> bool:
     """Loading a truncated library kills the process, so its checksum is compared first."""
     try:
-        return library.with_name(library.name + ".sha256").read_text() == _digest(library)
+        return file.with_name(file.name + ".sha256").read_text() == _digest(file)
     except (FileNotFoundError, UnicodeDecodeError):
         return False
 

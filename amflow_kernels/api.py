@@ -58,7 +58,8 @@ def am_flow(
             as flash attention of the same q, k and scale returns it, from products of the same precision. It is not
             checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
             gain nothing, or lose precision, make their own.
-        impl: None picks by device; ``"reference"``, ``"cpu"`` or ``"triton"`` runs just that, or raises.
+        impl: None picks by device; ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs just that, or
+            raises. ``"cuda"``: at most 640 tokens and a head dimension of at most 128.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a
@@ -203,6 +204,7 @@ def _call(
     impl: str | None,
 ) -> Tensor:
     scale, temperature = check_options(q, scale, temperature, head_reduction, center, impl)
+    check_impl(impl, q, k)
     flow, _ = ops.am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
     return flow
 
@@ -240,6 +242,8 @@ def _call_matmul(
     if temperature != 1 and not softmax:
         raise ValueError(f"temperature: expected 1 without softmax=True (M has none), got {temperature}")
     _check_features(x, q, k, lag, transpose)
+    if impl == "cuda":
+        raise ValueError("impl='cuda': the CUDA kernels have no products with the motion operator; 'triton' has")
     check_impl(impl, q)
     return matmul_ops.am_flow_matmul(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, impl)
 

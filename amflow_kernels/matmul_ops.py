@@ -33,7 +33,7 @@ def am_flow_matmul(
     """op x of every pair, with op = M or P, or its transpose: (B, P, *G, Nq, C), or (B, P, *G, Nk, C) transposed."""
     if x.shape[0] == 0 or x.shape[1] == 0:
         return _fake_matmul(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, impl)
-    module = implementation(q, impl).module
+    module = implementation(q, k, impl).module
     return module.am_flow_matmul(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax)
 
 
@@ -74,7 +74,7 @@ def am_flow_matmul_backward(
     """Gradients of q, k, q_b, k_b, x, contiguous and in their dtype; an empty tensor where `needs` is False."""
     if x.shape[0] == 0 or x.shape[1] == 0:
         return _fake_backward(dy, q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, needs, impl)
-    module = implementation(q, impl).module
+    module = implementation(q, k, impl).module
     return module.am_flow_matmul_backward(dy, q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, needs)
 
 

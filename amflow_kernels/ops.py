@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, library
 
-from amflow_kernels.impl import native, reference, triton
+from amflow_kernels.impl import cuda, native, reference, triton
+from amflow_kernels.impl.saved import saved_sizes
 
 HEAD_REDUCTIONS = ("none", "mean", "mean_map")
 MAX_HEAD_DIM = 256
@@ -31,17 +32,26 @@ class Impl:
     dtypes: tuple[torch.dtype, ...] | None  # None: any
     row_statistics: bool = False  # its forward can be given them (as log-sum-exps), and leaves them for its backward
 
-    def unsupported(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def unsupported(self, q: Tensor, k: Tensor | None) -> str | None:
         """Why it can't take such input anywhere, or None. Cheap and without side effects: safe in traced code."""
-        if self.devices is not None and device_type not in self.devices:
-            return f"expected tensors on {' or '.join(self.devices)}, got {device_type}"
-        if self.dtypes is not None and dtype not in self.dtypes:
-            return f"expected one of {', '.join(str(d) for d in self.dtypes)}, got {dtype}"
-        return None
+        if self.devices is not None and q.device.type not in self.devices:
+            return f"expected tensors on {' or '.join(self.devices)}, got {q.device.type}"
+        if self.dtypes is not None and q.dtype not in self.dtypes:
+            return f"expected one of {', '.join(str(d) for d in self.dtypes)}, got {q.dtype}"
+        return self._asked("unsupported_shape", q, q if k is None else k)
+
+    def not_chosen(self, q: Tensor) -> str | None:
+        """Why it runs for q only where it is asked for, or None."""
+        return self._asked("not_chosen", q)
 
     def unavailable(self) -> str | None:
         """Why it can't run in this process, or None; builds or loads what it needs."""
-        return self.module.unavailable() if hasattr(self.module, "unavailable") else None
+        return self._asked("unavailable")
+
+    def _asked(self, question: str, *arguments: Any) -> str | None:
+        """What the module answers, where it has such a function."""
+        answer: str | None = getattr(self.module, question)(*arguments) if hasattr(self.module, question) else None
+        return answer
 
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,8 +59,9 @@ IMPLS = {
     "reference": Impl(reference, None, None),
     "cpu": Impl(native, ("cpu",), _FUSED_DTYPES),
     "triton": Impl(triton, ("cuda", "cpu") if triton.interpreted() else ("cuda",), _FUSED_DTYPES, row_statistics=True),
+    "cuda": Impl(cuda, ("cuda",), _FUSED_DTYPES, row_statistics=True),
 }
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device, when impl is None; the reference is the last resort
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, when impl is None; the reference is the last resort
 
 
 @dataclass(frozen=True)
@@ -62,31 +73,34 @@ class Choice:
     fallback: bool  # a fused kernel was expected here and could not be had
 
 
-def check_impl(impl: str | None, q: Tensor | None) -> None:
-    """Raises ValueError unless `impl` is None, or the name of an implementation that can take tensors like q."""
+def check_impl(impl: str | None, q: Tensor | None, k: Tensor | None = None) -> None:
+    """Raises ValueError unless `impl` is None, or the name of an implementation that can take tensors like q and k."""
     if impl is None:
         return
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {tuple(IMPLS)}, got {impl!r}")
-    reason = q is not None and IMPLS[impl].unsupported(q.device.type, q.dtype)
+    reason = q is not None and IMPLS[impl].unsupported(q, k)
     if reason:
         raise ValueError(f"impl={impl!r}: {reason}")
 
 
-def choose(device_type: str, dtype: torch.dtype, impl: str | None) -> Choice:
-    """The implementation for such input. Raises RuntimeError if the one asked for can't run here."""
+def choose(q: Tensor, k: Tensor | None, impl: str | None) -> Choice:
+    """The implementation for tensors like q and k. Raises RuntimeError if the one asked for can't run here."""
     if impl is not None:
         why_not = IMPLS[impl].unavailable()
         if why_not:
             raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
         return Choice(impl, "asked for", fallback=False)
     reasons = []
+    device_type = q.device.type
     for name in _PREFERENCE.get(device_type, ()):
-        why_not = IMPLS[name].unsupported(device_type, dtype) or IMPLS[name].unavailable()
+        candidate = IMPLS[name]
+        why_not = candidate.unsupported(q, k) or candidate.not_chosen(q) or candidate.unavailable()
         if why_not is None:
-            return Choice(name, f"fused kernel for {device_type} and {dtype}", fallback=False)
+            reason = "; ".join([f"fused kernel for {device_type} and {q.dtype}", *reasons])
+            return Choice(name, reason, fallback=False)
         reasons.append(f"{name}: {why_not}")
-    if dtype == torch.float64:
+    if q.dtype == torch.float64:
         return Choice("reference", "float64 is computed by the reference", fallback=False)
     reasons = reasons or [f"no fused kernel for {device_type}"]
     return Choice("reference", "; ".join(reasons), fallback=True)
@@ -96,16 +110,16 @@ def uses_lse(q: Tensor, k: Tensor, impl: str | None) -> bool:
     """Whether the forward of q and k would be faster for the rows' log-sum-exps. Traced code can't tell: no."""
     if torch.compiler.is_compiling():
         return False
-    chosen = IMPLS[choose(q.device.type, q.dtype, impl).name]
+    chosen = IMPLS[choose(q, k, impl).name]
     return chosen.row_statistics and bool(chosen.module.uses_lse(q, k))
 
 
 _warned: set[str] = set()
 
 
-def implementation(q: Tensor, impl: str | None) -> Impl:
-    """The implementation that runs for tensors like q. Warns where it is the reference for want of another."""
-    choice = choose(q.device.type, q.dtype, impl)
+def implementation(q: Tensor, k: Tensor, impl: str | None) -> Impl:
+    """The implementation that runs for tensors like q and k. Warns where it is the reference for want of another."""
+    choice = choose(q, k, impl)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
         warnings.warn(
@@ -119,8 +133,8 @@ def implementation(q: Tensor, impl: str | None) -> Impl:
 
 def _new_saved(q: Tensor, pair: bool, lag: int, head_reduction: str, impl: str | None) -> Tensor:
     """Room for what the forward leaves for the backward, of a size that traced code knows: none is chosen there."""
-    takes = impl == "triton" or (impl is None and q.device.type == "cuda" and q.dtype in _FUSED_DTYPES)
-    size = sum(triton.saved_sizes(q, pair, lag, head_reduction)) if takes else 0
+    takes = impl in ("triton", "cuda") or (impl is None and q.device.type == "cuda" and q.dtype in _FUSED_DTYPES)
+    size = sum(saved_sizes(q, pair, lag, head_reduction)) if takes else 0
     return q.new_zeros(size, dtype=torch.float32)
 
 
@@ -145,7 +159,7 @@ def am_flow(
     """
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_am_flow(q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl)
-    chosen = implementation(q, impl)
+    chosen = implementation(q, k, impl)
     saved = _new_saved(q, q_b is not None, lag, head_reduction, impl)
     extra = (lse, lse_b, saved) if chosen.row_statistics else ()
     flow = chosen.module.am_flow(q, k, q_b, k_b, scale, lag, temperature, head_reduction, center, *extra)
@@ -191,7 +205,7 @@ def am_flow_backward(
     """Gradients of q, k, q_b, k_b, contiguous and in their dtype; an empty tensor where `needs` is False."""
     if q.shape[0] == 0 or q.shape[1] == 0:
         return _fake_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, impl, saved)
-    chosen = implementation(q, impl)
+    chosen = implementation(q, k, impl)
     extra = (saved,) if chosen.row_statistics else ()
     return chosen.module.am_flow_backward(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, needs, *extra)
 
@@ -257,11 +271,11 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
 
     Builds the native library if it was not built yet. Raises what `am_flow` would raise if `impl` can't run.
     """
-    check_impl(impl, q)
+    check_impl(impl, q, k)
     lines = []
     choice = None
     if q is not None:
-        choice = choose(q.device.type, q.dtype, impl)
+        choice = choose(q, k, impl)
         lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
         lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
         if choice.name == "triton":
@@ -269,6 +283,7 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
     lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     lines += native.describe()
     lines += triton.describe()
+    lines += cuda.describe()
     return Explanation(choice.name if choice else None, choice.reason if choice else None, tuple(lines))
 
 

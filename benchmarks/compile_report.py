@@ -26,7 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amflow_kernels.impl.triton import configs, launch, saved_sizes
+from amflow_kernels.impl.saved import saved_sizes
+from amflow_kernels.impl.triton import configs, launch
 from benchmarks.report import Table
 
 ROOT = Path(__file__).parent.parent

@@ -31,7 +31,7 @@ COMPILING = "compiling the CPU kernels"
 SETUP = """
 import sys, threading, warnings
 import torch
-from amflow_kernels import _ext, am_flow, explain
+from amflow_kernels import _build, _ext, am_flow, explain
 torch.manual_seed(0)
 q, k = torch.randn(2, 1, 3, 2, 17, 8)
 expected = am_flow(q, k, impl="reference")
@@ -39,7 +39,7 @@ def check(impl):
     torch.testing.assert_close(am_flow(q, k, impl=impl), expected, rtol=0, atol=1e-6)
 """
 
-RUNS_NATIVE = SETUP + 'check("cpu"); print("library", _ext.binary())'
+RUNS_NATIVE = SETUP + 'check("cpu"); print("library", _ext.binary(_build.CPU))'
 
 FALLS_BACK = (
     SETUP
@@ -98,7 +98,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 @pytest.fixture
 def stand_in(built: tuple[Path, object], tmp_path: Path) -> Callable[..., Compiler]:
     """Makes a compiler that delivers the library of `built` after `seconds`, or else fails with exit status 1."""
-    (library,) = built[0].rglob(_build.LIBRARY)
+    (library,) = built[0].rglob(_build.CPU.file)
 
     def make(name: str = "c++", seconds: float = 0, fails: bool = False) -> Compiler:
         compiler = Compiler(tmp_path / name, tmp_path / f"{name}.log")
@@ -219,10 +219,10 @@ def test_damaged_library_is_rebuilt(
     """A damaged library in the cache is compiled again, never loaded."""
     compiler = stand_in()
     monkeypatch.setenv("CXX", str(compiler.path))
-    folder = cache / "amflow_kernels" / _build.build_key()
+    folder = cache / "amflow_kernels" / _build.build_key(_build.CPU)
     folder.mkdir(parents=True)
-    library, checksum = folder / _build.LIBRARY, folder / f"{_build.LIBRARY}.sha256"
-    (whole,) = built[0].rglob(_build.LIBRARY)
+    library, checksum = folder / _build.CPU.file, folder / f"{_build.CPU.file}.sha256"
+    (whole,) = built[0].rglob(_build.CPU.file)
     _ext.install(whole, library)
     content = bytearray(whole.read_bytes())
     if damage == "truncated":
@@ -246,21 +246,21 @@ def test_build_key(
     """The key changes with any source, with the compiler and with torch, and with nothing else."""
     sources = tmp_path / "csrc"
     shutil.copytree(_build.source_dir(), sources)
-    key = _build.build_key()
+    key = _build.build_key(_build.CPU)
     monkeypatch.setattr(_build, "source_dir", lambda: sources)
-    assert _build.build_key() == key  # where the sources lie does not matter
+    assert _build.build_key(_build.CPU) == key  # where the sources lie does not matter
     keys = {key}
     for path in sorted(p for p in sources.rglob("*") if p.is_file()):
         before = path.read_bytes()
         path.write_bytes(before + b"\n")
-        keys.add(_build.build_key())
+        keys.add(_build.build_key(_build.CPU))
         path.write_bytes(before)
     assert len(keys) == 1 + sum(p.suffix in (".cpp", ".h") for p in sources.rglob("*"))
-    assert _build.build_key() == key
+    assert _build.build_key(_build.CPU) == key
     monkeypatch.setenv("CXX", str(stand_in("c++").path))
-    keys.add(_build.build_key())
+    keys.add(_build.build_key(_build.CPU))
     monkeypatch.setattr(_build.torch, "__version__", "2.99.0")
-    keys.add(_build.build_key())
+    keys.add(_build.build_key(_build.CPU))
     assert len(keys) == 3 + sum(p.suffix in (".cpp", ".h") for p in sources.rglob("*"))
 
 

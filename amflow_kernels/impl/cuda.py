@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amflow_kernels import _ext
+from amflow_kernels import _build, _ext
 
 MAX_TOKENS = 640
 MAX_HEAD_DIM = 128
+
+# Compute capabilities, as 90, on which impl=None takes these kernels where they can run: those for which a result of the
+# GPU suite in benchmarks/results shows them correct, and faster than Triton's.
+CHOSEN_ON: frozenset[int] = frozenset()
 
 _REDUCTIONS = {"none": 0, "mean": 1, "mean_map": 2}
 
@@ -20,7 +24,7 @@ def unavailable() -> str | None:
     """Why the kernels can't run in this process, or None. Builds and loads the library if needed."""
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
-    return _ext.load("cuda")
+    return _ext.load(_build.CUDA)
 
 
 def unsupported_shape(q: Tensor, k: Tensor) -> str | None:
@@ -31,6 +35,19 @@ def unsupported_shape(q: Tensor, k: Tensor) -> str | None:
     if D > MAX_HEAD_DIM:
         return f"expected a head dimension of at most {MAX_HEAD_DIM}, got {D}"
     return None
+
+
+def not_chosen(q: Tensor) -> str | None:
+    """Why impl=None does not take these kernels on q's GPU, or None."""
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if 10 * major + minor in CHOSEN_ON:
+        return None
+    return f"only where it is asked for: no measurement shows it faster on sm_{major}{minor}"
+
+
+def uses_lse(q: Tensor, k: Tensor) -> bool:
+    """Whether the forward has a pass for row statistics, which log-sum-exps spare: a strip makes each map once."""
+    return False
 
 
 def am_flow(
@@ -47,7 +64,6 @@ def am_flow(
     lse_b: Tensor | None,
     saved: Tensor,
 ) -> Tensor:
-    # Log-sum-exps would save nothing: a strip makes each map once.
     groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
     flow = torch.empty((q.shape[0], q.shape[1] - lag, *groups, k.shape[-2]), dtype=torch.float32, device=q.device)
     with _on(q):
@@ -89,10 +105,10 @@ def am_flow_backward(
 
 def describe() -> list[str]:
     """What `explain` says of the CUDA kernels."""
-    why_not = unavailable()
-    if why_not is not None:
-        return [f"cuda kernels: not available: {why_not}"]
-    return [f"cuda kernels: from {_ext.binary('cuda')}; they run where impl='cuda' asks for them alone"]
+    if not torch.cuda.is_available():
+        return ["cuda kernels: not available: PyTorch finds no GPU"]
+    file = _ext.binary(_build.CUDA)
+    return [f"cuda kernels: {f'from {file}' if file else 'not loaded'}; impl='cuda' asks for them"]
 
 
 def _ops() -> Any:

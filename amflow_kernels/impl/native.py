@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amflow_kernels import _ext
+from amflow_kernels import _build, _ext
 
 _REDUCTIONS = {"none": 0, "mean": 1, "mean_map": 2}
 
@@ -16,7 +16,7 @@ def unavailable() -> str | None:
     """Why the kernels can't run in this process, or None. Builds and loads the library if needed."""
     if _isa() is None:
         return f"the CPU capability is {_capability()}, the kernels need AVX2 or AVX-512"
-    return _ext.load()
+    return _ext.load(_build.CPU)
 
 
 def am_flow(
@@ -110,7 +110,7 @@ def describe() -> list[str]:
     why_not = unavailable()
     if why_not is not None:
         return [*lines, f"cpu kernels: not available: {why_not}"]
-    lines.append(f"cpu kernels: {torch.ops.amflow_native.isa(_isa())}, from {_ext.binary()}")
+    lines.append(f"cpu kernels: {torch.ops.amflow_native.isa(_isa())}, from {_ext.binary(_build.CPU)}")
     return lines
 
 

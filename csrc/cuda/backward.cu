@@ -1,4 +1,4 @@
-// The backward. docs/maths.md derives it. First the coefficients of every pair's rows, from strips of the maps as in the
+// The backward, for q and k of AMFLOW_NUMBER. docs/maths.md derives it. First the coefficients of every pair's rows, from strips of the maps as in the
 // forward; then dq and dk of every frame, from tiles of its map and of those it is paired with.
 //
 // Maps here are A / temperature, and gradients of them are scale * temperature * dL/dA. With y = S e^|A - A'| a pair adds
@@ -349,34 +349,25 @@ const char* run_side(const Problem& p, const Side& side, void* stream) {
   return wrong;
 }
 
-const char* run_sides(const Problem& p, void* stream) {
-  const auto run = [&](const Side& side) -> const char* {
-    switch (p.dtype) {
-      case Dtype::f32: return run_side<float>(p, side, stream);
-      case Dtype::bf16: return run_side<bf16>(p, side, stream);
-      default: return run_side<f16>(p, side, stream);
-    }
-  };
-  if (p.shift > 0) return run({p.first, p.first, p.first, p.shift, p.P});
-  if (const char* wrong = run({p.second, p.first, p.second, p.P, p.P})) return wrong;
-  return run({p.first, p.second, p.first, 0, 0});
-}
-
+template <class X>
 struct Launch {
-  template <class X, int MT, int NT, bool MEAN_MAP>
+  template <int MT, int NT, bool MEAN_MAP, bool SHARP>
   const char* run(const Problem& p, const Plan& plan, void* stream) const {
-    const auto kernel = p.inv_temperature > 1 ? am_flow_coefficients<X, MT, NT, MEAN_MAP, true>
-                                              : am_flow_coefficients<X, MT, NT, MEAN_MAP, false>;
-    return launch(kernel, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p, plan);
+    return launch(am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p,
+                  plan);
   }
 };
 
 }  // namespace
 
-const char* backward(const Problem& p, const Device& device, void* stream) {
-  const Plan plan = plan_of(p, device);
-  if (const char* wrong = run_strips(Launch{}, p, plan, device, stream)) return wrong;
-  return run_sides(p, stream);
+template <class X>
+const char* run_backward(const Problem& p, const Plan& plan, const Device& device, void* stream) {
+  if (const char* wrong = run_strips<X>(Launch<X>{}, p, plan, device, stream)) return wrong;
+  if (p.shift > 0) return run_side<X>(p, {p.first, p.first, p.first, p.shift, p.P}, stream);
+  if (const char* wrong = run_side<X>(p, {p.second, p.first, p.second, p.P, p.P}, stream)) return wrong;
+  return run_side<X>(p, {p.first, p.second, p.first, 0, 0}, stream);
 }
+
+template const char* run_backward<AMFLOW_NUMBER>(const Problem&, const Plan&, const Device&, void*);
 
 }  // namespace amflow_cuda

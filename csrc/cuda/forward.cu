@@ -1,4 +1,4 @@
-// The forward in one pass: flows of pairs from strips of their maps, summed up over the strips of a map at the end.
+// The forward in one pass: what strips of maps add to the flows of their pairs, for q and k of AMFLOW_NUMBER.
 
 #include "strip.h"
 #include "table.h"
@@ -6,9 +6,6 @@
 namespace amflow_cuda {
 
 namespace {
-
-constexpr int THREADS = 384;  // at most, of a block: 168 registers for each
-constexpr int FINISH_THREADS = 256;
 
 // Halves of a list of sums go to either half of the lanes, until each lane has one sum.
 template <int COUNT>
@@ -136,58 +133,27 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
 };
 
 template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
-__global__ void __launch_bounds__(THREADS, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(MAX_BLOCK_WARPS * 32, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
   if (strip.o.pairs > 0) strip.template run<SHARP>();
 }
 
-// flow = parts, summed up, less what is too much: the flows of a pair sum up to Nq. A warp for each row of flow.
-__global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_constant__ Problem p, int blocks) {
-  const int heads = p.mean ? p.H : 1, lane = threadIdx.x % 32;
-  const int64_t rows = int64_t{p.B} * p.P * p.Z * p.G, results = rows / heads;
-  const int64_t result = int64_t{blockIdx.x} * (FINISH_THREADS / 32) + threadIdx.x / 32;
-  if (result >= results) return;
-  const int64_t first = (result / p.G * heads) * p.G + result % p.G;
-  float x[MAX_TOKENS / 32], total = 0;
-#pragma unroll
-  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
-    const int j = i * 32 + lane;
-    x[i] = 0;
-    if (j < p.Nk)
-      for (int h = 0; h < heads; ++h)
-        for (int block = 0; block < blocks; ++block) x[i] += p.part[(block * rows + first + int64_t{h} * p.G) * p.Nk + j];
-    total += x[i];
-  }
-  for (int lanes = 1; lanes < 32; lanes *= 2) total += shuffle_xor(total, lanes);
-  const float mean = total / p.Nk;
-#pragma unroll
-  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
-    const int j = i * 32 + lane;
-    if (j < p.Nk) p.flow[result * p.Nk + j] = (x[i] - mean) / heads + p.base;
-  }
-}
-
+template <class X>
 struct Launch {
-  template <class X, int MT, int NT, bool MEAN_MAP>
+  template <int MT, int NT, bool MEAN_MAP, bool SHARP>
   const char* run(const Problem& p, const Plan& plan, void* stream) const {
-    const auto kernel = p.inv_temperature > 1 ? am_flow_forward<X, MT, NT, MEAN_MAP, true>
-                                              : am_flow_forward<X, MT, NT, MEAN_MAP, false>;
-    return launch(kernel, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p, plan);
+    return launch(am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p,
+                  plan);
   }
 };
 
 }  // namespace
 
-int64_t part_floats(const Problem& p, const Device& device) {
-  return plan_of(p, device).blocks * (int64_t{p.B} * p.P * p.Z * p.G * p.Nk);
+template <class X>
+const char* run_forward(const Problem& p, const Plan& plan, const Device& device, void* stream) {
+  return run_strips<X>(Launch<X>{}, p, plan, device, stream);
 }
 
-const char* forward(const Problem& p, const Device& device, void* stream) {
-  const Plan plan = plan_of(p, device);
-  if (const char* wrong = run_strips(Launch{}, p, plan, device, stream)) return wrong;
-  const int64_t results = int64_t{p.B} * p.P * p.Z * p.G / (p.mean ? p.H : 1);
-  return launch(am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
-                p, plan.blocks);
-}
+template const char* run_forward<AMFLOW_NUMBER>(const Problem&, const Plan&, const Device&, void*);
 
 }  // namespace amflow_cuda

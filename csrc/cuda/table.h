@@ -10,10 +10,11 @@ constexpr int MAX_CHUNK = 16;  // pairs of one block of threads
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// NT of the kernels that there are, by what fits in registers. More maps are kept with a mean over the heads' maps.
-inline bool has_tiles(int tiles, bool mean_map, Dtype dtype) {
-  if (mean_map || dtype == Dtype::f32) return tiles == 2 || tiles == 8;
-  return tiles == 2 || tiles == 5 || tiles == 8 || tiles == 9 || tiles == 11 || tiles == 13;
+// NT of the kernels that there are: few for what is rare.
+inline bool has_tiles(int tiles, const Problem& p) {
+  if (p.mean_map) return tiles == 8;  // one map more is kept in registers
+  const bool rare = p.dtype == Dtype::f32 || p.inv_temperature > 1;
+  return tiles == 2 || tiles == 8 || (!rare && (tiles == 5 || tiles == 9 || tiles == 11));
 }
 
 inline Plan plan_of(const Problem& p, const Device& device) {
@@ -21,8 +22,8 @@ inline Plan plan_of(const Problem& p, const Device& device) {
   plan.row_tiles = 1;
   // The fewest tiles beyond the last key, and of those the fewest warps, since warps that share rows wait for each other.
   const int needed = divide_up(p.Nk, TILE_KEYS);
-  for (int tiles = 13; tiles > 0; --tiles) {
-    if (!has_tiles(tiles, p.mean_map, p.dtype)) continue;
+  for (int tiles = 11; tiles > 0; --tiles) {
+    if (!has_tiles(tiles, p)) continue;
     const int warps = divide_up(needed, tiles);
     if (warps <= MAX_WARPS && warps * tiles - needed < MOST_MASKED && (plan.tiles == 0 || warps * tiles < plan.warps * plan.tiles)) {
       plan.tiles = tiles;
@@ -50,39 +51,39 @@ inline Plan plan_of(const Problem& p, const Device& device) {
   return plan;
 }
 
-// Runs `launch.run<X, MT, NT, MEAN_MAP>(problem, plan, stream)`.
-template <class Launch>
+// Runs `launch.run<MT, NT, MEAN_MAP, SHARP>(problem, plan, stream)` for numbers X.
+template <class X, class Launch>
 const char* run_strips(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
   if (plan.shared_bytes() > device.shared_bytes) return "these sizes need more shared memory than a block can have";
   if (plan.launched(p) > 0x7fffffff) return "more blocks of threads than one launch can have";
-  const auto run = [&]<class X>(X) -> const char* {
-    if (p.mean_map) {
-      switch (plan.tiles) {
-        case 2: return launch.template run<X, 1, 2, true>(p, plan, stream);
-        default: return launch.template run<X, 1, 8, true>(p, plan, stream);
-      }
-    }
+  const bool sharp = p.inv_temperature > 1;
+  if (p.mean_map)
+    return sharp ? launch.template run<1, 8, true, true>(p, plan, stream)
+                 : launch.template run<1, 8, true, false>(p, plan, stream);
+  switch (plan.tiles) {
+    case 2:
+      return sharp ? launch.template run<1, 2, false, true>(p, plan, stream)
+                   : launch.template run<1, 2, false, false>(p, plan, stream);
+    case 8:
+      return sharp ? launch.template run<1, 8, false, true>(p, plan, stream)
+                   : launch.template run<1, 8, false, false>(p, plan, stream);
+    default:;
+  }
+  if constexpr (sizeof(X) == 2) {
     switch (plan.tiles) {
-      case 2: return launch.template run<X, 1, 2, false>(p, plan, stream);
-      case 8: return launch.template run<X, 1, 8, false>(p, plan, stream);
+      case 5: return launch.template run<1, 5, false, false>(p, plan, stream);
+      case 9: return launch.template run<1, 9, false, false>(p, plan, stream);
+      case 11: return launch.template run<1, 11, false, false>(p, plan, stream);
       default:;
     }
-    if constexpr (sizeof(X) == 2) {
-      switch (plan.tiles) {
-        case 5: return launch.template run<X, 1, 5, false>(p, plan, stream);
-        case 9: return launch.template run<X, 1, 9, false>(p, plan, stream);
-        case 11: return launch.template run<X, 1, 11, false>(p, plan, stream);
-        case 13: return launch.template run<X, 1, 13, false>(p, plan, stream);
-        default:;
-      }
-    }
-    return "no kernel for this number of keys";
-  };
-  switch (p.dtype) {
-    case Dtype::f32: return run(float{});
-    case Dtype::bf16: return run(bf16{});
-    default: return run(f16{});
   }
+  return "no kernel for this number of keys";
 }
+
+// forward.cu and backward.cu, compiled for each of the numbers.
+template <class X>
+const char* run_forward(const Problem& p, const Plan& plan, const Device& device, void* stream);
+template <class X>
+const char* run_backward(const Problem& p, const Plan& plan, const Device& device, void* stream);
 
 }  // namespace amflow_cuda

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amflow_kernels.impl.triton import configs, saved_sizes
+from amflow_kernels.impl.saved import saved_sizes
+from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
 

@@ -1,0 +1,69 @@
+// From a problem to its launches: the kernels for its numbers, and the sum over the strips of a map.
+
+#include "table.h"
+
+namespace amflow_cuda {
+
+namespace {
+
+constexpr int FINISH_THREADS = 256;
+
+// flow = parts, summed up, less what is too much: the flows of a pair sum up to Nq. A warp for each row of flow.
+__global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_constant__ Problem p, int blocks) {
+  const int heads = p.mean ? p.H : 1, lane = threadIdx.x % 32;
+  const int64_t rows = int64_t{p.B} * p.P * p.Z * p.G, results = rows / heads;
+  const int64_t result = int64_t{blockIdx.x} * (FINISH_THREADS / 32) + threadIdx.x / 32;
+  if (result >= results) return;
+  const int64_t first = (result / p.G * heads) * p.G + result % p.G;
+  float x[MAX_TOKENS / 32], total = 0;
+#pragma unroll
+  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
+    const int j = i * 32 + lane;
+    x[i] = 0;
+    if (j < p.Nk)
+      for (int h = 0; h < heads; ++h)
+        for (int block = 0; block < blocks; ++block) x[i] += p.part[(block * rows + first + int64_t{h} * p.G) * p.Nk + j];
+    total += x[i];
+  }
+  for (int lanes = 1; lanes < 32; lanes *= 2) total += shuffle_xor(total, lanes);
+  const float mean = total / p.Nk;
+#pragma unroll
+  for (int i = 0; i < MAX_TOKENS / 32; ++i) {
+    const int j = i * 32 + lane;
+    if (j < p.Nk) p.flow[result * p.Nk + j] = (x[i] - mean) / heads + p.base;
+  }
+}
+
+const char* finish(const Problem& p, const Plan& plan, void* stream) {
+  const int64_t results = int64_t{p.B} * p.P * p.Z * p.G / (p.mean ? p.H : 1);
+  return launch(am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
+                p, plan.blocks);
+}
+
+template <class Run>
+const char* for_numbers(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32: return run(float{});
+    case Dtype::bf16: return run(bf16{});
+    default: return run(f16{});
+  }
+}
+
+}  // namespace
+
+int64_t part_floats(const Problem& p, const Device& device) {
+  return plan_of(p, device).blocks * (int64_t{p.B} * p.P * p.Z * p.G * p.Nk);
+}
+
+const char* forward(const Problem& p, const Device& device, void* stream) {
+  const Plan plan = plan_of(p, device);
+  const auto run = [&]<class X>(X) { return run_forward<X>(p, plan, device, stream); };
+  if (const char* wrong = for_numbers(p.dtype, run)) return wrong;
+  return finish(p, plan, stream);
+}
+
+const char* backward(const Problem& p, const Device& device, void* stream) {
+  return for_numbers(p.dtype, [&]<class X>(X) { return run_backward<X>(p, plan_of(p, device), device, stream); });
+}
+
+}  // namespace amflow_cuda
