@@ -17,7 +17,6 @@ from setuptools.dist import Distribution
 ROOT = Path(__file__).resolve().parent
 
 
-
 def asked_for(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 

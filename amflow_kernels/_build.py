@@ -1,7 +1,7 @@
 """Compiles the native libraries: the one list of sources and flags, used on first use and by setup.py.
 
-The kernels know no torch headers; the CPU's are compiled once per instruction set, the GPU's once per dtype. The bindings
-use torch's stable ABI.
+The kernels know no torch headers; the CPU's are compiled once per instruction set, the GPU's once per dtype. The
+bindings use torch's stable ABI.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def nvcc() -> str:
 
 
 def architectures() -> list[str]:
-    """nvcc's options for the GPUs to compile for: $TORCH_CUDA_ARCH_LIST, else those that are here, else the usual ones."""
+    """nvcc's options for the GPUs to compile for: $TORCH_CUDA_ARCH_LIST, else those here, else the usual ones."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not listed and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}

@@ -61,7 +61,10 @@ IMPLS = {
     "triton": Impl(triton, ("cuda", "cpu") if triton.interpreted() else ("cuda",), _FUSED_DTYPES, row_statistics=True),
     "cuda": Impl(cuda, ("cuda",), _FUSED_DTYPES, row_statistics=True),
 }
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, when impl is None; the reference is the last resort
+_PREFERENCE = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+}  # by device, when impl is None; the reference is the last resort
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def choose(q: Tensor, k: Tensor | None, impl: str | None) -> Choice:
         if why_not:
             raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
         return Choice(impl, "asked for", fallback=False)
-    reasons = []
+    reasons: list[str] = []
     device_type = q.device.type
     for name in _PREFERENCE.get(device_type, ()):
         candidate = IMPLS[name]

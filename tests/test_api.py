@@ -69,7 +69,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "head_reduction": ({"head_reduction": "sum"}, ValueError, r"head_reduction: expected one of \('none'.*got 'sum'"),
     "head_reduction None": ({"head_reduction": None}, ValueError, r"head_reduction: expected one of.*got None"),
     "center": ({"center": 1}, TypeError, r"center: expected a bool, got int"),
-    "impl": ({"impl": "gpu"}, ValueError, r"impl: expected None or one of \('reference', 'cpu', 'triton'\), got 'gpu'"),
+    "impl": (
+        {"impl": "gpu"},
+        ValueError,
+        r"impl: expected None or one of \('reference', 'cpu', 'triton', 'cuda'\), got 'gpu'",
+    ),
 }
 
 BAD_PAIRS: dict[str, tuple[Any, Any, Any, Any, type[Exception], str]] = {

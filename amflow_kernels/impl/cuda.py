@@ -13,8 +13,8 @@ from amflow_kernels import _build, _ext
 MAX_TOKENS = 640
 MAX_HEAD_DIM = 128
 
-# Compute capabilities, as 90, on which impl=None takes these kernels where they can run: those for which a result of the
-# GPU suite in benchmarks/results shows them correct, and faster than Triton's.
+# Compute capabilities, as 90, on which impl=None takes these kernels where they can run: those for which a result of
+# the GPU suite in benchmarks/results shows them correct, and faster than Triton's.
 CHOSEN_ON: frozenset[int] = frozenset()
 
 _REDUCTIONS = {"none": 0, "mean": 1, "mean_map": 2}

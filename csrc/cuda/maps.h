@@ -21,18 +21,22 @@ constexpr float LOWEST = -3.4028234e38f;
 template <class X>
 constexpr int slice_elements = SLICE / static_cast<int>(sizeof(X));
 
-// q k^T with the numbers of float32 in two parts each: all but the product of the second parts.
-__device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
-  uint32_t high[4], low[4];
-  for (int i = 0; i < 4; ++i) {
-    high[i] = to_tf32(number(a[i]));
-    low[i] = to_tf32(number(a[i]) - number(high[i]));
+// A float32 in two tf32 parts, and its first part without infinities, whose products with second parts would be NaN.
+struct Split {
+  uint32_t high, finite, low;
+  __device__ explicit Split(uint32_t x) : high(to_tf32(number(x))) {
+    const bool infinite = (high & 0x7fffffffu) == 0x7f800000u;
+    finite = infinite ? 0 : high;
+    low = infinite ? 0 : to_tf32(number(x) - number(high));
   }
-  const uint32_t high0 = to_tf32(number(b0)), high1 = to_tf32(number(b1));
-  const uint32_t low0 = to_tf32(number(b0) - number(high0)), low1 = to_tf32(number(b1) - number(high1));
-  multiply_tf32(acc, low, high0, high1);
-  multiply_tf32(acc, high, low0, low1);
-  multiply_tf32(acc, high, high0, high1);
+};
+
+// q k^T of float32 in two parts each: all but the product of the second parts.
+__device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  const Split x[4] = {Split(a[0]), Split(a[1]), Split(a[2]), Split(a[3])}, y0(b0), y1(b1);
+  multiply_tf32(acc, {x[0].low, x[1].low, x[2].low, x[3].low}, y0.finite, y1.finite);
+  multiply_tf32(acc, {x[0].finite, x[1].finite, x[2].finite, x[3].finite}, y0.low, y1.low);
+  multiply_tf32(acc, {x[0].high, x[1].high, x[2].high, x[3].high}, y0.high, y1.high);
 }
 
 // The sign of a number is the first bit of its 2 or 4 bytes.
