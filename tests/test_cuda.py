@@ -264,7 +264,7 @@ alignas(16) float data[8] = {{1, 1, 1, 1, 1, 1, 1, 1}};
 int main() {{
   using namespace amflow_cuda;
   for (auto* kernel : {{{names}}}) {{
-    const char* wrong = launch(kernel, 1, 64, 1024, nullptr);
+    const char* wrong = launch(0, kernel, 1, 64, 1024, nullptr);
     std::puts(wrong ? wrong : "");
   }}
 }}

@@ -240,28 +240,35 @@ def test_damaged_library_is_rebuilt(
     assert _ext._is_whole(library)
 
 
-def test_build_key(
-    built: object, stand_in: Callable[..., Compiler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The key changes with any source, with the compiler and with torch, and with nothing else."""
+@pytest.mark.parametrize("library", [_build.CPU, _build.CUDA], ids=lambda library: library.name)
+def test_source_key(library: _build.Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key changes with any source of the library, and with nothing else."""
     sources = tmp_path / "csrc"
     shutil.copytree(_build.source_dir(), sources)
-    key = _build.build_key(_build.CPU)
+    key = _build.source_key(library)
     monkeypatch.setattr(_build, "source_dir", lambda: sources)
-    assert _build.build_key(_build.CPU) == key  # where the sources lie does not matter
-    keys = {key}
-    for path in sorted(p for p in sources.rglob("*") if p.is_file()):
+    assert _build.source_key(library) == key  # where the sources lie does not matter
+    own = [path for name in library.sources for path in ({sources / name} | {*(sources / name).rglob("*")})]
+    for path in (p for p in sources.rglob("*") if p.is_file()):
         before = path.read_bytes()
         path.write_bytes(before + b"\n")
-        keys.add(_build.build_key(_build.CPU))
+        assert (_build.source_key(library) != key) == (path in own and path.suffix in (".cpp", ".cu", ".h"))
         path.write_bytes(before)
-    assert len(keys) == 1 + sum(p.suffix in (".cpp", ".h") for p in sources.rglob("*"))
-    assert _build.build_key(_build.CPU) == key
+    assert {source for source, _ in library.objects.values()} <= {str(path.relative_to(sources)) for path in own}
+
+
+def test_build_key(stand_in: Callable[..., Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key changes with the sources, with the compiler and with torch."""
+    keys = [_build.build_key(_build.CPU)]
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "source_key", lambda library: "others")
+        keys.append(_build.build_key(_build.CPU))
+    assert _build.build_key(_build.CPU) == keys[0]
     monkeypatch.setenv("CXX", str(stand_in("c++").path))
-    keys.add(_build.build_key(_build.CPU))
+    keys.append(_build.build_key(_build.CPU))
     monkeypatch.setattr(_build.torch, "__version__", "2.99.0")
-    keys.add(_build.build_key(_build.CPU))
-    assert len(keys) == 3 + sum(p.suffix in (".cpp", ".h") for p in sources.rglob("*"))
+    keys.append(_build.build_key(_build.CPU))
+    assert len(set(keys)) == 4
 
 
 def test_racing_processes(stand_in: Callable[..., Compiler], cache: Path) -> None:

@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_co
   }
 }
 
-const char* finish(const Problem& p, const Plan& plan, void* stream) {
+const char* finish(const Problem& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t results = int64_t{p.B} * p.P * p.Z * p.G / (p.mean ? p.H : 1);
-  return launch(am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
+  return launch(device, am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
                 p, plan.blocks);
 }
 
@@ -59,7 +59,7 @@ const char* forward(const Problem& p, const Device& device, void* stream) {
   const Plan plan = plan_of(p, device);
   const auto run = [&]<class X>(X) { return run_forward<X>(p, plan, device, stream); };
   if (const char* wrong = for_numbers(p.dtype, run)) return wrong;
-  return finish(p, plan, stream);
+  return finish(p, plan, device, stream);
 }
 
 const char* backward(const Problem& p, const Device& device, void* stream) {

@@ -32,7 +32,9 @@ struct Problem {
   Dtype dtype;
   bool mean_map, mean;  // of heads' maps; of heads' flows
   int B, T, H, G, Nq, Nk, D, P, shift, step, Z;
-  float scale;            // of logits
+  float scale;            // of logits, by its size, times log2(e)
+  bool negate;            // its sign
+  float slope;            // of gradients: the scale itself
   float inv_temperature;
   float base;             // what a flow without motion is: Nq / Nk, or 0 if centred
   float* e_sum;           // (B, P, Z, G, Nq): sum_j expm1(|A_ij - A'_ij| / temperature)
@@ -40,8 +42,8 @@ struct Problem {
   float* flow;            // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction
   // Backward only.
   const float* dflow;     // less its mean over Nk, (B, P, Z, G, Nk), of each head's flow
-  float* slope;           // rows of coefficients, (B, P, Z, G, Nq) each: see backward.cu
-  float* offset;
+  float* slopes;          // rows of coefficients, (B, P, Z, G, Nq) each: see backward.cu
+  float* deltas;
   float* rho;
   float* next_rho;
   float* head_rho;        // (B, T, H, G, Nq), with a mean over the heads' maps

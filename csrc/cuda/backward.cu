@@ -2,7 +2,7 @@
 // forward; then dq and dk of every frame, from tiles of its map and of those it is paired with.
 //
 // Maps here are A / temperature, and gradients of them are scale * temperature * dL/dA. With y = S e^|A - A'| a pair adds
-// y (slope g - offset) to the gradient of A, and takes it from that of A'.
+// y slope (g - delta) to the gradient of A, and takes it from that of A'.
 
 #include "strip.h"
 #include "table.h"
@@ -15,13 +15,13 @@ template <class X, int MT, int NT, bool MEAN_MAP>
 struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
   using Base = Strip<X, MT, NT, MEAN_MAP>;
   using typename Base::Tiles;
-  using Base::Base, Base::p, Base::plan, Base::o, Base::warp, Base::key0, Base::row0;
+  using Base::Base, Base::p, Base::plan, Base::pairs, Base::warp;
 
   // Pair n of the run, (A, B).
   template <bool SHARP>
   __device__ void add_pair(const Tiles& A, const Tiles& B, int n) {
-    const float* const g = p.dflow + Base::pair_of(n) * p.Nk + key0 + lane_id() % 4 * 2;
-    const int left = p.Nk - key0 - lane_id() % 4 * 2;
+    const float* const g = p.dflow + Base::pair_of(n) * p.Nk + Base::key0() + lane_id() % 4 * 2;
+    const int left = p.Nk - Base::key0() - lane_id() % 4 * 2;
     float sum[5][MT][2] = {};  // h g, A y, A y g, B y, B y g
 #pragma unroll
     for (int c = 0; c < NT; ++c)
@@ -43,18 +43,18 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
             sum[4][m][half] = fmaf(b, y_g, sum[4][m][half]);
           }
       }
-    Base::sum_rows(sum, Base::exchange + plan.rows() * plan.warps * 16);
+    Base::sum_rows(sum);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row0 + Base::row_of(m, half);
+        const int row = Base::row0() + Base::row_of(m, half);
         if (warp > 0 || lane_id() % 4 > 0 || row >= p.Nq) continue;
         const int64_t to = Base::pair_of(n) * p.Nq + row;
         const float w = reciprocal(p.Nk + p.e_sum[to]);
-        const float delta = w * sum[0][m][half], slope = p.scale * w, by = slope / p.inv_temperature;
-        p.slope[to] = slope;
-        p.offset[to] = slope * delta;
+        const float delta = w * sum[0][m][half], slope = p.slope * w, by = slope / p.inv_temperature;
+        p.slopes[to] = slope;
+        p.deltas[to] = delta;
         p.rho[to] = by * (sum[2][m][half] - delta * sum[1][m][half]);
         p.next_rho[to] = -by * (sum[4][m][half] - delta * sum[3][m][half]);
       }
@@ -63,23 +63,30 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
   template <bool SHARP>
   __device__ void run() {
     Tiles A, B;
-    if (plan.stages > 1) Base::load_next();
+    float by[MT][2];
+    Base::load_first();
+    if (!Base::active()) {
+      for (int n = 0; n <= pairs; ++n) Base::skip_map();
+      return;
+    }
     for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
-      Base::next_map(A, n);
+      Base::next_map(A, by, n);
+      Base::scale_rows(A, by);
       if (n > 0) add_pair<SHARP>(B, A, n - 1);
-      if (n == o.pairs) break;
-      Base::next_map(B, n + 1);
+      if (n == pairs) break;
+      Base::next_map(B, by, n + 1);
+      Base::scale_rows(B, by);
       add_pair<SHARP>(A, B, n);
-      if (n + 1 == o.pairs) break;
+      if (n + 1 == pairs) break;
     }
   }
 };
 
 template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
-__global__ void __launch_bounds__(MAX_BLOCK_WARPS * 32, 1)
+__global__ void __launch_bounds__(block_warps(NT) * 32, 1)
     am_flow_coefficients(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Coefficients<X, MT, NT, MEAN_MAP> strip(p, plan);
-  if (strip.o.pairs > 0) strip.template run<SHARP>();
+  if (strip.pairs > 0) strip.template run<SHARP>();
 }
 
 // Where a frame's map stands: it is first in a pair with `after` if t < n_after, second in one with `before` if
@@ -105,7 +112,6 @@ struct Gradient {
   const Side& side;
   const bool vector;
   int b, t, h, g, own0;
-  float scale;
 
   __device__ Gradient(const Problem& p, const Side& side, bool vector) : p(p), side(side), vector(vector) {
     unsigned at = blockIdx.x;
@@ -117,17 +123,15 @@ struct Gradient {
     own0 = next((owns() + OWN - 1) / OWN) * OWN;
     g = next(p.G);
     h = next(p.H);
-    t = next(p.P + p.shift);
+    t = next(p.T);
     b = static_cast<int>(at);
-    scale = fmaxf(fabsf(p.scale) * 1.44269504f, 1.17549435e-38f);
   }
 
   __device__ int owns() const { return TURNED ? p.Nk : p.Nq; }
   __device__ int others() const { return TURNED ? p.Nq : p.Nk; }
-  __device__ int warp() const { return threadIdx.x / 32; }
   __device__ Shared own_slice() const { return shared_memory(); }
   __device__ Shared other_slice() const { return shared_memory() + OWN * PITCH; }
-  __device__ int own_row(int half) const { return own0 + warp() * TILE_ROWS + half * 8 + lane_id() / 4; }
+  __device__ int own_row(int half) const { return own0 + warp_id() * TILE_ROWS + half * 8 + lane_id() / 4; }
   __device__ static int other_column(int n, int i) { return n * TILE_KEYS + lane_id() % 4 * 2 + i % 2; }
 
   template <bool ZERO>
@@ -151,15 +155,15 @@ struct Gradient {
       wait_copies();
       sync_block();
       const int steps = (min(p.D - d0, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
-      add_products<X>(s, own_slice() + warp() * TILE_ROWS * PITCH, other_slice(), steps, p.scale < 0);
+      add_products<X>(s, own_slice() + warp_id() * TILE_ROWS * PITCH, other_slice(), steps, p.negate);
     }
-    const int64_t row0 = (((int64_t{b} * (p.P + p.shift) + t) * p.H + h) * p.G + g) * p.Nq;
+    const int64_t row0 = (((int64_t{b} * p.T + t) * p.H + h) * p.G + g) * p.Nq;
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row0 + query(other0, n, i);
-        const float x = exp2_fast(fmaf(s[0][n][i], scale, -f.row_max[row]));
+        const float x = exp2_fast(fmaf(s[0][n][i], p.scale, -f.row_max[row]));
         A[n][i] = x * (f.row_norm[row] * factor);
       }
   }
@@ -202,7 +206,7 @@ struct Gradient {
       for (int i = 0; i < 4; ++i) {
         const float y = signed_by(1 + expm1_of<SHARP>(fabsf(A[n][i] - B[n][i])), A[n][i] - B[n][i]);
         const int64_t row = row0 + query(other0, n, i);
-        dA[n][i] += sign * y * (p.slope[row] * p.dflow[key0 + key(other0, n, i)] - p.offset[row]);
+        dA[n][i] += sign * y * p.slopes[row] * (p.dflow[key0 + key(other0, n, i)] - p.deltas[row]);
       }
   }
 
@@ -228,7 +232,7 @@ struct Gradient {
 
   // temperature * rowsum(A * gradient), of a query.
   __device__ float rho(int query) const {
-    if (p.mean_map) return p.head_rho[(((int64_t{b} * (p.P + p.shift) + t) * p.H + h) * p.G + g) * p.Nq + query];
+    if (p.mean_map) return p.head_rho[(((int64_t{b} * p.T + t) * p.H + h) * p.G + g) * p.Nq + query];
     float found = 0;
     if (t < side.n_after) found += p.rho[pair_row(t, p.Nq) + query];
     if (t >= side.n_before) found += p.next_rho[pair_row(t - p.shift, p.Nq) + query];
@@ -277,6 +281,7 @@ struct Gradient {
   __device__ void run() {
     float acc[DT][4] = {};
     float sum[2] = {};
+    const float of_head = p.mean_map ? 1.f / p.H : 1.f;
     if (t < side.n_after || t >= side.n_before)
       for (int other0 = 0; other0 < others(); other0 += OTHERS) {
         Tile A, dA;
@@ -289,11 +294,11 @@ struct Gradient {
             if constexpr (RESULT == Result::rho)
               sum[i / 2] += inside ? A[n][i] * dA[n][i] : 0.f;
             else
-              A[n][i] = inside ? A[n][i] * (dA[n][i] - rho(query(other0, n, i))) / (p.mean_map ? p.H : 1) : 0.f;
+              A[n][i] = inside ? A[n][i] * (dA[n][i] - rho(query(other0, n, i))) * of_head : 0.f;
           }
         if constexpr (RESULT != Result::rho) add_products_with(acc, A, other0);
       }
-    const int64_t map = ((int64_t{b} * (p.P + p.shift) + t) * p.H + h) * p.G + g;
+    const int64_t map = ((int64_t{b} * p.T + t) * p.H + h) * p.G + g;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = own_row(half);
@@ -328,32 +333,32 @@ __global__ void __launch_bounds__(WARPS * 32)
 }
 
 template <class X, int DT, Result RESULT>
-const char* run_gradient(const Problem& p, const Side& side, void* stream) {
+const char* run_gradient(const Problem& p, const Side& side, const Device& device, void* stream) {
   const int owned = divide_up(RESULT == Result::dk ? p.Nk : p.Nq, OWN);
-  const int64_t blocks = int64_t{owned} * p.G * p.H * (p.P + p.shift) * p.B;
+  const int64_t blocks = int64_t{owned} * p.G * p.H * p.T * p.B;
   if (blocks > 0x7fffffff) return "more blocks of threads than one launch can have";
-  return launch(am_flow_gradient<X, DT, RESULT>, blocks, WARPS * 32, GRADIENT_SHARED, stream, p, side, vectors(p));
+  return launch(device, am_flow_gradient<X, DT, RESULT>, blocks, WARPS * 32, GRADIENT_SHARED, stream, p, side, vectors(p));
 }
 
 template <class X>
-const char* run_side(const Problem& p, const Side& side, void* stream) {
+const char* run_side(const Problem& p, const Side& side, const Device& device, void* stream) {
   if (!side.own.dq && !side.own.dk) return nullptr;
   const char* wrong = nullptr;
-  if (p.mean_map) wrong = run_gradient<X, 8, Result::rho>(p, side, stream);
+  if (p.mean_map) wrong = run_gradient<X, 8, Result::rho>(p, side, device, stream);
   if (!wrong && side.own.dq)
-    wrong = p.D <= 64 ? run_gradient<X, 8, Result::dq>(p, side, stream)
-                      : run_gradient<X, 16, Result::dq>(p, side, stream);
+    wrong = p.D <= 64 ? run_gradient<X, 8, Result::dq>(p, side, device, stream)
+                      : run_gradient<X, 16, Result::dq>(p, side, device, stream);
   if (!wrong && side.own.dk)
-    wrong = p.D <= 64 ? run_gradient<X, 8, Result::dk>(p, side, stream)
-                      : run_gradient<X, 16, Result::dk>(p, side, stream);
+    wrong = p.D <= 64 ? run_gradient<X, 8, Result::dk>(p, side, device, stream)
+                      : run_gradient<X, 16, Result::dk>(p, side, device, stream);
   return wrong;
 }
 
 template <class X>
 struct Launch {
   template <int MT, int NT, bool MEAN_MAP, bool SHARP>
-  const char* run(const Problem& p, const Plan& plan, void* stream) const {
-    return launch(am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p,
+  const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
+    return launch(device, am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads, plan.shared_bytes, stream, p,
                   plan);
   }
 };
@@ -363,9 +368,9 @@ struct Launch {
 template <class X>
 const char* run_backward(const Problem& p, const Plan& plan, const Device& device, void* stream) {
   if (const char* wrong = run_strips<X>(Launch<X>{}, p, plan, device, stream)) return wrong;
-  if (p.shift > 0) return run_side<X>(p, {p.first, p.first, p.first, p.shift, p.P}, stream);
-  if (const char* wrong = run_side<X>(p, {p.second, p.first, p.second, p.P, p.P}, stream)) return wrong;
-  return run_side<X>(p, {p.first, p.second, p.first, 0, 0}, stream);
+  if (p.shift > 0) return run_side<X>(p, {p.first, p.first, p.first, p.shift, p.P}, device, stream);
+  if (const char* wrong = run_side<X>(p, {p.second, p.first, p.second, p.P, p.P}, device, stream)) return wrong;
+  return run_side<X>(p, {p.first, p.second, p.first, 0, 0}, device, stream);
 }
 
 template const char* run_backward<AMFLOW_NUMBER>(const Problem&, const Plan&, const Device&, void*);

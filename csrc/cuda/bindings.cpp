@@ -74,7 +74,10 @@ Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, 
     p.step = p.P;
   }
   p.e_sum = left;
-  p.scale = static_cast<float>(scale);
+  // A scale of 0 would make NaN of -inf.
+  p.scale = std::fmax(static_cast<float>(std::fabs(scale) * 1.4426950408889634), 1.17549435e-38f);
+  p.negate = scale < 0;
+  p.slope = static_cast<float>(scale);
   p.inv_temperature = static_cast<float>(1 / temperature);
   return p;
 }
@@ -115,9 +118,9 @@ void backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tens
   const int64_t pairs = int64_t{p.B} * p.P * p.Z * p.G * p.Nq;
   const int64_t heads = int64_t{p.B} * p.T * p.H * p.G * p.Nq;
   const Tensor rows = scratch(q, 4 * pairs + (p.mean_map ? heads : 0));
-  p.slope = static_cast<float*>(rows.data_ptr());
-  p.offset = p.slope + pairs;
-  p.rho = p.offset + pairs;
+  p.slopes = static_cast<float*>(rows.data_ptr());
+  p.deltas = p.slopes + pairs;
+  p.rho = p.deltas + pairs;
   p.next_rho = p.rho + pairs;
   p.head_rho = p.next_rho + pairs;
   check(amflow_cuda::backward(p, device, reinterpret_cast<void*>(stream)));

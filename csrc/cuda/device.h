@@ -10,6 +10,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "am_flow.h"
 
 namespace amflow_cuda {
 
@@ -29,6 +32,16 @@ __device__ inline void store_shared(Shared to, float x, float y) {
 
 __device__ inline void store_shared(Shared to, const uint32_t (&x)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+__device__ inline void store_shared(Shared to, const void* x) {
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(to), "l"(x) : "memory");
+}
+
+__device__ inline const void* load_pointer(Shared from) {
+  const void* x;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
+  return x;
 }
 
 __device__ inline float load_shared(Shared from) {
@@ -58,8 +71,6 @@ __device__ inline void copy_async(Shared to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 // Until this thread's copies are there; others see them after a barrier.
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -76,6 +87,9 @@ __device__ inline int lane_id() {
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
+
+// The same for all lanes, as the compiler can see from where it comes.
+__device__ inline int warp_id() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 __device__ inline float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
@@ -120,9 +134,6 @@ __device__ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(f16 x) { return __half2float(x); }
 __device__ inline void round_to(float& to, float x) { to = x; }
 __device__ inline void round_to(bf16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ inline void round_to(f16& to, float x) { to = __float2half_rn(x); }
@@ -137,10 +148,12 @@ __device__ inline uint32_t to_tf32(float x) {
 }
 
 template <class Kernel, class... Arguments>
-const char* launch(Kernel* kernel, int64_t blocks, int threads, int shared, void* stream, const Arguments&... arguments) {
+const char* launch(const Device& device, Kernel* kernel, int64_t blocks, int threads, int shared, void* stream,
+                   const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
-  if (shared > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (shared > 48 << 10) {  // always the same, since other threads may launch it with more
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);

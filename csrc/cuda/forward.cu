@@ -43,13 +43,13 @@ template <class X, int MT, int NT, bool MEAN_MAP>
 struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   using Base = Strip<X, MT, NT, MEAN_MAP>;
   using typename Base::Tiles;
-  using Base::Base, Base::p, Base::plan, Base::o, Base::warp, Base::group, Base::key0, Base::row0;
+  using Base::Base, Base::p, Base::plan, Base::block, Base::pairs, Base::warp, Base::group;
 
-  __device__ Shared columns(int n) const { return Base::sums + n % 2 * plan.groups * plan.keys() * 4; }
+  __device__ Shared columns(int n) const { return shared_memory() + plan.sums + n % 2 * plan.groups * plan.keys * 4; }
 
-  // Pair n of the run, (A, B); A is lost.
+  // Pair n of the run, (A, B), where B has to be scaled; A is lost.
   template <bool SHARP>
-  __device__ void add_pair(Tiles& A, const Tiles& B, int n) {
+  __device__ void add_pair(Tiles& A, Tiles& B, const float (&by)[MT][2], int n) {
     float sum[1][MT][2];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -60,22 +60,23 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
         for (int c = 0; c < NT; ++c)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            B[m][c][i] = B[m][c][i] * by[m][half];
             A[m][c][i] = expm1_of<SHARP>(fabsf(A[m][c][i] - B[m][c][i]));
             total += A[m][c][i];
           }
         sum[0][m][half] = total;
       }
-    Base::sum_rows(sum, Base::exchange + plan.rows() * plan.warps * 16);
+    Base::sum_rows(sum);
     float w[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row0 + Base::row_of(m, half);
+        const int row = Base::row0() + Base::row_of(m, half);
         w[m][half] = row < p.Nq ? reciprocal(p.Nk + sum[0][m][half]) : 0.f;
         if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][m][half];
       }
-    const Shared to = columns(n) + (group * plan.keys() + key0) * 4;
+    const Shared to = columns(n) + (group * plan.keys + Base::key0()) * 4;
 #pragma unroll
     for (int c = 0; c + 4 <= NT; c += 4) weigh<4>(to, A, w, c);
 #pragma unroll
@@ -103,12 +104,13 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
 
   // What the block's rows add to the flow of pair n, which a barrier is after.
   __device__ void store_part(int n) const {
-    float* const to = p.part + (o.block * (int64_t{p.B} * p.P * p.Z * p.G) + Base::pair_of(n)) * p.Nk;
+    float* const to = p.part + (block * (int64_t{p.B} * p.P * p.Z * p.G) + Base::pair_of(n)) * p.Nk;
 #pragma unroll 1
     for (int j = threadIdx.x; j < p.Nk; j += blockDim.x) {
       float total = 0;
+      const int active = min(plan.groups, (p.Nq - block * plan.rows + MT * TILE_ROWS - 1) / (MT * TILE_ROWS));
 #pragma unroll 1
-      for (int r = 0; r < plan.groups; ++r) total += load_shared(columns(n) + (r * plan.keys() + j) * 4);
+      for (int r = 0; r < active; ++r) total += load_shared(columns(n) + (r * plan.keys + j) * 4);
       to[j] = total;
     }
   }
@@ -116,33 +118,45 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   template <bool SHARP>
   __device__ void run() {
     Tiles A, B;
-    if (plan.stages > 1) Base::load_next();
+    float by[MT][2];
+    Base::load_first();
+    if (!Base::active()) {
+      for (int n = 0; n <= pairs; ++n) {
+        Base::skip_map();
+        if (n > 1) store_part(n - 2);
+      }
+      sync_block();
+      return store_part(pairs - 1);
+    }
     for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
-      Base::next_map(A, n);
+      Base::next_map(A, by, n);
       if (n > 1) store_part(n - 2);
-      if (n > 0) add_pair<SHARP>(B, A, n - 1);
-      if (n == o.pairs) break;
-      Base::next_map(B, n + 1);
+      if (n > 0)
+        add_pair<SHARP>(B, A, by, n - 1);
+      else
+        Base::scale_rows(A, by);
+      if (n == pairs) break;
+      Base::next_map(B, by, n + 1);
       if (n > 0) store_part(n - 1);
-      add_pair<SHARP>(A, B, n);
-      if (n + 1 == o.pairs) break;
+      add_pair<SHARP>(A, B, by, n);
+      if (n + 1 == pairs) break;
     }
     sync_block();
-    store_part(o.pairs - 1);
+    store_part(pairs - 1);
   }
 };
 
 template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
-__global__ void __launch_bounds__(MAX_BLOCK_WARPS * 32, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(block_warps(NT) * 32, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
-  if (strip.o.pairs > 0) strip.template run<SHARP>();
+  if (strip.pairs > 0) strip.template run<SHARP>();
 }
 
 template <class X>
 struct Launch {
   template <int MT, int NT, bool MEAN_MAP, bool SHARP>
-  const char* run(const Problem& p, const Plan& plan, void* stream) const {
-    return launch(am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads(), plan.shared_bytes(), stream, p,
+  const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
+    return launch(device, am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads, plan.shared_bytes, stream, p,
                   plan);
   }
 };

@@ -80,18 +80,20 @@ template <class X, bool ZERO>
 __device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int rows, int d0, int D) {
   constexpr int per_piece = PIECE / static_cast<int>(sizeof(X));
   const int piece = threadIdx.x % (SLICE / PIECE), at = threadIdx.x / (SLICE / PIECE);
-  if (d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
-  const int d = d0 + piece * per_piece, jump = blockDim.x / (SLICE / PIECE);
+  const int jump = blockDim.x / (SLICE / PIECE), d = d0 + piece * per_piece;
   const int bytes = min(max(D - d, 0), per_piece) * static_cast<int>(sizeof(X));
-  const X* const column = x + (bytes ? d : 0);
-  const X* from = column + (first + at) * stride;
-  const int64_t ahead = jump * stride;
-  const Shared end = to + min(count, rows - first) * PITCH, all = to + count * PITCH;
+  if (bytes == 0 && d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
+  const char* const column = reinterpret_cast<const char*>(x + (bytes ? d : 0));
+  const int64_t row_bytes = stride * static_cast<int>(sizeof(X));
+  const char* from = column + (first + at) * row_bytes;
+  const int64_t ahead = jump * row_bytes;
+  const int full = min(count, rows - first);
   to += at * PITCH + piece * PIECE;
-#pragma unroll 2
-  for (; to < end; to += jump * PITCH, from += ahead) copy_async(to, from, bytes);
+  int n = at;
+#pragma unroll 4
+  for (; n < full; n += jump, to += jump * PITCH, from += ahead) copy_async(to, from, bytes);
 #pragma unroll 1
-  for (; to < all; to += jump * PITCH) copy_async(to, column + (rows - 1) * stride, ZERO ? 0 : bytes);
+  for (; n < count; n += jump, to += jump * PITCH) copy_async(to, column + (rows - 1) * row_bytes, ZERO ? 0 : bytes);
 }
 
 // The same, element by element, for rows that do not begin at multiples of 16 bytes.
@@ -104,11 +106,13 @@ __device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride
   for (int n = threadIdx.x / (SLICE / PIECE); n < count; n += blockDim.x / (SLICE / PIECE)) {
     const X* const from = x + min(first + n, rows - 1) * stride + d;
     const int elements = ZERO && first + n >= rows ? 0 : D - d;
+    X part[per_piece];
     uint32_t whole[4] = {0, 0, 0, 0};
-    X* const part = reinterpret_cast<X*>(whole);
+    memcpy(part, whole, PIECE);
 #pragma unroll
     for (int i = 0; i < per_piece; ++i)
       if (i < elements) part[i] = from[i];
+    memcpy(whole, part, PIECE);
     store_shared(to + n * PITCH + piece * PIECE, whole);
   }
 }

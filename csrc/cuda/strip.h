@@ -10,7 +10,11 @@ namespace amflow_cuda {
 
 constexpr int MAX_WARPS = 10;  // that share rows
 constexpr int MOST_MASKED = 8;  // of a warp's tiles, the last ones, that may have keys beyond the last
+constexpr int MAX_GROUPS = 4;
 constexpr int SUMS = 5;        // of rows, that they exchange at once
+
+// Warps of a block, by what each lane needs: 255 registers, or 168.
+constexpr int block_warps(int tiles) { return tiles > 8 ? 8 : 12; }
 
 struct Plan {
   int warps, groups, tiles;  // tiles: NT
@@ -19,42 +23,27 @@ struct Plan {
   int blocks;                // of rows of a map
   int chunk, chunks;         // pairs of a chain in one block of threads, and such chunks in a chain
   bool vector;
+  // What follows from these, by `complete`.
+  int threads, rows, keys;            // of a block
+  int stage_bytes, shared_bytes;
+  int bases, stage0, sums, exchange;  // where in shared memory: pointers, slices, sums of columns, what rows exchange
 
-  __host__ __device__ int threads() const { return 32 * warps * groups; }
-  __host__ __device__ int rows() const { return groups * row_tiles * TILE_ROWS; }
-  __host__ __device__ int keys() const { return warps * tiles * TILE_KEYS; }
+  void complete() {
+    threads = 32 * warps * groups;
+    rows = groups * row_tiles * TILE_ROWS;
+    keys = warps * tiles * TILE_KEYS;
+    stage_bytes = (keys + rows) * PITCH;
+    bases = 0;
+    stage0 = bases + 4 * 8;
+    sums = stage0 + stages * stage_bytes;
+    exchange = sums + 2 * groups * keys * 4;                      // of two pairs
+    shared_bytes = exchange + rows * warps * (2 * 4 + SUMS * 4);  // maxima and sums of a map, and sums
+  }
+
   int64_t launched(const Problem& p) const {
     return int64_t{blocks} * chunks * (p.step < p.P ? p.step : p.P) * p.G * p.Z * p.B;
   }
-  __host__ __device__ int stage_bytes() const { return (keys() + rows()) * PITCH; }
-  __host__ __device__ int sums_bytes() const { return 2 * groups * keys() * 4; }        // of columns: two pairs' at a time
-  __host__ __device__ int exchange_bytes() const { return rows() * warps * (2 * 8 + SUMS * 4); }  // of rows: two maps' maxima and sums, sums
-  __host__ __device__ int shared_bytes() const { return stages * stage_bytes() + sums_bytes() + exchange_bytes(); }
 };
-
-// Which rows and pairs a block of threads has.
-struct Owner {
-  int block, first_pair, pairs, b, z, g;
-};
-
-__device__ inline Owner owner_of(const Problem& p, const Plan& plan) {
-  unsigned at = blockIdx.x;
-  Owner o;
-  const auto next = [&at](unsigned n) {
-    const unsigned found = at % n;
-    at /= n;
-    return static_cast<int>(found);
-  };
-  o.block = next(plan.blocks);
-  const int chunk = next(plan.chunks);
-  const int chain = next(min(p.step, p.P));
-  o.g = next(p.G);
-  o.z = next(p.Z);
-  o.b = static_cast<int>(at);
-  o.first_pair = chain + chunk * plan.chunk * p.step;
-  o.pairs = min(plan.chunk, (p.P - o.first_pair + p.step - 1) / p.step);
-  return o;
-}
 
 template <class X, int MT, int NT, bool MEAN_MAP>
 struct Strip {
@@ -63,50 +52,70 @@ struct Strip {
 
   const Problem& p;
   const Plan& plan;
-  const Owner o;
-  Shared stages, sums, exchange;
   int group, warp;
-  int row0;      // of the group
-  int key0;      // of the warp
-  float scale;   // of logits, times log2(e), without its sign, which q takes
+  int block, first_pair, pairs;  // of rows; what the block of threads has
+  int pair0, map0;               // the first pair in (B, P, Z, G), and its first map in (B, T, H, G)
   // Slices are loaded in the order in which they are used; the next one is:
   int frame = 0, head = 0, d0 = 0;
-  int stage = 0, loading = 0;  // the one in use, and the one to be loaded
-  int round = 0;  // which of the buffers for maxima and sums is next
+  int stage = 0;  // the one in use
 
-  __device__ Strip(const Problem& p, const Plan& plan)
-      : p(p), plan(plan), o(owner_of(p, plan)) {
-    stages = shared_memory();
-    sums = stages + plan.stages * plan.stage_bytes();
-    exchange = sums + plan.sums_bytes();
-    group = threadIdx.x / 32 / plan.warps;
-    warp = threadIdx.x / 32 % plan.warps;
-    row0 = o.block * plan.rows() + group * MT * TILE_ROWS;
-    key0 = warp * NT * TILE_KEYS;
-    scale = fmaxf(fabsf(p.scale) * 1.44269504f, 1.17549435e-38f);  // a scale of 0 would make NaN of -inf
+  __device__ Strip(const Problem& p, const Plan& plan) : p(p), plan(plan) {
+    group = warp_id() / plan.warps;
+    warp = warp_id() % plan.warps;
+    unsigned at = blockIdx.x;
+    const auto next = [&at](unsigned n) {
+      const unsigned found = at % n;
+      at /= n;
+      return static_cast<int>(found);
+    };
+    block = next(plan.blocks);
+    const int chunk = next(plan.chunks);
+    const int chain = next(min(p.step, p.P));
+    const int g = next(p.G), z = next(p.Z), b = static_cast<int>(at);
+    first_pair = chain + chunk * plan.chunk * p.step;
+    pairs = min(plan.chunk, (p.P - first_pair + p.step - 1) / p.step);
+    pair0 = ((b * p.P + first_pair) * p.Z + z) * p.G + g;
+    map0 = ((b * p.T + first_pair) * p.H + z) * p.G + g;
+    if (threadIdx.x == 0) {  // kept there: registers are for maps
+      const int64_t second = int64_t{first_pair} + p.shift;
+      store_shared(bases(), keys<X>(p.first, b, first_pair, z, g));
+      store_shared(bases() + 8, queries<X>(p.first, b, first_pair, z, g));
+      store_shared(bases() + 16, keys<X>(p.second, b, second, z, g));
+      store_shared(bases() + 24, queries<X>(p.second, b, second, z, g));
+    }
+    sync_block();
   }
 
-  // The n-th frame of the run: the second map of pair n - 1.
-  __device__ int frame_of(int n) const { return n == 0 ? o.first_pair : o.first_pair + (n - 1) * p.step + p.shift; }
+  __device__ Shared bases() const { return shared_memory() + plan.bases; }
+  __device__ int row0() const { return block * plan.rows + group * MT * TILE_ROWS; }  // of the group
+  __device__ int key0() const { return warp * NT * TILE_KEYS; }                       // of the warp
+  __device__ bool active() const { return row0() < p.Nq; }  // whether the group has rows of the map
 
-  __device__ void load_next() {
-    if (frame > o.pairs) return;
+  // The map of the n-th frame, the second of pair n - 1.
+  __device__ int map_of(int n) const { return n == 0 ? map0 : map0 + ((n - 1) * p.step + p.shift) * p.H * p.G; }
+
+  // The place of pair n of the run in (B, P, Z, G).
+  __device__ int64_t pair_of(int n) const { return pair0 + n * p.step * p.Z * p.G; }
+
+  __device__ void load_next(int stage) {
+    if (frame > pairs) return;
     const Frames& f = frame == 0 ? p.first : p.second;
-    const int t = frame_of(frame), h = MEAN_MAP ? head : o.z;
-    const Shared to = stages + loading * plan.stage_bytes();
-    if (plan.stages > 1) loading ^= 1;
-    const X* const k = keys<X>(f, o.b, t, h, o.g);
-    const X* const q = queries<X>(f, o.b, t, h, o.g);
-    const Shared rows = to + plan.keys() * PITCH;
-    const int row = o.block * plan.rows();
-    if (plan.vector) {
-      load_slice<X, true>(to, k, f.k_stride[4], 0, plan.keys(), p.Nk, d0, p.D);
-      load_slice<X, false>(rows, q, f.q_stride[4], row, plan.rows(), p.Nq, d0, p.D);
-    } else {
-      load_elements<X, true>(to, k, f.k_stride[4], 0, plan.keys(), p.Nk, d0, p.D);
-      load_elements<X, false>(rows, q, f.q_stride[4], row, plan.rows(), p.Nq, d0, p.D);
+    const Shared base = bases() + (frame == 0 ? 0 : 16), to = shared_memory() + plan.stage0 + stage * plan.stage_bytes;
+    const int64_t later = frame == 0 ? 0 : int64_t{frame - 1} * p.step;
+    const X* k = static_cast<const X*>(load_pointer(base)) + later * f.k_stride[1];
+    const X* q = static_cast<const X*>(load_pointer(base + 8)) + later * f.q_stride[1];
+    if (MEAN_MAP) {
+      k += head * f.k_stride[2];
+      q += head * f.q_stride[2];
     }
-    commit_copies();
+    const Shared rows = to + plan.keys * PITCH;
+    if (plan.vector) {
+      load_slice<X, true>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
+      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
+    } else {
+      load_elements<X, true>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
+      load_elements<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
+    }
     d0 += slice_elements<X>;
     if (d0 < p.D) return;
     d0 = 0;
@@ -115,7 +124,26 @@ struct Strip {
     ++frame;
   }
 
-  // Logits of the next map, without their scale.
+  __device__ void load_first() {
+    if (plan.stages > 1) load_next(0);
+  }
+
+  // Where the slice that is next in turn lies; the whole block comes here together.
+  __device__ Shared next_slice() {
+    const bool ahead = plan.stages > 1;  // the slice is there already, and the one after it is loaded meanwhile
+    if (ahead) wait_copies();
+    sync_block();  // nobody uses the slice before any more
+    load_next(ahead ? stage ^ 1 : 0);
+    if (!ahead) {
+      wait_copies();
+      sync_block();
+    }
+    const Shared here = shared_memory() + plan.stage0 + stage * plan.stage_bytes;
+    if (ahead) stage ^= 1;
+    return here;
+  }
+
+  // Logits of the next map, without their scale but with its sign.
   __device__ void logits(Tiles& s) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -124,19 +152,16 @@ struct Strip {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
     for (int d = 0; d < p.D; d += slice_elements<X>) {
-      const bool ahead = plan.stages > 1;  // the slice is there already, and the one after it is loaded meanwhile
-      if (ahead) wait_copies();
-      sync_block();  // nobody uses the slice before any more
-      load_next();
-      if (!ahead) {
-        wait_copies();
-        sync_block();
-      }
-      const Shared here = stages + stage * plan.stage_bytes();
+      const Shared here = next_slice();
       const int steps = (min(p.D - d, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
-      add_products<X>(s, here + (plan.keys() + group * MT * TILE_ROWS) * PITCH, here + key0 * PITCH, steps, p.scale < 0);
-      if (ahead) stage ^= 1;
+      add_products<X>(s, here + (plan.keys + group * MT * TILE_ROWS) * PITCH, here + key0() * PITCH, steps, p.negate);
     }
+  }
+
+  // What a group that has no rows of the map does while others make it.
+  __device__ void skip_map() {
+    for (int h = 0; h < (MEAN_MAP ? p.H : 1); ++h)
+      for (int d = 0; d < p.D; d += slice_elements<X>) next_slice();
   }
 
   __device__ int row_of(int m, int half) const { return m * TILE_ROWS + half * 8 + lane_id() / 4; }
@@ -154,9 +179,9 @@ struct Strip {
 
   __device__ void sync_group() const { sync_some(1 + group, 32 * plan.warps); }
 
-  // What the warps of a group have of each row, as sums over the warps; W values for each row.
+  // What the lanes and warps of a group have of each row, summed up.
   template <int COUNT>
-  __device__ void sum_rows(float (&x)[COUNT][MT][2], Shared buffer) const {
+  __device__ void sum_rows(float (&x)[COUNT][MT][2]) const {
     const int lane = lane_id();
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
@@ -165,8 +190,8 @@ struct Strip {
 #pragma unroll
         for (int half = 0; half < 2; ++half) x[c][m][half] = row_sum(x[c][m][half]);
     if (plan.warps == 1) return;
-    const int size = plan.rows() * plan.warps * 4;
-    const Shared rows = buffer + group * MT * TILE_ROWS * plan.warps * 4;
+    const int size = plan.rows * plan.warps * 4;
+    const Shared rows = shared_memory() + plan.exchange + (plan.rows * 2 + group * MT * TILE_ROWS) * plan.warps * 4;
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
 #pragma unroll
@@ -190,11 +215,11 @@ struct Strip {
         }
   }
 
-  // A times a factor, of logits; leaves the row statistics.
-  __device__ void softmax(Tiles& s, const Frames& f, int t, int h, float factor) {
+  // Exponentials of logits, and what makes A times a factor of them; leaves the row statistics.
+  __device__ void softmax(Tiles& s, float (&by)[MT][2], const Frames& f, int map, float factor) {
     const int lane = lane_id();
-    const int left = p.Nk - key0 - lane % 4 * 2;  // keys from this lane's first on
-    if (key0 + NT * TILE_KEYS > p.Nk)
+    const int left = p.Nk - key0() - lane % 4 * 2;  // keys from this lane's first on
+    if (key0() + NT * TILE_KEYS > p.Nk)
 #pragma unroll
       for (int n = NT - MASKED; n < NT; ++n)
 #pragma unroll
@@ -210,22 +235,20 @@ struct Strip {
         float high = s[m][0][2 * half];
 #pragma unroll
         for (int n = 0; n < NT; ++n) high = fmaxf(fmaxf(high, s[m][n][2 * half]), s[m][n][2 * half + 1]);
-        top[m][half] = fmaxf(row_max(high) * scale, LOWEST);  // finite: exp2(-inf - top) has to be 0
+        top[m][half] = fmaxf(row_max(high) * p.scale, LOWEST);  // finite: exp2(-inf - top) has to be 0
         float total = 0;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = exp2_fast(fmaf(s[m][n][i], scale, -top[m][half]));
+            s[m][n][i] = exp2_fast(fmaf(s[m][n][i], p.scale, -top[m][half]));
             total += s[m][n][i];
           }
         sum[m][half] = row_sum(total);
       }
     float own[MT][2];  // what brings a warp's maximum to that of the row
     if (plan.warps > 1) {
-      // Two buffers in turn: some may still read the last map's.
-      const Shared rows = exchange + (round * plan.rows() + group * MT * TILE_ROWS) * plan.warps * 8;
-      round ^= 1;
+      const Shared rows = shared_memory() + plan.exchange + group * MT * TILE_ROWS * plan.warps * 8;
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -265,32 +288,37 @@ struct Strip {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float norm = reciprocal(sum[m][half]);
-        const int row = row0 + row_of(m, half);
+        const int row = row0() + row_of(m, half);
         if (warp == 0 && lane % 4 == 0 && row < p.Nq) {
-          const int64_t to = (((o.b * frames() + t) * p.H + h) * p.G + o.g) * p.Nq + row;
+          const int64_t to = int64_t{map} * p.Nq + row;
           f.row_max[to] = top[m][half];
           f.row_norm[to] = norm;
         }
-        const float by = norm * factor * own[m][half];
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) s[m][n][i] = s[m][n][i] * by;
+        by[m][half] = norm * factor * own[m][half];
       }
   }
 
-  __device__ int64_t frames() const { return int64_t{p.P} + p.shift; }
+  __device__ static void scale_rows(Tiles& s, const float (&by)[MT][2]) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = s[m][n][i] * by[m][i / 2];
+  }
 
-  // The next map divided by the temperature, of the n-th frame.
-  __device__ void next_map(Tiles& A, int n) {
+  // The next map divided by the temperature, of the n-th frame, but for a factor of its rows.
+  __device__ void next_map(Tiles& A, float (&by)[MT][2], int n) {
     const Frames& f = n == 0 ? p.first : p.second;
+    logits(A);
+    softmax(A, by, f, map_of(n), MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature);
     if constexpr (MEAN_MAP) {
-      logits(A);
-      softmax(A, f, frame_of(n), 0, p.inv_temperature / p.H);
+      scale_rows(A, by);
       for (int h = 1; h < p.H; ++h) {
         Tiles x;
         logits(x);
-        softmax(x, f, frame_of(n), h, p.inv_temperature / p.H);
+        softmax(x, by, f, map_of(n) + h * p.G, p.inv_temperature / p.H);
+        scale_rows(x, by);
 #pragma unroll
         for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -298,15 +326,9 @@ struct Strip {
 #pragma unroll
             for (int i = 0; i < 4; ++i) A[m][c][i] += x[m][c][i];
       }
-    } else {
-      logits(A);
-      softmax(A, f, frame_of(n), o.z, p.inv_temperature);
+#pragma unroll
+      for (int m = 0; m < MT; ++m) by[m][0] = by[m][1] = 1;
     }
-  }
-
-  // Where what belongs to pair n of the run begins, in units of a row of (B, P, Z, G).
-  __device__ int64_t pair_of(int n) const {
-    return ((int64_t{o.b} * p.P + o.first_pair + n * p.step) * p.Z + o.z) * p.G + o.g;
   }
 };
 

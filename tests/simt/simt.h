@@ -196,10 +196,11 @@ inline void run_block(int threads, int shared, const std::function<void()>& body
     x.context.uc_link = nullptr;
     makecontext(&x.context, run_fiber, 0);
   }
-  for (;;) {
+  for (bool forwards = blockIdx.x % 2;; forwards = !forwards) {
     bool ran = false, all = true;
-    // The last warp first: what is wrong for want of a barrier shows where the order is not that of the code.
-    for (int i = threads - 1; i >= 0; --i) {
+    // In turn the first and the last warp first: what is wrong for want of a barrier shows in one of the orders.
+    for (int n = 0; n < threads; ++n) {
+      const int i = forwards ? n : threads - 1 - n;
       Fiber& x = b.fibers[i];
       all = all && x.done;
       if (x.done || !x.waits.empty()) continue;
@@ -283,6 +284,7 @@ inline void matrix_product(const char* name, float (&acc)[4], const uint32_t (&a
 }  // namespace simt
 
 inline Shared shared_memory() { return 0; }
+inline int warp_id() { return static_cast<int>(threadIdx.x / simt::WARP); }
 inline int lane_id() { return static_cast<int>(threadIdx.x % simt::WARP); }
 
 inline void store_shared(Shared to, float x) { std::memcpy(simt::at(to, 4, false), &x, 4); }
@@ -293,6 +295,14 @@ inline void store_shared(Shared to, float x, float y) {
 }
 
 inline void store_shared(Shared to, const uint32_t (&x)[4]) { std::memcpy(simt::at(to, 16, false), x, 16); }
+
+inline void store_shared(Shared to, const void* x) { std::memcpy(simt::at(to, 8, false), &x, 8); }
+
+inline const void* load_pointer(Shared from) {
+  const void* x;
+  std::memcpy(&x, simt::at(from, 8, true), 8);
+  return x;
+}
 
 inline float load_shared(Shared from) {
   float x;
@@ -321,8 +331,6 @@ inline void copy_async(Shared to, const void* from, int bytes) {
   std::fill_n(simt::block->state.begin() + to, 16, simt::Byte::on_its_way);
   simt::block->fibers[simt::block->current].copies.push_back({to, from, bytes});
 }
-
-inline void commit_copies() {}
 
 inline void wait_copies() {
   for (const simt::Copy& copy : simt::block->fibers[simt::block->current].copies) {
@@ -362,9 +370,6 @@ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, 
   simt::matrix_product("mma.tf32 0", acc, a, b0, b1);
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { return static_cast<float>(x); }
-inline float to_float(f16 x) { return static_cast<float>(x); }
 inline void round_to(float& to, float x) { to = x; }
 
 inline void round_to(f16& to, float x) {
@@ -387,8 +392,9 @@ inline uint32_t to_tf32(float x) {
   return (raw & 0x7f800000u) == 0x7f800000u ? raw : (raw + 0x1000u) & 0xffffe000u;
 }
 
-template <class Kernel, class... Arguments>
-const char* launch(Kernel* kernel, int64_t blocks, int threads, int shared, void*, const Arguments&... arguments) {
+template <class Device, class Kernel, class... Arguments>
+const char* launch(const Device&, Kernel* kernel, int64_t blocks, int threads, int shared, void*,
+                   const Arguments&... arguments) {
   static std::string error;
   try {
     blockDim.x = static_cast<unsigned>(threads);
