@@ -93,6 +93,7 @@ class VideoFile:
         Raises:
             IndexError: an index is not in [0, len).
             UnreadableVideo: one of the frames can't be decoded, is damaged, or has another size than the others.
+                Damage is what the decoder reports: noise within a picture may decode to a wrong one.
         """
         indices = _check_indices(indices, len(self))
         wanted = sorted(set(indices))
