@@ -281,8 +281,8 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
         choice = choose(q, k, impl)
         lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
         lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
-        if choice.name == "triton":
-            lines.append(triton.describe_launch(q, q if k is None else k))
+        if hasattr(IMPLS[choice.name].module, "describe_launch"):
+            lines.append(IMPLS[choice.name].module.describe_launch(q, q if k is None else k))
     lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     lines += native.describe()
     lines += triton.describe()

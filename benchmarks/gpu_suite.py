@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_suite.py --out results    runs from the bare tree; writes suite.json and suite.md
 
-Not yet run on a GPU; planned to take under 8 minutes. Every section reports on its own, so that one failure hides no
+Not yet run on a GPU; planned to take under 10 minutes. Every section reports on its own, so that one failure hides no
 other. The exit status is 1 if a check failed or a section broke off.
 """
 
@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import cycle, product
 from math import ceil
@@ -40,6 +40,7 @@ from torch import Tensor  # noqa: E402
 
 from amflow_kernels import am_flow, am_flow_attention, am_flow_pair, explain  # noqa: E402
 from amflow_kernels import testing as tt  # noqa: E402
+from amflow_kernels.impl import cuda  # noqa: E402
 from benchmarks.providers import attention, eager  # noqa: E402
 from benchmarks.report import Table  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
@@ -76,6 +77,7 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     pair: bool = False
     lse: bool = False  # the rows' log-sum-exps are given
+    impl: str = "triton"
 
     def __str__(self) -> str:
         standard = Problem()
@@ -108,7 +110,12 @@ def problems() -> list[Problem]:
                 {"head_reduction": "mean_map"},
             )
             found += [Problem((N, N), dtype=dtype, T=5, options=option) for option in options]
-    return found
+    return found + [replace(p, impl="cuda") for p in found if not p.lse and fits_cuda(max(p.tokens), p.D)]
+
+
+def fits_cuda(tokens: int, D: int) -> bool:
+    """Whether the CUDA kernels take these sizes."""
+    return tokens <= cuda.MAX_TOKENS and D <= cuda.MAX_HEAD_DIM
 
 
 def check_problem(problem: Problem, device: str) -> None:
@@ -121,16 +128,16 @@ def check_problem(problem: Problem, device: str) -> None:
     function: Callable[..., Tensor] = am_flow_pair if problem.pair else am_flow
     exact = tt.oracle_flow(*frames, center=True, **problem.options)
     temperature = problem.options.get("temperature", 1.0)
-    known: dict[str, Any] = {}
+    options: dict[str, Any] = {"impl": problem.impl, **problem.options}
     if problem.lse:
-        known["lse"] = torch.logsumexp(problem.D**-0.5 * (q.double() @ k.double().mT), -1).float()
+        options["lse"] = torch.logsumexp(problem.D**-0.5 * (q.double() @ k.double().mT), -1).float()
     inputs = [x.detach().requires_grad_() for x in frames]
     with tt.poison_allocations():
-        flow = function(*inputs, impl="triton", **problem.options, **known)
-        centred = function(*inputs, impl="triton", center=True, **problem.options, **known)
+        flow = function(*inputs, **options)
+        centred = function(*inputs, center=True, **options)
         dflow = tt.make_dflow(flow.shape, device=device)
         grads = torch.autograd.grad(flow, inputs, dflow)
-        only_q = torch.autograd.grad(function(*inputs, impl="triton", **problem.options, **known), inputs[:1], dflow)
+        only_q = torch.autograd.grad(function(*inputs, **options), inputs[:1], dflow)
     tt.assert_flow(flow.detach(), exact, problem.tokens[0], temperature=temperature)
     tt.assert_centred(
         centred.detach(), exact, problem.tokens[0], frame_step=problem.frame_step, temperature=temperature
@@ -155,6 +162,13 @@ def verdict(problem: Problem, device: str) -> str | None:
     return None
 
 
+def build_cuda() -> dict[str, Any]:
+    """Builds the CUDA kernels for this GPU, or loads those that are there."""
+    begin = perf_counter()
+    reason = cuda.unavailable()
+    return {"seconds": perf_counter() - begin, "failed": {"build": reason} if reason else {}}
+
+
 def correctness(device: str, selected: list[Problem]) -> dict[str, Any]:
     """Runs all problems and gives those that failed. Processes share the work, most of which is compiling kernels."""
     slowest_first = sorted(selected, key=lambda p: -p.D * p.dtype.itemsize)
@@ -164,36 +178,43 @@ def correctness(device: str, selected: list[Problem]) -> dict[str, Any]:
     return {"problems": len(selected), "failed": failed}
 
 
-def exactness(device: str) -> dict[str, Any]:
+def exactness(device: str, impls: tuple[str, ...]) -> dict[str, Any]:
     """Frames that are the same give Nq / Nk and no gradient; results have the same bits again, and in any chunks."""
     from unittest import mock
 
     from amflow_kernels.impl.triton import configs
 
     failed: dict[str, str] = {}
-    for N, dtype in ((100, torch.bfloat16), (197, torch.bfloat16), (257, torch.float16), (600, torch.float32)):
+    sizes = (100, torch.bfloat16), (197, torch.bfloat16), (257, torch.float16), (600, torch.float32)
+    for impl, (N, dtype) in product(impls, sizes):
         q, k = tt.make_qk(1, 9, (2,), N, N, 64, dtype=dtype, device=device)
         q, k = q.requires_grad_(), k.requires_grad_()
 
-        def results(q: Tensor = q, k: Tensor = k) -> list[Tensor]:
-            flow = am_flow(q, k, impl="triton")
+        name = f"{impl}, {N} {dtype}"
+
+        def results(q: Tensor = q, k: Tensor = k, impl: str = impl) -> list[Tensor]:
+            flow = am_flow(q, k, impl=impl)
             return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape, device=device))]
 
         expected = results()
         if not all(map(torch.equal, results(), expected)):
-            failed[f"{N} {dtype}: again"] = "other bits"
-        few = configs.Device(configs.Device.of(q.device).sm, configs.Device.of(q.device).shared, 1)
-        for name, other in (("long chunks", few), ("short chunks", configs.Device(few.sm, few.shared, 10**6))):
-            with mock.patch.object(configs.Device, "of", return_value=other):
+            failed[f"{name}: again"] = "other bits"
+        one = configs.Device.of(q.device)
+        _, *others = cuda._device(q)
+        for chunks, processors in (("long", 1), ("short", 10**6)):
+            with (
+                mock.patch.object(configs.Device, "of", return_value=configs.Device(one.sm, one.shared, processors)),
+                mock.patch.object(cuda, "_device", return_value=(processors, *others)),
+            ):
                 if not all(map(torch.equal, results(), expected)):
-                    failed[f"{N} {dtype}: {name}"] = "other bits"
+                    failed[f"{name}: {chunks} chunks"] = "other bits"
         still = [x[:, :1].expand(-1, 4, -1, -1, -1).contiguous().detach().requires_grad_() for x in (q, k)]
-        flow = am_flow(*still, impl="triton")
+        flow = am_flow(*still, impl=impl)
         if not (flow == 1).all():
-            failed[f"{N} {dtype}: equal frames"] = f"flow up to {(flow - 1).abs().max():.3g} off 1"
+            failed[f"{name}: equal frames"] = f"flow up to {(flow - 1).abs().max():.3g} off 1"
         for grad in torch.autograd.grad(flow, still, tt.make_dflow(flow.shape, device=device)):
             if grad.any():
-                failed[f"{N} {dtype}: equal frames, gradient"] = f"up to {grad.abs().max():.3g}"
+                failed[f"{name}: equal frames, gradient"] = f"up to {grad.abs().max():.3g}"
     return {"failed": failed}
 
 
@@ -261,29 +282,31 @@ import torch
 from amflow_kernels import am_flow, testing as tt
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 for N, D, dtype in ((49, 64, bf16), (197, 64, bf16), (257, 64, fp16), (90, 17, fp32)):
-    q, k = tt.make_qk(1, 3, (1,), N, N, D, dtype=dtype, device="cuda", layout="offset")
-    flow = am_flow(q.requires_grad_(), k.requires_grad_(), impl="triton")
-    torch.autograd.grad(flow, (q, k), torch.randn_like(flow))
+    for layout in ("offset", "contiguous"):
+        q, k = tt.make_qk(1, 3, (1,), N, N, D, dtype=dtype, device="cuda", layout=layout)
+        flow = am_flow(q.requires_grad_(), k.requires_grad_(), impl="{impl}")
+        torch.autograd.grad(flow, (q, k), torch.randn_like(flow))
 """
 
 
-def sanitizer(device: str) -> dict[str, Any]:
-    """compute-sanitizer on small problems: reads and writes out of bounds, and races in shared memory."""
+def sanitizer(impls: tuple[str, ...]) -> dict[str, Any]:
+    """compute-sanitizer on small problems: accesses out of bounds, races in shared memory, barriers not all reach."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return {"skipped": "compute-sanitizer was not found", "failed": {}}
     failed = {}
     slow = []
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "7", sys.executable, "-c", SANITIZED]
+    for impl, check in product(impls, ("memcheck", "racecheck", "synccheck")):
+        code = SANITIZED.format(impl=impl)
+        command = [tool, "--tool", check, "--error-exitcode", "7", sys.executable, "-c", code]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
         except subprocess.TimeoutExpired:
-            slow.append(check)
+            slow.append(f"{check} of {impl}")
             continue
         if done.returncode:
-            failed[check] = (done.stdout + done.stderr)[-1500:]
+            failed[f"{check} of {impl}"] = (done.stdout + done.stderr)[-1500:]
     return {"failed": failed, "skipped": f"too slow: {', '.join(slow)}" if slow else ""}
 
 
@@ -370,16 +393,19 @@ def rates() -> dict[str, float]:
     }
 
 
-def providers(shape: Shape, backward: bool) -> dict[str, tuple[torch.dtype, Callable[..., Any], int]]:
+def providers(shape: Shape, backward: bool, built: bool) -> dict[str, tuple[torch.dtype, Callable[..., Any], int]]:
     """Name: dtype, function, and how many of q, k, v it takes."""
     bf16, fp32 = torch.bfloat16, torch.float32
     qk: Callable[..., Tensor] = lambda q, k: torch.matmul(q, k.mT)  # noqa: E731
     found: dict[str, tuple[torch.dtype, Callable[..., Any], int]] = {
-        "am_flow bf16": (bf16, am_flow, 2),
-        "am_flow fp16": (torch.float16, am_flow, 2),
-        "am_flow fp32": (fp32, am_flow, 2),
+        "am_flow bf16": (bf16, partial(am_flow, impl="triton"), 2),
+        "am_flow fp16": (torch.float16, partial(am_flow, impl="triton"), 2),
+        "am_flow fp32": (fp32, partial(am_flow, impl="triton"), 2),
         "SDPA bf16": (bf16, attention, 3),
     }
+    if built and fits_cuda(shape.N, shape.D):
+        for name in ("am_flow bf16", "am_flow fp16", "am_flow fp32"):
+            found[f"{name}, impl='cuda'"] = found[name][0], partial(am_flow, impl="cuda"), 2
     maps = shape.map_flops() / shape.D * 2  # bytes of all maps in float32
     if 6 * maps < MOST_EAGER_BYTES:
         found["eager fp32"] = fp32, eager, 2
@@ -398,10 +424,10 @@ def providers(shape: Shape, backward: bool) -> dict[str, tuple[torch.dtype, Call
     return found
 
 
-def timings(shape: Shape, direction: str, speed: dict[str, float]) -> list[dict[str, Any]]:
+def timings(shape: Shape, direction: str, speed: dict[str, float], built: bool) -> list[dict[str, Any]]:
     """One row for each provider at a shape, interleaved; inputs in turn, so that none is still in the cache."""
     backward = direction != "forward"
-    table = providers(shape, backward)
+    table = providers(shape, backward, built)
     calls: dict[str, Callable[[], object]] = {}
     memory: dict[str, int] = {}
     for name, (dtype, function, operands) in table.items():
@@ -435,7 +461,7 @@ def timings(shape: Shape, direction: str, speed: dict[str, float]) -> list[dict[
             del results
             calls[name] = call
         except torch.OutOfMemoryError:
-            if function is am_flow:
+            if name.startswith("am_flow"):
                 raise
     times = interleaved(calls, SECONDS)
     elements = shape.map_flops() / 2 / shape.D
@@ -517,8 +543,10 @@ def main() -> int:
         (out / "suite.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
         return report[name]
 
-    section("correctness", lambda: correctness(device, problems()))
-    section("exactness", lambda: exactness(device))
+    built = not section("CUDA library", build_cuda)["failed"]
+    impls = ("triton", "cuda") if built else ("triton",)
+    section("correctness", lambda: correctness(device, [p for p in problems() if p.impl in impls]))
+    section("exactness", lambda: exactness(device, impls))
     section("drop-in", lambda: drop_in(device))
     section("environments", lambda: environments(device))
     section("first call", lambda: first_call(device))
@@ -526,9 +554,9 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         for direction in ("forward", "forward+backward"):
-            found = section(f"{direction} {shape}", partial(timings, shape, direction, speed))
+            found = section(f"{direction} {shape}", partial(timings, shape, direction, speed, built))
             rows += found if isinstance(found, list) else []
-    section("sanitizer", lambda: sanitizer(device))
+    section("sanitizer", lambda: sanitizer(impls))
     tables = [time_table(rows, direction) for direction in dict.fromkeys(row["direction"] for row in rows)]
     lines = [f"# {report['gpu']}", json.dumps(report["versions"]), *(table.markdown() for table in tables)]
     lines.append(f"Failed: {', '.join(broken) or 'nothing'}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import library
 from amflow_kernels import _build, am_flow, am_flow_matmul, am_flow_pair, explain, ops
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import cuda
+from benchmarks import cuda_report
 
 FACTORS: dict[str, list[Any]] = {
     **matrix.FACTORS,
@@ -215,6 +217,15 @@ def test_sizes_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
         am_flow(q, q, impl="cuda")
 
 
+@runs
+def test_explain() -> None:
+    """It tells how rows and keys are cut up."""
+    q = torch.zeros(1, 2, 1, 257, 64, dtype=torch.bfloat16)
+    told = str(explain(q, impl="cuda"))
+    assert "am_flow runs 'cuda': asked for" in told
+    assert "forward by strips: 5 blocks of 4 x 16 rows, 2 x 136 keys, 2 stages" in told
+
+
 def test_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU tensor it raises, and is never chosen; where it might be chosen, `explain` says why it is not."""
     q = torch.zeros(1, 2, 1, 8, 8)
@@ -288,11 +299,13 @@ int main() {{
 
 @pytest.mark.build
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold_python: Callable[..., Any]) -> None:
-    """For a GPU that is not here, as a library that a process without one can load."""
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    built = _build.compile_library(_build.CUDA, tmp_path)
+def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
+    """For a GPU that is not here, as a library that a process without one can load, no worse than the report says."""
+    built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
+    found = cuda_report.rows(built)
+    assert len(found) == 63
+    assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
 
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

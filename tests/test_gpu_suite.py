@@ -26,8 +26,11 @@ def test_problems() -> None:
     assert len(set(counts.values())) == 1
     for name in ("lag", "temperature", "scale", "head_reduction"):
         assert any(name in problem.options for problem in problems)
+    of_cuda = [p for p in problems if p.impl == "cuda"]
+    assert max(max(p.tokens) for p in of_cuda) == 600
+    assert max(p.D for p in of_cuda) == 128
     h100 = configs.Device(90, 232448, 132)
-    strips = [configs.strip(p.tokens[1], p.D, p.dtype, h100) for p in problems]
+    strips = [configs.strip(p.tokens[1], p.D, p.dtype, h100) for p in problems if p.impl == "triton"]
     assert None in strips
     for kind in ("REST", "PARTIAL"):
         assert {bool(getattr(strip, kind)) for strip in strips if strip} == {False, True}

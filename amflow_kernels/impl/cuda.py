@@ -103,6 +103,13 @@ def am_flow_backward(
     return dq, dk, dq_b, dk_b
 
 
+def describe_launch(q: Tensor, k: Tensor) -> str:
+    """What `explain` says of the launches for q and k, without a head reduction."""
+    shared = _device(q)[1]
+    strips = _ops().describe(q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), False, 1.0, shared)
+    return f"forward by strips: {strips}"
+
+
 def describe() -> list[str]:
     """What `explain` says of the CUDA kernels."""
     if not torch.cuda.is_available():

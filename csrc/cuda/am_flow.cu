@@ -55,6 +55,14 @@ int64_t part_floats(const Problem& p, const Device& device) {
   return plan_of(p, device).blocks * (int64_t{p.B} * p.P * p.Z * p.G * p.Nk);
 }
 
+std::string describe(const Problem& p, const Device& device) {
+  const Plan plan = plan_of(p, device);
+  const auto number = [](int n) { return std::to_string(n); };
+  return number(plan.blocks) + " blocks of " + number(plan.groups) + " x " + number(plan.row_tiles * TILE_ROWS) +
+         " rows, " + number(plan.warps) + " x " + number(plan.tiles * TILE_KEYS) + " keys, " + number(plan.stages) +
+         " stages, " + number(plan.shared_bytes) + " bytes of shared memory";
+}
+
 const char* forward(const Problem& p, const Device& device, void* stream) {
   const Plan plan = plan_of(p, device);
   const auto run = [&]<class X>(X) { return run_forward<X>(p, plan, device, stream); };

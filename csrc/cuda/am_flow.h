@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace amflow_cuda {
 
@@ -59,5 +60,6 @@ struct Device {
 const char* forward(const Problem& problem, const Device& device, void* stream);
 const char* backward(const Problem& problem, const Device& device, void* stream);
 int64_t part_floats(const Problem& problem, const Device& device);
+std::string describe(const Problem& problem, const Device& device);  // of the strips that it is cut into
 
 }  // namespace amflow_cuda

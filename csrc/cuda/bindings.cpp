@@ -95,6 +95,17 @@ Tensor scratch(const Tensor& like, int64_t floats) {
   return x;
 }
 
+std::string describe(int64_t Nq, int64_t Nk, int64_t D, int64_t bytes, bool mean_map, double temperature,
+                     int64_t shared_bytes) {
+  Problem p{};
+  p.dtype = bytes == 4 ? Dtype::f32 : Dtype::bf16;
+  p.mean_map = mean_map;
+  p.B = p.T = p.H = p.G = p.Z = p.P = p.step = 1;
+  p.Nq = static_cast<int>(Nq), p.Nk = static_cast<int>(Nk), p.D = static_cast<int>(D);
+  p.inv_temperature = static_cast<float>(1 / temperature);
+  return amflow_cuda::describe(p, {1, static_cast<int>(shared_bytes)});
+}
+
 void forward(Tensor flow, Tensor saved, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale,
              int64_t lag, double temperature, int64_t reduction, bool center, int64_t multiprocessors,
              int64_t shared_bytes, int64_t stream) {
@@ -148,7 +159,10 @@ AMFLOW_DEFINE(AMFLOW_LIBRARY, m) {
       "backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor saved, Tensor q, "
       "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int "
       "multiprocessors, int shared_bytes, int stream) -> ()");
+  m.def("describe(int Nq, int Nk, int D, int bytes, bool mean_map, float temperature, int shared_bytes) -> str");
 }
+
+AMFLOW_IMPLEMENT(AMFLOW_LIBRARY, CompositeExplicitAutograd, m) { m.impl("describe", TORCH_BOX(&describe)); }
 
 AMFLOW_IMPLEMENT(AMFLOW_LIBRARY, AMFLOW_KEY, m) {
   m.impl("forward", TORCH_BOX(&forward));

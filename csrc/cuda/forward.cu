@@ -9,33 +9,31 @@ namespace {
 
 // Halves of a list of sums go to either half of the lanes, until each lane has one sum.
 template <int COUNT>
-__device__ inline void scatter(const float (&x)[COUNT], float (&y)[COUNT / 2], int lanes) {
-  const bool upper = lane_id() & lanes;
+__device__ inline void scatter(const float (&x)[COUNT], float (&y)[COUNT / 2], int lane, int lanes) {
 #pragma unroll
   for (int i = 0; i < COUNT / 2; ++i) {
-    const float keep = upper ? x[i + COUNT / 2] : x[i];
-    const float send = upper ? x[i] : x[i + COUNT / 2];
+    const float keep = lane & lanes ? x[i + COUNT / 2] : x[i];
+    const float send = lane & lanes ? x[i] : x[i + COUNT / 2];
     y[i] = keep + shuffle_xor(send, lanes);
   }
 }
 
 // Stores the sums over eight lanes of columns of COUNT tiles, each lane's two of a tile.
 template <int COUNT>
-__device__ inline void store_columns(Shared to, const float (&x)[2 * COUNT]) {
-  const int lane = lane_id();
+__device__ inline void store_columns(Shared to, const float (&x)[2 * COUNT], int lane) {
   if constexpr (COUNT == 4) {
     float four[4], two[2], one[1];
-    scatter(x, four, 16);
-    scatter(four, two, 8);
-    scatter(two, one, 4);
-    const int found = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);  // of eight
-    store_shared(to + (found / 2 * TILE_KEYS + lane % 4 * 2 + found % 2) * 4, one[0]);
+    scatter(x, four, lane, 16);
+    scatter(four, two, lane, 8);
+    scatter(two, one, lane, 4);
+    const int tile = lane >> 3, last = lane >> 2 & 1;
+    store_shared(to + (tile * TILE_KEYS + lane % 4 * 2 + last) * 4, one[0]);
   } else {
     float one[1];
-    scatter(x, one, 16);
+    scatter(x, one, lane, 4);
     one[0] += shuffle_xor(one[0], 8);
-    one[0] += shuffle_xor(one[0], 4);
-    if ((lane & 12) == 0) store_shared(to + (lane % 4 * 2 + (lane >> 4)) * 4, one[0]);
+    one[0] += shuffle_xor(one[0], 16);
+    if (lane < 8) store_shared(to + (lane % 4 * 2 + (lane >> 2)) * 4, one[0]);
   }
 }
 
@@ -76,16 +74,17 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
         w[m][half] = row < p.Nq ? reciprocal(p.Nk + sum[0][m][half]) : 0.f;
         if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][m][half];
       }
+    const int lane = lane_id();
     const Shared to = columns(n) + (group * plan.keys + Base::key0()) * 4;
 #pragma unroll
-    for (int c = 0; c + 4 <= NT; c += 4) weigh<4>(to, A, w, c);
+    for (int c = 0; c + 4 <= NT; c += 4) weigh<4>(to, A, w, c, lane);
 #pragma unroll
-    for (int c = NT / 4 * 4; c < NT; ++c) weigh<1>(to, A, w, c);
+    for (int c = NT / 4 * 4; c < NT; ++c) weigh<1>(to, A, w, c, lane);
   }
 
   // Sums of w e over rows, in COUNT tiles.
   template <int COUNT>
-  __device__ static void weigh(Shared to, const Tiles& e, const float (&w)[MT][2], int first) {
+  __device__ static void weigh(Shared to, const Tiles& e, const float (&w)[MT][2], int first, int lane) {
     float x[2 * COUNT];
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
@@ -99,7 +98,7 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
           x[2 * c + i] = fmaf(w[m][1], e[m][first + c][2 + i], x[2 * c + i]);
         }
       }
-    store_columns<COUNT>(to + first * TILE_KEYS * 4, x);
+    store_columns<COUNT>(to + first * TILE_KEYS * 4, x, lane);
   }
 
   // What the block's rows add to the flow of pair n, which a barrier is after.

@@ -1,0 +1,170 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills, instructions of the main loops.
+
+python -m benchmarks.cuda_report     compiles for sm_90; writes docs/cuda_report.md and results/cuda_report.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from amflow_kernels import _build
+from benchmarks import compile_report as triton_report
+from benchmarks.report import Table
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "cuda_report.md"
+RESULT = ROOT / "benchmarks" / "results" / "cuda_report.json"
+SM = 90
+TOKENS = (64, 197, 257, 261, 400, 577, 640)
+NUMBERS = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
+OTHERS = 32  # rows or keys that a round of the gradient kernels takes
+STRIPS = r"(\d+) blocks of (\d+) x (\d+) rows, (\d+) x (\d+) keys, (\d) stages"
+ARGUMENTS = {
+    "forward": ("MT", "NT", "MEAN_MAP", "SHARP"),
+    "coefficients": ("MT", "NT", "MEAN_MAP", "SHARP"),
+    "gradient": ("DT", "RESULT"),
+}
+
+
+def build(folder: Path) -> Path:
+    """The library for the report's architecture."""
+    with mock.patch.dict(os.environ, {"TORCH_CUDA_ARCH_LIST": f"{SM // 10}.{SM % 10}"}):
+        return _build.compile_library(_build.CUDA, folder)
+
+
+def rows(built: Path) -> list[dict[str, Any]]:
+    """One row for every kernel of the library."""
+    usage, code = (
+        subprocess.run([triton_report.CUOBJDUMP, flag, built], capture_output=True, text=True, check=True).stdout
+        for flag in ("--dump-resource-usage", "--dump-sass")
+    )
+    sass = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
+    found = []
+    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+        match = re.search(r"am_flow_(forward|coefficients|gradient)I(13__nv_bfloat16|6__half|f)(.*?)EEv", name)
+        if match is None:
+            continue
+        kernel, number, rest = match.groups()
+        values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE)(\d+)", rest)]
+        arguments = dict(zip(ARGUMENTS[kernel], values, strict=True))
+        loop = main_loop(sass[name])
+        each = elements(arguments)
+        kinds = {
+            kind: sum(bool(re.match(pattern, word)) for word in loop) / each
+            for kind, pattern in triton_report.KINDS.items()
+        }
+        found.append(
+            {
+                "dtype": NUMBERS[number],
+                "kernel": f"{kernel} " + " ".join(f"{key}={value}" for key, value in arguments.items()),
+                "registers": int(registers),
+                "stack": int(stack),
+                "all": len(loop) / each,
+                **kinds,
+            }
+        )
+    return sorted(found, key=lambda row: (row["dtype"], row["kernel"]))
+
+
+def main_loop(code: str) -> list[str]:
+    """Names of the instructions in the longest loop, with all loops and branches that are in it."""
+    pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
+    instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code, re.M)]
+    loops = []
+    for at, name, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    return [name for at, name, _ in instructions if begin <= at <= end]
+
+
+def elements(arguments: dict[str, int]) -> int:
+    """Of maps, that a lane has in one round of the main loop: strips of two frames, or a tile."""
+    return 2 * 4 * arguments["MT"] * arguments["NT"] if "NT" in arguments else OTHERS // 8 * 4
+
+
+def problems(found: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
+    """What must not be: spills where there were none, or figures that got worse."""
+    before = {(row["dtype"], row["kernel"]): row for row in committed}
+    reasons = []
+    for row in found:
+        old = before.get((row["dtype"], row["kernel"]))
+        for figure in ("stack", "all", *triton_report.KINDS):
+            if old is None or row[figure] > triton_report.TOLERANCE * old[figure]:
+                was = "nothing" if old is None else f"{old[figure]:.4g}"
+                reasons.append(f"{row['kernel']} {row['dtype']}: {figure} went from {was} to {row[figure]:.4g}")
+    return reasons
+
+
+def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[list[str]]:
+    """Modelled microseconds of the bfloat16 forward on an H100, as in the other report, beside Triton's."""
+    B, T, H, D = triton_report.B, triton_report.T, triton_report.H, triton_report.D
+    figures = {row["kernel"]: row["all"] for row in found if row["dtype"] == "bfloat16"}
+    lines = []
+    for N in TOKENS:
+        told = torch.ops.amflow_cuda.describe(N, N, D, 2, False, 1.0, triton_report.SHARED[SM])
+        match = re.match(STRIPS, told)
+        assert match is not None, told
+        blocks, groups, tile, warps, keys, _ = map(int, match.groups())
+        computed = -(-N // tile) * tile * warps * keys  # groups beyond the last row do nothing
+        issued = figures[f"forward MT=1 NT={keys // 8} MEAN_MAP=0 SHARP=0"]
+        rate = triton_report.PROCESSORS * triton_report.CLOCK
+        issue = B * T * H * computed * issued / triton_report.ISSUED / rate
+        L2 = B * T * H * blocks * (warps * keys + groups * tile) * D * 2 / triton_report.L2_RATE
+        others = triton.get(str(N), ["", "", ""])
+        times = [f"{computed / N**2 - 1:.0%}", f"{issue * 1e6:.0f}", f"{L2 * 1e6:.0f}"]
+        lines.append([str(N), f"{blocks} x {groups} x {tile}", f"{warps} x {keys}", *times, *others])
+    return lines
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """The committed report and its data."""
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    heads = ["dtype", "kernel", "registers", "stack", "all", *triton_report.KINDS]
+    table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
+    committed = json.loads(triton_report.RESULT.read_text())["rows"]
+    triton = {line[0]: [line[1], line[2], line[4]] for line in triton_report.model(committed)}
+    modelled = ["N", "rows", "keys", "padded", "issue", "L2", "Triton: padded", "issue", "L2"]
+    version = subprocess.run([_build.nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release [\d.]+, (V[\d.]+)", version)
+    REPORT.write_text(f"""# What nvcc makes of the CUDA kernels
+
+Written by `python -m benchmarks.cuda_report` with nvcc {release[1] if release else "?"} for sm_{SM}; nothing here was
+measured, and the kernels are **not yet run on a GPU**.
+
+Registers of a thread, bytes of stack (spills), then instructions of the main loop for each element of the maps that it
+makes, as in [the report on Triton's](compile_report.md). All branches of a loop are counted, and inner loops once: this
+is more than is executed where there are branches for keys beyond the last, for rows that are not aligned, or for
+temperatures below 1; the gradient kernels have most of these, and a map, its neighbours and their products in one loop.
+
+{Table("Kernels", heads, table, []).markdown()}
+The bfloat16 forward at B = {triton_report.B}, T = {triton_report.T}, {triton_report.H} heads, D = {triton_report.D} on
+an H100, in microseconds, by the same model as Triton's: instructions of the loop issued, and what is read from the L2.
+Rows: blocks x groups of warps x rows; keys: warps that share rows x keys. Latency is left out.
+
+{Table("Modelled times", modelled, model(found, triton), []).markdown()}
+""")
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = build(Path(folder))
+        torch.ops.load_library(str(built))
+        write(rows(built))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
