@@ -27,7 +27,7 @@ RESULT = ROOT / "benchmarks" / "results" / "cuda_report.json"
 SM = 90
 TOKENS = (64, 197, 257, 261, 400, 577, 640)
 NUMBERS = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
-OTHERS = 32  # rows or keys that a round of the gradient kernels takes
+OTHERS = 32  # queries or keys that pass by in a round of the gradient kernels, half of them with more than one slice
 STRIPS = r"(\d+) blocks of (\d+) x (\d+) rows, (\d+) x (\d+) keys, (\d) stages"
 ARGUMENTS = {
     "forward": ("MT", "NT", "MEAN_MAP", "SHARP"),
@@ -58,7 +58,7 @@ def rows(built: Path) -> list[dict[str, Any]]:
         values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE)(\d+)", rest)]
         arguments = dict(zip(ARGUMENTS[kernel], values, strict=True))
         loop = main_loop(sass[name])
-        each = elements(arguments)
+        each = elements(arguments, NUMBERS[number])
         kinds = {
             kind: sum(bool(re.match(pattern, word)) for word in loop) / each
             for kind, pattern in triton_report.KINDS.items()
@@ -89,9 +89,12 @@ def main_loop(code: str) -> list[str]:
     return [name for at, name, _ in instructions if begin <= at <= end]
 
 
-def elements(arguments: dict[str, int]) -> int:
-    """Of maps, that a lane has in one round of the main loop: strips of two frames, or a tile."""
-    return 2 * 4 * arguments["MT"] * arguments["NT"] if "NT" in arguments else OTHERS // 8 * 4
+def elements(arguments: dict[str, int], dtype: str) -> int:
+    """Of maps, that a lane has in one round of the main loop: strips of two frames, or a tile of four numbers for 8."""
+    if "NT" in arguments:
+        return 2 * 4 * arguments["MT"] * arguments["NT"]
+    one_slice = dtype != "float32" and arguments["DT"] == 8
+    return 4 * (OTHERS if one_slice else OTHERS // 2) // 8
 
 
 def problems(found: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,6 @@
-// The backward, for q and k of AMFLOW_NUMBER. docs/maths.md derives it. First the coefficients of every pair's rows, from strips of the maps as in the
-// forward; then dq and dk of every frame, from tiles of its map and of those it is paired with.
+// The backward, for q and k of AMFLOW_NUMBER. docs/maths.md derives it. First the coefficients of every pair's rows, from
+// strips of the maps as in the forward; then dq and dk of every frame, from tiles of its map and of those it is paired
+// with.
 //
 // Maps here are A / temperature, and gradients of them are scale * temperature * dL/dA. With y = S e^|A - A'| a pair adds
 // y slope (g - delta) to the gradient of A, and takes it from that of A'.
@@ -22,6 +23,7 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
   __device__ void add_pair(const Tiles& A, const Tiles& B, int n) {
     const float* const g = p.dflow + Base::pair_of(n) * p.Nk + Base::key0() + lane_id() % 4 * 2;
     const int left = p.Nk - Base::key0() - lane_id() % 4 * 2;
+    const Expm1<SHARP> expm1(1.f);
     float sum[5][MT][2] = {};  // h g, A y, A y g, B y, B y g
 #pragma unroll
     for (int c = 0; c < NT; ++c)
@@ -34,7 +36,7 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float a = A[m][c][2 * half + i], b = B[m][c][2 * half + i];
-            const float h = 1 + expm1_of<SHARP>(fabsf(a - b));
+            const float h = 1 + expm1(fabsf(a - b));
             const float y = inside ? signed_by(h, a - b) : 0.f, y_g = y * g_j;
             sum[0][m][half] = fmaf(h, g_j, sum[0][m][half]);
             sum[1][m][half] = fmaf(a, y, sum[1][m][half]);
@@ -66,15 +68,15 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
     float by[MT][2];
     Base::load_first();
     if (!Base::active()) {
-      for (int n = 0; n <= pairs; ++n) Base::skip_map();
+      for (int n = 0; n <= pairs; ++n) Base::skip_map(Nothing{});
       return;
     }
     for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
-      Base::next_map(A, by, n);
+      Base::next_map(A, by, n, Nothing{});
       Base::scale_rows(A, by);
       if (n > 0) add_pair<SHARP>(B, A, n - 1);
       if (n == pairs) break;
-      Base::next_map(B, by, n + 1);
+      Base::next_map(B, by, n + 1, Nothing{});
       Base::scale_rows(B, by);
       add_pair<SHARP>(A, B, n);
       if (n + 1 == pairs) break;
@@ -89,29 +91,41 @@ __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
   if (strip.pairs > 0) strip.template run<SHARP>();
 }
 
-// Where a frame's map stands: it is first in a pair with `after` if t < n_after, second in one with `before` if
-// t >= n_before.
+// Frames t - shift, t and t + shift, with whose maps that of t is paired: with the first if t >= n_before, with the last
+// if t < n_after.
 struct Side {
-  Frames before, own, after;
+  Frames frames[3];
   int n_before, n_after;
 };
 
+constexpr int BEFORE = 0, NOW = 1, AFTER = 2, FRAMES = 3;
 enum class Result { dq, dk, rho };
 
-constexpr int WARPS = 4, OWN = WARPS * TILE_ROWS, OTHERS = 32, TILES = OTHERS / TILE_KEYS;
-constexpr int GRADIENT_SHARED = (OWN + OTHERS) * PITCH;
+// What each query has: of the maps of three frames, and of two pairs; their place in a list.
+constexpr int ROW_MAX = 0, ROW_NORM = 3, SLOPE = 6, DELTA = 9, RHO = 12, PARAMETERS = 13;
+// And each key, of two pairs.
+constexpr int DFLOW = 0, KEY_PARAMETERS = 3;
 
-// A block: OWN queries (or keys, for dk) of one frame and head; the other side of the map passes by, OTHERS at a time.
+// A block: OWN queries (or keys, for dk) of one frame and head; the other side of the maps passes by, OTHERS at a time.
 // DT x 8 columns of dq or dk.
 template <class X, int DT, Result RESULT>
 struct Gradient {
-  using Tile = float[TILES][4];
   static constexpr bool TURNED = RESULT == Result::dk;  // rows of tiles are keys
+  static constexpr int SLICES = divide_up(DT * 8, slice_elements<X>);
+  static constexpr int WARPS = SLICES > 2 ? 2 : 4, OWN = WARPS * TILE_ROWS, OTHERS = SLICES > 1 ? 16 : 32;
+  static constexpr int TILES = OTHERS / TILE_KEYS, JUMP = 32 * WARPS / (SLICE / PIECE);
+  static constexpr int COLUMN_PARAMETERS = TURNED ? PARAMETERS : KEY_PARAMETERS;
+  static constexpr int ROW_PARAMETERS = TURNED ? KEY_PARAMETERS : PARAMETERS;
+  static constexpr int OTHERS_AT = FRAMES * SLICES * OWN * PITCH;
+  static constexpr int COLUMNS_AT = OTHERS_AT + FRAMES * SLICES * OTHERS * PITCH;
+  static constexpr int SHARED = COLUMNS_AT + COLUMN_PARAMETERS * OTHERS * 4;
+  using Tile = float[TILES][4];
 
   const Problem& p;
   const Side& side;
   const bool vector;
   int b, t, h, g, own0;
+  float rows[ROW_PARAMETERS][2];  // of the lane's two
 
   __device__ Gradient(const Problem& p, const Side& side, bool vector) : p(p), side(side), vector(vector) {
     unsigned at = blockIdx.x;
@@ -129,174 +143,278 @@ struct Gradient {
 
   __device__ int owns() const { return TURNED ? p.Nk : p.Nq; }
   __device__ int others() const { return TURNED ? p.Nq : p.Nk; }
-  __device__ Shared own_slice() const { return shared_memory(); }
-  __device__ Shared other_slice() const { return shared_memory() + OWN * PITCH; }
   __device__ int own_row(int half) const { return own0 + warp_id() * TILE_ROWS + half * 8 + lane_id() / 4; }
-  __device__ static int other_column(int n, int i) { return n * TILE_KEYS + lane_id() % 4 * 2 + i % 2; }
-
-  template <bool ZERO>
-  __device__ void load(Shared to, bool of_keys, const Frames& f, int t, int h, int first, int count, int d0) const {
-    const X* const x = of_keys ? keys<X>(f, b, t, h, g) : queries<X>(f, b, t, h, g);
-    const int64_t stride = of_keys ? f.k_stride[4] : f.q_stride[4];
-    const int rows = of_keys ? p.Nk : p.Nq;
-    if (vector)
-      load_slice<X, ZERO>(to, x, stride, first, count, rows, d0, p.D);
-    else
-      load_elements<X, ZERO>(to, x, stride, first, count, rows, d0, p.D);
+  __device__ bool has(int frame) const {
+    return frame == BEFORE ? t >= side.n_before : frame == AFTER ? t < side.n_after : true;
+  }
+  __device__ int time(int frame) const { return t + (frame - NOW) * p.shift; }
+  __device__ Shared own_slice(int frame, int slice) const {
+    return shared_memory() + (frame * SLICES + slice) * OWN * PITCH;
+  }
+  __device__ Shared other_slice(int frame, int slice) const {
+    return shared_memory() + OTHERS_AT + (frame * SLICES + slice) * OTHERS * PITCH;
   }
 
-  // A / temperature of head h, times a factor.
-  __device__ void head_map(Tile& A, const Frames& f, int t, int h, int other0, float factor) const {
-    float s[1][TILES][4] = {};
-    for (int d0 = 0; d0 < p.D; d0 += slice_elements<X>) {
-      sync_block();
-      load<false>(own_slice(), TURNED, f, t, h, own0, OWN, d0);
-      load<true>(other_slice(), !TURNED, f, t, h, other0, OTHERS, d0);
-      wait_copies();
-      sync_block();
-      const int steps = (min(p.D - d0, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
-      add_products<X>(s, own_slice() + warp_id() * TILE_ROWS * PITCH, other_slice(), steps, p.negate);
+  // The place of a row of a frame's map in (B, T, H, G, Nq), and of a pair's row in (B, P, Z, G, N), N rows or keys.
+  __device__ int64_t map_row(int frame, int head) const {
+    return (((int64_t{b} * p.T + time(frame)) * p.H + head) * p.G + g) * p.Nq;
+  }
+  __device__ int64_t pair_row(int frame, int N) const {  // of the pair of frame t with another
+    return (((int64_t{b} * p.P + min(t, time(frame))) * p.Z + (p.mean_map ? 0 : h)) * p.G + g) * N;
+  }
+
+  // A parameter of a query or a key; A = exp2(logit scale - ROW_MAX) ROW_NORM.
+  __device__ float query_parameter(int which, int head, int query, float factor) const {
+    if (query >= p.Nq) return 0;
+    if (which < SLOPE) {
+      const int frame = which % FRAMES;
+      if (!has(frame)) return 0;
+      const Frames& f = side.frames[frame];
+      const int64_t row = map_row(frame, head) + query;
+      return which < ROW_NORM ? f.row_max[row] : f.row_norm[row] * factor;
     }
-    const int64_t row0 = (((int64_t{b} * p.T + t) * p.H + h) * p.G + g) * p.Nq;
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = row0 + query(other0, n, i);
-        const float x = exp2_fast(fmaf(s[0][n][i], p.scale, -f.row_max[row]));
-        A[n][i] = x * (f.row_norm[row] * factor);
-      }
-  }
-
-  // The query of an element of a tile, or the last one.
-  __device__ int query(int other0, int n, int i) const {
-    return min(TURNED ? other0 + other_column(n, i) : own_row(i / 2), p.Nq - 1);
-  }
-
-  __device__ int key(int other0, int n, int i) const {
-    return min(TURNED ? own_row(i / 2) : other0 + other_column(n, i), p.Nk - 1);
-  }
-
-  // The map whose change is measured.
-  __device__ void any_map(Tile& A, const Frames& f, int t, int other0) const {
-    if (!p.mean_map) return head_map(A, f, t, h, other0, p.inv_temperature);
-    head_map(A, f, t, 0, other0, p.inv_temperature / p.H);
-    for (int head = 1; head < p.H; ++head) {
-      Tile x;
-      head_map(x, f, t, head, other0, p.inv_temperature / p.H);
-#pragma unroll
-      for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) A[n][i] += x[n][i];
+    if (which < RHO) {
+      const int frame = which % FRAMES;
+      if (frame == NOW || !has(frame)) return 0;
+      return (which < DELTA ? p.slopes : p.deltas)[pair_row(frame, p.Nq) + query];
     }
-  }
-
-  // The pair's first row in (B, P, Z, G, N), N rows or keys.
-  __device__ int64_t pair_row(int pair, int N) const {
-    return (((int64_t{b} * p.P + pair) * p.Z + (p.mean_map ? 0 : h)) * p.G + g) * N;
-  }
-
-  // What the pair (A, B) adds to the gradient of A, times a sign.
-  template <bool SHARP>
-  __device__ void add_pair(Tile& dA, const Tile& A, const Tile& B, int pair, int other0, float sign) const {
-    const int64_t row0 = pair_row(pair, p.Nq), key0 = pair_row(pair, p.Nk);
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = signed_by(1 + expm1_of<SHARP>(fabsf(A[n][i] - B[n][i])), A[n][i] - B[n][i]);
-        const int64_t row = row0 + query(other0, n, i);
-        dA[n][i] += sign * y * p.slopes[row] * (p.dflow[key0 + key(other0, n, i)] - p.deltas[row]);
-      }
-  }
-
-  // A of head h, and the gradient of the map whose change is measured.
-  template <bool SHARP>
-  __device__ void gradient(Tile& A, Tile& dA, int other0) const {
-    Tile B;
-    any_map(A, side.own, t, other0);
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dA[n][i] = 0;
-    if (t < side.n_after) {
-      any_map(B, side.after, t + p.shift, other0);
-      add_pair<SHARP>(dA, A, B, t, other0, 1);
-    }
-    if (t >= side.n_before) {
-      any_map(B, side.before, t - p.shift, other0);
-      add_pair<SHARP>(dA, B, A, t - p.shift, other0, -1);
-    }
-    if (p.mean_map) head_map(A, side.own, t, h, other0, p.inv_temperature);
-  }
-
-  // temperature * rowsum(A * gradient), of a query.
-  __device__ float rho(int query) const {
-    if (p.mean_map) return p.head_rho[(((int64_t{b} * p.T + t) * p.H + h) * p.G + g) * p.Nq + query];
+    if (RESULT == Result::rho) return 0;
+    if (p.mean_map) return p.head_rho[map_row(NOW, h) + query];
     float found = 0;
-    if (t < side.n_after) found += p.rho[pair_row(t, p.Nq) + query];
-    if (t >= side.n_before) found += p.next_rho[pair_row(t - p.shift, p.Nq) + query];
+    if (has(AFTER)) found += p.rho[pair_row(AFTER, p.Nq) + query];
+    if (has(BEFORE)) found += p.next_rho[pair_row(BEFORE, p.Nq) + query];
     return found;
   }
 
-  // acc += dlogits times the other side's rows, whose slice is in shared memory.
-  template <int FIRST>
+  __device__ float key_parameter(int frame, int key) const {
+    return frame == NOW || !has(frame) || key >= p.Nk ? 0 : p.dflow[pair_row(frame, p.Nk) + key];
+  }
+
+  __device__ float parameter(bool of_query, int which, int head, int n, float factor) const {
+    return of_query ? query_parameter(which, head, n, factor) : key_parameter(which, n);
+  }
+
+  __device__ void load_rows(int head, float factor) {
+#pragma unroll
+    for (int i = 0; i < ROW_PARAMETERS; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) rows[i][half] = parameter(!TURNED, i, head, own_row(half), factor);
+  }
+
+  __device__ void load_columns(int head, int other0, float factor) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < COLUMN_PARAMETERS * OTHERS; i += 32 * WARPS)
+      store_shared(shared_memory() + COLUMNS_AT + i * 4,
+                   parameter(TURNED, i / OTHERS, head, other0 + i % OTHERS, factor));
+  }
+
+  __device__ float column(int which, int n, int i) const {
+    return load_shared(shared_memory() + COLUMNS_AT + (which * OTHERS + n * TILE_KEYS + lane_id() % 4 * 2 + i) * 4);
+  }
+
+  // Rows of all frames of a head, from `first` on; 0 beyond the last.
+  template <bool OF_OWN>
+  __device__ void load(int head, int first) const {
+    constexpr bool OF_KEYS = OF_OWN == TURNED;
+    constexpr int count = OF_OWN ? OWN : OTHERS;
+#pragma unroll 1
+    for (int frame = 0; frame < FRAMES; ++frame) {
+      if (!has(frame)) continue;
+      const Frames& f = side.frames[frame];
+      const X* const x = OF_KEYS ? keys<X>(f, b, time(frame), head, g) : queries<X>(f, b, time(frame), head, g);
+      const int64_t stride = OF_KEYS ? f.k_stride[4] : f.q_stride[4];
+      const int of = OF_KEYS ? p.Nk : p.Nq;
+#pragma unroll 1
+      for (int slice = 0; slice < SLICES; ++slice) {
+        const int d0 = slice * slice_elements<X>;
+        if (d0 >= p.D) break;
+        const Shared to = OF_OWN ? own_slice(frame, slice) : other_slice(frame, slice);
+        if (vector)
+          load_slice<X, true>(to, x, stride, first, count, JUMP, count / JUMP, of, d0, p.D);
+        else
+          load_elements<X, true>(to, x, stride, first, count, of, d0, p.D);
+      }
+    }
+  }
+
+  // A += the map of a frame, from what was loaded.
+  __device__ void add_map(Tile& A, int frame) const {
+    float s[1][TILES][4];
+#pragma unroll
+    for (int slice = 0; slice < SLICES; ++slice) {
+      const int d0 = slice * slice_elements<X>;
+      if (d0 >= p.D) break;
+      const int steps = (min(p.D - d0, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
+      const Shared own = own_slice(frame, slice) + warp_id() * TILE_ROWS * PITCH;
+      add_products<X>(s, own, other_slice(frame, slice), slice == 0, steps, p.negate);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float column_max = TURNED ? column(ROW_MAX + frame, n, i) : 0;
+        const float column_norm = TURNED ? column(ROW_NORM + frame, n, i) : 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float row_max = TURNED ? column_max : rows[ROW_MAX + frame][half];
+          const float norm = TURNED ? column_norm : rows[ROW_NORM + frame][half];
+          float& a = A[n][2 * half + i];
+          a = fmaf(exp2_fast(fmaf(s[0][n][2 * half + i], p.scale, -row_max)), norm, a);
+        }
+      }
+  }
+
+  // What the pair with another frame's map B adds to the gradient of A.
+  template <bool SHARP>
+  __device__ void add_pair(Tile& dA, const Tile& A, const Tile& B, int frame) const {
+    const Expm1<SHARP> expm1(1.f);
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float column_slope = TURNED ? column(SLOPE + frame, n, i) : 0;
+        const float column_delta = TURNED ? column(DELTA + frame, n, i) : 0;
+        const float column_dflow = TURNED ? 0 : column(DFLOW + frame, n, i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float slope = TURNED ? column_slope : rows[SLOPE + frame][half];
+          const float delta = TURNED ? column_delta : rows[DELTA + frame][half];
+          const float dflow = TURNED ? rows[DFLOW + frame][half] : column_dflow;
+          const float change = A[n][2 * half + i] - B[n][2 * half + i], by = slope * (dflow - delta);
+          dA[n][2 * half + i] += signed_by(fmaf(by, expm1(fabsf(change)), by), change);
+        }
+      }
+  }
+
+  __device__ static void clear(Tile& x) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = 0;
+  }
+
+  // A of this head, and the gradient of the map whose change is measured.
+  __device__ void gradient(Tile& A, Tile& dA, int other0) {
+    Tile other[FRAMES];
+    clear(A);
+    clear(other[BEFORE]);
+    clear(other[AFTER]);
+    for (int i = 0; i < (p.mean_map ? p.H : 1); ++i) {
+      fetch(p.mean_map ? i : h, other0, p.mean_map || other0 == 0, p.mean_map ? p.inv_temperature / p.H : p.inv_temperature);
+      add_map(A, NOW);
+      if (has(AFTER)) add_map(other[AFTER], AFTER);
+      if (has(BEFORE)) add_map(other[BEFORE], BEFORE);
+    }
+    clear(dA);
+#pragma unroll
+    for (int frame = BEFORE; frame <= AFTER; frame += 2) {
+      if (!has(frame)) continue;
+      if (p.inv_temperature > 1)
+        add_pair<true>(dA, A, other[frame], frame);
+      else
+        add_pair<false>(dA, A, other[frame], frame);
+    }
+    if (!p.mean_map) return;
+    fetch(h, other0, true, p.inv_temperature);
+    clear(A);
+    add_map(A, NOW);
+  }
+
+  // Loads what the tile of a head needs; the block's own side only if it is not there.
+  __device__ void fetch(int head, int other0, bool own, float factor) {
+    sync_block();  // nobody uses what was there any more
+    if (own) {
+      load<true>(head, own0);
+      load_rows(head, factor);
+    }
+    load<false>(head, other0);
+    load_columns(head, other0, factor);
+    wait_copies();
+    sync_block();
+  }
+
+  // acc += dlogits times the other side's rows.
   __device__ void add_product(float (&acc)[DT][4], const Tile& dlogits) const {
-    const Shared others = other_slice() + lane_id() % 4 * 2 * PITCH + lane_id() / 4 * static_cast<int>(sizeof(X));
-    constexpr int here = slice_elements<X> / 8;
+    const int lane = lane_id();
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      const uint32_t a[4] = {bits(dlogits[n][0]), bits(dlogits[n][2]), bits(dlogits[n][1]), bits(dlogits[n][3])};
+    for (int n = 0; n < TILES; n += 2) {
+      uint32_t a[2][4];
 #pragma unroll
-      for (int d = 0; d < here && FIRST * here + d < DT; ++d) {
-        if ((FIRST * here + d) * 8 >= p.D) break;
-        const Shared at = others + n * TILE_KEYS * PITCH + d * 8 * static_cast<int>(sizeof(X));
-        const float b0 = load_shared(at, X{}), b1 = load_shared(at + PITCH, X{});
-        if constexpr (sizeof(X) == 4) {
-          multiply(acc[FIRST * here + d], a, bits(b0), bits(b1), float{});
-        } else {  // bf16 and f16 fit in tf32; gradients reach far below the range of f16
-          const uint32_t rounded[4] = {to_tf32(number(a[0])), to_tf32(number(a[1])), to_tf32(number(a[2])),
-                                       to_tf32(number(a[3]))};
-          multiply_tf32(acc[FIRST * here + d], rounded, bits(b0), bits(b1));
+      for (int i = 0; i < 2; ++i) {
+        const float(&x)[4] = dlogits[n + i];
+        if constexpr (is_bf16<X>) {
+          a[0][2 * i] = pack(x[0], x[1], X{});
+          a[0][2 * i + 1] = pack(x[2], x[3], X{});
+        } else if constexpr (sizeof(X) == 2) {  // f16 fits in tf32; gradients reach far below the range of f16
+          a[i][0] = to_tf32(x[0]), a[i][1] = to_tf32(x[2]), a[i][2] = to_tf32(x[1]), a[i][3] = to_tf32(x[3]);
+        } else {
+          a[i][0] = bits(x[0]), a[i][1] = bits(x[2]), a[i][2] = bits(x[1]), a[i][3] = bits(x[3]);
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < DT; d += 2) {
+        if (d * 8 >= p.D) break;
+        constexpr int per_slice = slice_elements<X> / 8;
+        const Shared at = other_slice(NOW, d / per_slice) + n * TILE_KEYS * PITCH + d % per_slice * 8 * static_cast<int>(sizeof(X));
+        if constexpr (sizeof(X) == 2) {
+          uint32_t b[4];  // 8 of the others and 8 columns; the next 8 others; both again of the next 8 columns
+          load_matrices_transposed(b, at + lane % 16 * PITCH + lane / 16 * PIECE);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if constexpr (is_bf16<X>) {
+              multiply(acc[d + i], a[0], b[2 * i], b[2 * i + 1], X{});
+            } else {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const Pair x = unpack(b[2 * i + half], X{});
+                multiply_tf32(acc[d + i], a[half], bits(x.first), bits(x.second));
+              }
+            }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              if ((d + i) * 8 >= p.D) break;
+              const Shared from = at + (half * TILE_KEYS + lane % 4 * 2) * PITCH + (i * 8 + lane / 4) * 4;
+              multiply(acc[d + i], a[half], bits(load_shared(from)), bits(load_shared(from + PITCH)), X{});
+            }
         }
       }
     }
   }
 
-  template <int FIRST = 0>
-  __device__ void add_products_with(float (&acc)[DT][4], const Tile& dlogits, int other0) const {
-    constexpr int d0 = FIRST * slice_elements<X>;
-    if constexpr (d0 < DT * 8) {
-      if (d0 >= p.D) return;
-      sync_block();
-      load<true>(other_slice(), !TURNED, side.own, t, h, other0, OTHERS, d0);
-      wait_copies();
-      sync_block();
-      add_product<FIRST>(acc, dlogits);
-      add_products_with<FIRST + 1>(acc, dlogits, other0);
-    }
-  }
-
-  template <bool SHARP>
   __device__ void run() {
     float acc[DT][4] = {};
     float sum[2] = {};
     const float of_head = p.mean_map ? 1.f / p.H : 1.f;
-    if (t < side.n_after || t >= side.n_before)
+    if (has(AFTER) || has(BEFORE))
       for (int other0 = 0; other0 < others(); other0 += OTHERS) {
         Tile A, dA;
-        gradient<SHARP>(A, dA, other0);
+        gradient(A, dA, other0);
+        if (!TURNED && other0 + OTHERS > others()) {  // queries beyond the last have maps of 0
+#pragma unroll
+          for (int n = 0; n < TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (other0 + n * TILE_KEYS + lane_id() % 4 * 2 + i % 2 >= others()) A[n][i] = dA[n][i] = 0;
+        }
 #pragma unroll
         for (int n = 0; n < TILES; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const bool inside = other0 + other_column(n, i) < others();
-            if constexpr (RESULT == Result::rho)
-              sum[i / 2] += inside ? A[n][i] * dA[n][i] : 0.f;
-            else
-              A[n][i] = inside ? A[n][i] * (dA[n][i] - rho(query(other0, n, i))) * of_head : 0.f;
+          for (int i = 0; i < 2; ++i) {
+            const float column_rho = TURNED ? column(RHO, n, i) : 0;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& a = A[n][2 * half + i];
+              const float da = dA[n][2 * half + i], rho = TURNED ? column_rho : rows[RHO][half];
+              if constexpr (RESULT == Result::rho)
+                sum[half] = fmaf(a, da, sum[half]);
+              else
+                a = a * (da - rho) * of_head;
+            }
           }
-        if constexpr (RESULT != Result::rho) add_products_with(acc, A, other0);
+        if constexpr (RESULT != Result::rho) add_product(acc, A);
       }
     const int64_t map = ((int64_t{b} * p.T + t) * p.H + h) * p.G + g;
 #pragma unroll
@@ -309,12 +427,12 @@ struct Gradient {
       if constexpr (RESULT == Result::rho) {
         if (lane_id() % 4 == 0) p.head_rho[map * p.Nq + row] = total / p.inv_temperature;
       } else {
-        X* const to = static_cast<X*>(TURNED ? side.own.dk : side.own.dq) + (map * owns() + row) * p.D;
+        X* const to = static_cast<X*>(TURNED ? side.frames[NOW].dk : side.frames[NOW].dq) + (map * owns() + row) * p.D;
 #pragma unroll
         for (int d = 0; d < DT; ++d)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int column = other_column(d, i);
+            const int column = d * 8 + lane_id() % 4 * 2 + i;
             if (column < p.D) round_to(to[column], acc[d][2 * half + i]);
           }
       }
@@ -323,32 +441,32 @@ struct Gradient {
 };
 
 template <class X, int DT, Result RESULT>
-__global__ void __launch_bounds__(WARPS * 32)
+__global__ void __launch_bounds__((Gradient<X, DT, RESULT>::WARPS * 32), 2)
     am_flow_gradient(const __grid_constant__ Problem p, const __grid_constant__ Side side, bool vector) {
-  Gradient<X, DT, RESULT> gradient(p, side, vector);
-  if (p.inv_temperature > 1)
-    gradient.template run<true>();
-  else
-    gradient.template run<false>();
+  Gradient<X, DT, RESULT>(p, side, vector).run();
 }
 
 template <class X, int DT, Result RESULT>
 const char* run_gradient(const Problem& p, const Side& side, const Device& device, void* stream) {
-  const int owned = divide_up(RESULT == Result::dk ? p.Nk : p.Nq, OWN);
+  using Kernel = Gradient<X, DT, RESULT>;
+  const int owned = divide_up(RESULT == Result::dk ? p.Nk : p.Nq, Kernel::OWN);
   const int64_t blocks = int64_t{owned} * p.G * p.H * p.T * p.B;
   if (blocks > 0x7fffffff) return "more blocks of threads than one launch can have";
-  return launch(device, am_flow_gradient<X, DT, RESULT>, blocks, WARPS * 32, GRADIENT_SHARED, stream, p, side, vectors(p));
+  if (Kernel::SHARED > device.shared_bytes) return "these sizes need more shared memory than a block can have";
+  return launch(device, am_flow_gradient<X, DT, RESULT>, blocks, Kernel::WARPS * 32, Kernel::SHARED, stream, p, side, vectors(p));
 }
 
 template <class X>
 const char* run_side(const Problem& p, const Side& side, const Device& device, void* stream) {
-  if (!side.own.dq && !side.own.dk) return nullptr;
+  if (!side.frames[NOW].dq && !side.frames[NOW].dk) return nullptr;
   const char* wrong = nullptr;
-  if (p.mean_map) wrong = run_gradient<X, 8, Result::rho>(p, side, device, stream);
-  if (!wrong && side.own.dq)
+  if (p.mean_map)
+    wrong = p.D <= 64 ? run_gradient<X, 8, Result::rho>(p, side, device, stream)
+                      : run_gradient<X, 16, Result::rho>(p, side, device, stream);
+  if (!wrong && side.frames[NOW].dq)
     wrong = p.D <= 64 ? run_gradient<X, 8, Result::dq>(p, side, device, stream)
                       : run_gradient<X, 16, Result::dq>(p, side, device, stream);
-  if (!wrong && side.own.dk)
+  if (!wrong && side.frames[NOW].dk)
     wrong = p.D <= 64 ? run_gradient<X, 8, Result::dk>(p, side, device, stream)
                       : run_gradient<X, 16, Result::dk>(p, side, device, stream);
   return wrong;
@@ -368,9 +486,9 @@ struct Launch {
 template <class X>
 const char* run_backward(const Problem& p, const Plan& plan, const Device& device, void* stream) {
   if (const char* wrong = run_strips<X>(Launch<X>{}, p, plan, device, stream)) return wrong;
-  if (p.shift > 0) return run_side<X>(p, {p.first, p.first, p.first, p.shift, p.P}, device, stream);
-  if (const char* wrong = run_side<X>(p, {p.second, p.first, p.second, p.P, p.P}, device, stream)) return wrong;
-  return run_side<X>(p, {p.first, p.second, p.first, 0, 0}, device, stream);
+  if (p.shift > 0) return run_side<X>(p, {{p.first, p.first, p.first}, p.shift, p.P}, device, stream);
+  if (const char* wrong = run_side<X>(p, {{p.second, p.first, p.second}, p.P, p.P}, device, stream)) return wrong;
+  return run_side<X>(p, {{p.first, p.second, p.first}, 0, 0}, device, stream);
 }
 
 template const char* run_backward<AMFLOW_NUMBER>(const Problem&, const Plan&, const Device&, void*);

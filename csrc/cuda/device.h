@@ -38,8 +38,8 @@ __device__ inline void store_shared(Shared to, const void* x) {
   asm volatile("st.shared.u64 [%0], %1;" ::"r"(to), "l"(x) : "memory");
 }
 
-__device__ inline const void* load_pointer(Shared from) {
-  const void* x;
+__device__ inline void* load_pointer(Shared from) {
+  void* x;
   asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(from) : "memory");
   return x;
 }
@@ -54,21 +54,13 @@ __device__ inline void load_shared(Shared from, float& x, float& y) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(from) : "memory");
 }
 
-// One number of q or k.
-__device__ inline float load_shared(Shared from, float) { return load_shared(from); }
-
-template <class X>
-__device__ inline float load_shared(Shared from, X) {
-  uint16_t raw;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(raw) : "r"(from) : "memory");
-  X x;
-  memcpy(&x, &raw, 2);
-  return static_cast<float>(x);
+__device__ inline void load_shared(Shared from, float (&x)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
 }
 
-// 16 bytes, of which `bytes` are read, and the rest is 0. Both addresses are multiples of 16.
-__device__ inline void copy_async(Shared to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+// 16 bytes. Both addresses are multiples of 16.
+__device__ inline void copy_async(Shared to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 // Until this thread's copies are there; others see them after a barrier.
@@ -113,18 +105,38 @@ __device__ inline void load_matrices(uint32_t (&x)[4], Shared from) {
                : "memory");
 }
 
+// The same, but each matrix turned: lane l gets of column l / 4 the rows 2 (l % 4) and the one after it.
+__device__ inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(from)
+               : "memory");
+}
+
 // acc (16, 8) += a (16, 32 bytes) b (8, 32 bytes)^T. Lane l has of acc the columns 2 (l % 4) and the one after it, in rows
-// l / 4 and l / 4 + 8.
+// l / 4 and l / 4 + 8. `multiply_first`: acc = a b^T.
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
 // Of numbers that are tf32.
@@ -140,6 +152,23 @@ __device__ inline void round_to(f16& to, float x) { to = __float2half_rn(x); }
 
 __device__ inline uint32_t bits(float x) { return __float_as_uint(x); }
 __device__ inline float number(uint32_t x) { return __uint_as_float(x); }
+
+// Two numbers of 16 bits in the order of their addresses.
+__device__ inline uint32_t pack(float first, float second, bf16) {
+  uint32_t x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
+  return x;
+}
+
+struct Pair {
+  float first, second;
+};
+
+__device__ inline Pair unpack(uint32_t x, f16) {
+  f16 both[2];
+  memcpy(both, &x, 4);
+  return {static_cast<float>(both[0]), static_cast<float>(both[1])};
+}
 
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t y;

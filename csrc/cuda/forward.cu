@@ -7,59 +7,41 @@ namespace amflow_cuda {
 
 namespace {
 
-// Halves of a list of sums go to either half of the lanes, until each lane has one sum.
-template <int COUNT>
-__device__ inline void scatter(const float (&x)[COUNT], float (&y)[COUNT / 2], int lane, int lanes) {
-#pragma unroll
-  for (int i = 0; i < COUNT / 2; ++i) {
-    const float keep = lane & lanes ? x[i + COUNT / 2] : x[i];
-    const float send = lane & lanes ? x[i] : x[i + COUNT / 2];
-    y[i] = keep + shuffle_xor(send, lanes);
-  }
-}
-
-// Stores the sums over eight lanes of columns of COUNT tiles, each lane's two of a tile.
-template <int COUNT>
-__device__ inline void store_columns(Shared to, const float (&x)[2 * COUNT], int lane) {
-  if constexpr (COUNT == 4) {
-    float four[4], two[2], one[1];
-    scatter(x, four, lane, 16);
-    scatter(four, two, lane, 8);
-    scatter(two, one, lane, 4);
-    const int tile = lane >> 3, last = lane >> 2 & 1;
-    store_shared(to + (tile * TILE_KEYS + lane % 4 * 2 + last) * 4, one[0]);
-  } else {
-    float one[1];
-    scatter(x, one, lane, 4);
-    one[0] += shuffle_xor(one[0], 8);
-    one[0] += shuffle_xor(one[0], 16);
-    if (lane < 8) store_shared(to + (lane % 4 * 2 + (lane >> 2)) * 4, one[0]);
-  }
-}
-
 template <class X, int MT, int NT, bool MEAN_MAP>
 struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   using Base = Strip<X, MT, NT, MEAN_MAP>;
   using typename Base::Tiles;
   using Base::Base, Base::p, Base::plan, Base::block, Base::pairs, Base::warp, Base::group;
 
-  __device__ Shared columns(int n) const { return shared_memory() + plan.sums + n % 2 * plan.groups * plan.keys * 4; }
+  // Where a pair's sums take the place of those of the pair before, which some may still read.
+  __device__ void sync_sums() const {
+    if (plan.buffers == 1 && plan.stages > 1) sync_block();
+  }
 
-  // Pair n of the run, (A, B), where B has to be scaled; A is lost.
+  static constexpr int PITCH = sums_pitch(NT);
+
+  // Sums of the columns of pair n, over the two rows (of each tile) that a lane has: (groups, warps, LANE_ROWS, PITCH).
+  __device__ Shared columns(int n) const {
+    return shared_memory() + plan.sums + (plan.buffers > 1 ? n % 2 * plan.sum_bytes : 0);
+  }
+
+  // Pair n of the run, (a A, b B), with a and b for each row; A is lost.
   template <bool SHARP>
-  __device__ void add_pair(Tiles& A, Tiles& B, const float (&by)[MT][2], int n) {
+  __device__ void add_pair(Tiles& A, const float (&a)[MT][2], const Tiles& B, const float (&b)[MT][2], int n) {
     float sum[1][MT][2];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        // a |A - (b / a) B| takes one product, and maps that are equal differ by exactly 0.
+        const float ratio = a[m][half] == b[m][half] ? 1.f : quotient(b[m][half], a[m][half]);
+        const Expm1<SHARP> expm1(a[m][half]);
         float total = 0;
 #pragma unroll
         for (int c = 0; c < NT; ++c)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            B[m][c][i] = B[m][c][i] * by[m][half];
-            A[m][c][i] = expm1_of<SHARP>(fabsf(A[m][c][i] - B[m][c][i]));
+            A[m][c][i] = expm1(fabsf(fmaf(-ratio, B[m][c][i], A[m][c][i])));
             total += A[m][c][i];
           }
         sum[0][m][half] = total;
@@ -74,71 +56,75 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
         w[m][half] = row < p.Nq ? reciprocal(p.Nk + sum[0][m][half]) : 0.f;
         if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][m][half];
       }
+    sync_sums();
     const int lane = lane_id();
-    const Shared to = columns(n) + (group * plan.keys + Base::key0()) * 4;
+    const int line = (group * plan.warps + warp) * LANE_ROWS + lane / 4;
+    const Shared to = columns(n) + (line * PITCH + lane % 4 * 2) * 4;
 #pragma unroll
-    for (int c = 0; c + 4 <= NT; c += 4) weigh<4>(to, A, w, c, lane);
-#pragma unroll
-    for (int c = NT / 4 * 4; c < NT; ++c) weigh<1>(to, A, w, c, lane);
-  }
-
-  // Sums of w e over rows, in COUNT tiles.
-  template <int COUNT>
-  __device__ static void weigh(Shared to, const Tiles& e, const float (&w)[MT][2], int first, int lane) {
-    float x[2 * COUNT];
-#pragma unroll
-    for (int c = 0; c < COUNT; ++c)
+    for (int c = 0; c < NT; ++c) {
+      float x[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        x[2 * c + i] = w[0][0] * e[0][first + c][i];
-        x[2 * c + i] = fmaf(w[0][1], e[0][first + c][2 + i], x[2 * c + i]);
+        x[i] = w[0][0] * A[0][c][i];
+        x[i] = fmaf(w[0][1], A[0][c][2 + i], x[i]);
 #pragma unroll
         for (int m = 1; m < MT; ++m) {
-          x[2 * c + i] = fmaf(w[m][0], e[m][first + c][i], x[2 * c + i]);
-          x[2 * c + i] = fmaf(w[m][1], e[m][first + c][2 + i], x[2 * c + i]);
+          x[i] = fmaf(w[m][0], A[m][c][i], x[i]);
+          x[i] = fmaf(w[m][1], A[m][c][2 + i], x[i]);
         }
       }
-    store_columns<COUNT>(to + first * TILE_KEYS * 4, x, lane);
+      store_shared(to + c * TILE_KEYS * 4, x[0], x[1]);
+    }
   }
 
-  // What the block's rows add to the flow of pair n, which a barrier is after.
+  // What the block's rows add to the flow of pair n, four columns at a time.
   __device__ void store_part(int n) const {
-    float* const to = p.part + (block * (int64_t{p.B} * p.P * p.Z * p.G) + Base::pair_of(n)) * p.Nk;
+    const int active = min(plan.groups, (p.Nq - block * plan.rows + MT * TILE_ROWS - 1) / (MT * TILE_ROWS));
+    float* const to = static_cast<float*>(load_pointer(Base::bases() + 32)) + int64_t{n * p.step * p.Z * p.G} * p.Nk;
 #pragma unroll 1
-    for (int j = threadIdx.x; j < p.Nk; j += blockDim.x) {
-      float total = 0;
-      const int active = min(plan.groups, (p.Nq - block * plan.rows + MT * TILE_ROWS - 1) / (MT * TILE_ROWS));
+    for (int j = 4 * threadIdx.x; j < p.Nk; j += 4 * blockDim.x) {
+      const int of = j / (NT * TILE_KEYS);  // the warp whose columns these are
+      Shared from = columns(n) + (of * LANE_ROWS * PITCH + j - of * (NT * TILE_KEYS)) * 4;
+      float total[4] = {0, 0, 0, 0};
 #pragma unroll 1
-      for (int r = 0; r < active; ++r) total += load_shared(columns(n) + (r * plan.keys + j) * 4);
-      to[j] = total;
+      for (int group = 0; group < active; ++group, from += plan.warps * LANE_ROWS * PITCH * 4)
+#pragma unroll
+        for (int r = 0; r < LANE_ROWS; ++r) {
+          float x[4];
+          load_shared(from + r * PITCH * 4, x);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) total[i] += x[i];
+        }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (j + i < p.Nk) to[j + i] = total[i];
     }
   }
 
   template <bool SHARP>
   __device__ void run() {
     Tiles A, B;
-    float by[MT][2];
+    float a[MT][2], b[MT][2];
     Base::load_first();
+    const auto store_before = [&](int n) {  // what a barrier is after
+      return [this, n] {
+        if (n > 1) store_part(n - 2);
+      };
+    };
     if (!Base::active()) {
       for (int n = 0; n <= pairs; ++n) {
-        Base::skip_map();
-        if (n > 1) store_part(n - 2);
+        Base::skip_map(store_before(n));
+        if (n > 0) sync_sums();
       }
-      sync_block();
-      return store_part(pairs - 1);
-    }
-    for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
-      Base::next_map(A, by, n);
-      if (n > 1) store_part(n - 2);
-      if (n > 0)
-        add_pair<SHARP>(B, A, by, n - 1);
-      else
-        Base::scale_rows(A, by);
-      if (n == pairs) break;
-      Base::next_map(B, by, n + 1);
-      if (n > 0) store_part(n - 1);
-      add_pair<SHARP>(A, B, by, n);
-      if (n + 1 == pairs) break;
+    } else {
+      for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
+        Base::next_map(A, a, n, store_before(n));
+        if (n > 0) add_pair<SHARP>(B, b, A, a, n - 1);
+        if (n == pairs) break;
+        Base::next_map(B, b, n + 1, store_before(n + 1));
+        add_pair<SHARP>(A, a, B, b, n);
+        if (n + 1 == pairs) break;
+      }
     }
     sync_block();
     store_part(pairs - 1);

@@ -21,14 +21,21 @@ constexpr float LOWEST = -3.4028234e38f;
 template <class X>
 constexpr int slice_elements = SLICE / static_cast<int>(sizeof(X));
 
-// A float32 in two tf32 parts, and its first part without infinities, whose products with second parts would be NaN.
+template <class X>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
+// A float32 in two tf32 parts, and its first part without infinities, whose products with second parts would be NaN. Not
+// every NaN stays one in the first part, but all do in the second.
 struct Split {
   uint32_t high, finite, low;
-  __device__ explicit Split(uint32_t x) : high(to_tf32(number(x))) {
-    const bool infinite = (high & 0x7fffffffu) == 0x7f800000u;
+  __device__ explicit Split(uint32_t x) : high((x + 0x1000u) & TF32) {
+    const bool infinite = fabsf(number(high)) == INFINITY;
     finite = infinite ? 0 : high;
-    low = infinite ? 0 : to_tf32(number(x) - number(high));
+    low = infinite ? 0 : bits(number(x) - number(high)) & TF32;
   }
+  static constexpr uint32_t TF32 = 0xffffe000u;
 };
 
 // q k^T of float32 in two parts each: all but the product of the second parts.
@@ -43,9 +50,17 @@ __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_
 template <class X>
 constexpr uint32_t SIGNS = sizeof(X) == 2 ? 0x80008000u : 0x80000000u;
 
-// s (16 MT rows, 8 NT keys) += +-q k^T of one slice; q and k are those of the warp, in shared memory.
+// acc = +-q k^T of float32.
+__device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[i] = 0;
+  multiply(acc, a, b0, b1, float{});
+}
+
+// s (16 MT rows, 8 NT keys) += +-q k^T of one slice, or = that of the first; q and k are those of the warp, in shared
+// memory.
 template <class X, int MT, int NT>
-__device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, int steps, bool negate) {
+__device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, bool first, int steps, bool negate) {
   const uint32_t signs = negate ? SIGNS<X> : 0;
   const int lane = lane_id();
   const Shared q_row = q + lane % 16 * PITCH + lane / 16 * PIECE;
@@ -66,34 +81,46 @@ __device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, i
       uint32_t b[4];
       load_matrices(b, k_row + (n + 1 < NT ? second : 0) + n * TILE_KEYS * PITCH + step * STEP);
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        multiply(s[m][n], a[m], b[0], b[1], X{});
-        if (n + 1 < NT) multiply(s[m][n + 1], a[m], b[2], b[3], X{});
-      }
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int i = 0; i < 2 && n + i < NT; ++i)
+          if (step == 0 && first)
+            multiply_first(s[m][n + i], a[m], b[2 * i], b[2 * i + 1], X{});
+          else
+            multiply(s[m][n + i], a[m], b[2 * i], b[2 * i + 1], X{});
     }
   }
 }
 
 // Rows of a matrix (rows, D) from `first` on, their slice from column d0 on, into `count` rows of shared memory; 0 beyond
-// D. Beyond the last row comes the last one again, or (ZERO) 0.
+// D. Beyond the last row comes the last one again, or (ZERO) 0. The block's threads have `jump` rows at a time, `rounds`
+// times and at most once more.
 template <class X, bool ZERO>
-__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int rows, int d0, int D) {
-  constexpr int per_piece = PIECE / static_cast<int>(sizeof(X));
-  const int piece = threadIdx.x % (SLICE / PIECE), at = threadIdx.x / (SLICE / PIECE);
-  const int jump = blockDim.x / (SLICE / PIECE), d = d0 + piece * per_piece;
-  const int bytes = min(max(D - d, 0), per_piece) * static_cast<int>(sizeof(X));
-  if (bytes == 0 && d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
-  const char* const column = reinterpret_cast<const char*>(x + (bytes ? d : 0));
-  const int64_t row_bytes = stride * static_cast<int>(sizeof(X));
-  const char* from = column + (first + at) * row_bytes;
-  const int64_t ahead = jump * row_bytes;
-  const int full = min(count, rows - first);
-  to += at * PITCH + piece * PIECE;
-  int n = at;
-#pragma unroll 4
-  for (; n < full; n += jump, to += jump * PITCH, from += ahead) copy_async(to, from, bytes);
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int jump, int rounds,
+                                  int rows, int d0, int D) {
+  constexpr int pieces = SLICE / PIECE, per_piece = PIECE / static_cast<int>(sizeof(X));
+  const int piece = threadIdx.x % pieces, d = d0 + piece * per_piece;
+  int n = threadIdx.x / pieces;
+  to += n * PITCH + piece * PIECE;
+  if (d >= D) {
+    if (d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
 #pragma unroll 1
-  for (; n < count; n += jump, to += jump * PITCH) copy_async(to, column + (rows - 1) * row_bytes, ZERO ? 0 : bytes);
+    for (; n < count; n += jump, to += jump * PITCH) store_shared(to, {0, 0, 0, 0});
+    return;
+  }
+  const unsigned row_bytes = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(X));
+  const char* const column = reinterpret_cast<const char*>(x + d);
+  const auto copy = [&] {
+    if (ZERO && first + n >= rows)
+      store_shared(to, {0, 0, 0, 0});
+    else
+      copy_async(to, column + uint64_t{row_bytes} * static_cast<unsigned>(min(first + n, rows - 1)));
+    n += jump;
+    to += jump * PITCH;
+  };
+#pragma unroll 2
+  for (int i = 0; i < rounds; ++i) copy();
+  if (n < count) copy();
 }
 
 // The same, element by element, for rows that do not begin at multiples of 16 bytes.
@@ -117,10 +144,36 @@ __device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride
   }
 }
 
-// e^x - 1 on [0, 1], or (SHARP) on [0, 64], to 2.3e-7 relative; exactly 0 for 0.
+__device__ inline float quotient(float x, float y) {
+  const float inverse = reciprocal(y), found = x * inverse;
+  return fmaf(fmaf(-y, found, x), inverse, found);
+}
+
+// e^(a x) - 1 for a x in [0, 1], or (SHARP) in [0, 64], to 2.3e-7 relative; exactly 0 for 0.
 template <bool SHARP>
-__device__ inline float expm1_of(float x) {
-  if constexpr (SHARP) {
+struct Expm1 {
+  float c[SHARP ? 1 : 6];
+
+  __device__ explicit Expm1(float a) {
+    if constexpr (SHARP) {
+      c[0] = a;
+    } else {  // minimax for (e^x - 1) / x on [0, 1]
+      constexpr float fit[6] = {9.9999988e-1f, 5.0000882e-1f, 1.6656032e-1f, 4.2127855e-2f, 7.4502416e-3f, 2.1345359e-3f};
+      float power = a;
+#pragma unroll
+      for (int i = 0; i < 6; ++i, power *= a) c[i] = power * fit[i];
+    }
+  }
+
+  __device__ float operator()(float x) const {
+    if constexpr (SHARP) return sharp(c[0] * x);
+    float y = c[5];
+#pragma unroll
+    for (int i = 4; i >= 0; --i) y = fmaf(y, x, c[i]);
+    return x * y;
+  }
+
+  __device__ static float sharp(float x) {
     const float n = floorf(fmaf(x, 1.44269504f, 0.5f));
     float r = fmaf(n, -0.693145752f, x);  // ln 2 in two parts: n times the first is exact
     r = fmaf(n, -1.42860677e-6f, r);
@@ -131,18 +184,13 @@ __device__ inline float expm1_of(float x) {
     y = fmaf(y, r, 1.f);
     const float power = exp2_fast(n);
     return fmaf(r * y, power, power - 1.f);
-  } else {
-    float y = fmaf(x, 2.1345359e-3f, 7.4502416e-3f);  // minimax for (e^x - 1) / x on [0, 1]
-    y = fmaf(y, x, 4.2127855e-2f);
-    y = fmaf(y, x, 1.6656032e-1f);
-    y = fmaf(y, x, 5.0000882e-1f);
-    y = fmaf(y, x, 9.9999988e-1f);
-    return x * y;
   }
-}
+};
 
 // x with the sign of d, exactly 0 where d is 0.
-__device__ inline float signed_by(float x, float d) { return d == 0 ? 0 : d < 0 ? -x : x; }
+__device__ inline float signed_by(float x, float d) {
+  return d == 0 ? 0.f : number(bits(x) ^ (bits(d) & 0x80000000u));
+}
 
 template <class X>
 __device__ inline const X* queries(const Frames& f, int64_t b, int64_t t, int64_t h, int64_t g) {
@@ -156,10 +204,12 @@ __device__ inline const X* keys(const Frames& f, int64_t b, int64_t t, int64_t h
   return static_cast<const X*>(f.k) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
 }
 
-// Whether rows can be copied 16 bytes at a time.
+// Whether rows can be copied 16 bytes at a time, and lie less than 4 GiB from each other.
 inline bool vectors(const Problem& p) {
   const int64_t size = p.dtype == Dtype::f32 ? 4 : 2;
   bool whole = p.D * size % PIECE == 0;
+  for (const Frames* f : {&p.first, &p.second})
+    for (const int64_t row : {f->q_stride[4] * size, f->k_stride[4] * size}) whole = whole && row >> 32 == 0;
   for (const Frames* f : {&p.first, &p.second}) {
     whole = whole && reinterpret_cast<uintptr_t>(f->q) % PIECE == 0 && reinterpret_cast<uintptr_t>(f->k) % PIECE == 0;
     for (int i = 0; i < 5; ++i) whole = whole && f->q_stride[i] * size % PIECE == 0 && f->k_stride[i] * size % PIECE == 0;

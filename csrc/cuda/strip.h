@@ -8,10 +8,18 @@
 
 namespace amflow_cuda {
 
+constexpr int MAX_KEYS = 640;
 constexpr int MAX_WARPS = 10;  // that share rows
 constexpr int MOST_MASKED = 8;  // of a warp's tiles, the last ones, that may have keys beyond the last
 constexpr int MAX_GROUPS = 4;
+constexpr int LANE_ROWS = 8;   // of a warp's lanes, whose sums of columns are apart
+constexpr float LEAST_OWN = 1.f / 256;
 constexpr int SUMS = 5;        // of rows, that they exchange at once
+
+constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Of those sums, in numbers: four rows lie in different banks.
+constexpr int sums_pitch(int tiles) { return (tiles | 1) * TILE_KEYS; }
 
 // Warps of a block, by what each lane needs: 255 registers, or 168.
 constexpr int block_warps(int tiles) { return tiles > 8 ? 8 : 12; }
@@ -19,24 +27,30 @@ constexpr int block_warps(int tiles) { return tiles > 8 ? 8 : 12; }
 struct Plan {
   int warps, groups, tiles;  // tiles: NT
   int row_tiles;             // MT
-  int stages;                // of slices in shared memory
+  int stages, buffers;       // of slices, and of sums of columns, in shared memory
   int blocks;                // of rows of a map
   int chunk, chunks;         // pairs of a chain in one block of threads, and such chunks in a chain
   bool vector;
   // What follows from these, by `complete`.
   int threads, rows, keys;            // of a block
+  int jump, row_rounds, key_rounds;   // how its threads share the copying of rows
   int stage_bytes, shared_bytes;
   int bases, stage0, sums, exchange;  // where in shared memory: pointers, slices, sums of columns, what rows exchange
+  int sum_bytes;                      // of the sums of one pair's columns
 
   void complete() {
     threads = 32 * warps * groups;
+    jump = threads / (SLICE / PIECE);
     rows = groups * row_tiles * TILE_ROWS;
     keys = warps * tiles * TILE_KEYS;
+    row_rounds = rows / jump;
+    key_rounds = keys / jump;
     stage_bytes = (keys + rows) * PITCH;
     bases = 0;
-    stage0 = bases + 4 * 8;
+    stage0 = bases + 6 * 8;
     sums = stage0 + stages * stage_bytes;
-    exchange = sums + 2 * groups * keys * 4;                      // of two pairs
+    sum_bytes = groups * warps * LANE_ROWS * sums_pitch(tiles) * 4;
+    exchange = sums + buffers * sum_bytes;
     shared_bytes = exchange + rows * warps * (2 * 4 + SUMS * 4);  // maxima and sums of a map, and sums
   }
 
@@ -45,8 +59,13 @@ struct Plan {
   }
 };
 
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
 template <class X, int MT, int NT, bool MEAN_MAP>
 struct Strip {
+  static constexpr int WARPS = divide_up(MAX_KEYS, NT * TILE_KEYS) < MAX_WARPS ? divide_up(MAX_KEYS, NT * TILE_KEYS) : MAX_WARPS;
   using Tiles = float[MT][NT][4];
   static constexpr int MASKED = NT < MOST_MASKED ? NT : MOST_MASKED;
 
@@ -82,6 +101,7 @@ struct Strip {
       store_shared(bases() + 8, queries<X>(p.first, b, first_pair, z, g));
       store_shared(bases() + 16, keys<X>(p.second, b, second, z, g));
       store_shared(bases() + 24, queries<X>(p.second, b, second, z, g));
+      store_shared(bases() + 32, p.part + (block * (int64_t{p.B} * p.P * p.Z * p.G) + pair0) * p.Nk);
     }
     sync_block();
   }
@@ -110,10 +130,10 @@ struct Strip {
     }
     const Shared rows = to + plan.keys * PITCH;
     if (plan.vector) {
-      load_slice<X, true>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
-      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
+      load_slice<X, false>(to, k, f.k_stride[4], 0, plan.keys, plan.jump, plan.key_rounds, p.Nk, d0, p.D);
+      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, plan.jump, plan.row_rounds, p.Nq, d0, p.D);
     } else {
-      load_elements<X, true>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
+      load_elements<X, false>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
       load_elements<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
     }
     d0 += slice_elements<X>;
@@ -128,12 +148,15 @@ struct Strip {
     if (plan.stages > 1) load_next(0);
   }
 
-  // Where the slice that is next in turn lies; the whole block comes here together.
-  __device__ Shared next_slice() {
+  // Where the slice that is next in turn lies; the whole block comes here together, and does `meanwhile` while a slice is
+  // on its way. With one stage nobody goes on before all have done it.
+  template <class Meanwhile>
+  __device__ Shared next_slice(const Meanwhile& meanwhile) {
     const bool ahead = plan.stages > 1;  // the slice is there already, and the one after it is loaded meanwhile
     if (ahead) wait_copies();
     sync_block();  // nobody uses the slice before any more
     load_next(ahead ? stage ^ 1 : 0);
+    meanwhile();
     if (!ahead) {
       wait_copies();
       sync_block();
@@ -144,24 +167,26 @@ struct Strip {
   }
 
   // Logits of the next map, without their scale but with its sign.
-  __device__ void logits(Tiles& s) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+  template <class Meanwhile>
+  __device__ void logits(Tiles& s, const Meanwhile& meanwhile) {
     for (int d = 0; d < p.D; d += slice_elements<X>) {
-      const Shared here = next_slice();
+      const Shared here = next_slice([&] {
+        if (d == 0) meanwhile();
+      });
       const int steps = (min(p.D - d, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
-      add_products<X>(s, here + (plan.keys + group * MT * TILE_ROWS) * PITCH, here + key0() * PITCH, steps, p.negate);
+      const Shared q = here + (plan.keys + group * MT * TILE_ROWS) * PITCH;
+      add_products<X>(s, q, here + key0() * PITCH, d == 0, steps, p.negate);
     }
   }
 
   // What a group that has no rows of the map does while others make it.
-  __device__ void skip_map() {
+  template <class Meanwhile>
+  __device__ void skip_map(const Meanwhile& meanwhile) {
     for (int h = 0; h < (MEAN_MAP ? p.H : 1); ++h)
-      for (int d = 0; d < p.D; d += slice_elements<X>) next_slice();
+      for (int d = 0; d < p.D; d += slice_elements<X>)
+        next_slice([&] {
+          if (h == 0 && d == 0) meanwhile();
+        });
   }
 
   __device__ int row_of(int m, int half) const { return m * TILE_ROWS + half * 8 + lane_id() / 4; }
@@ -209,7 +234,7 @@ struct Strip {
           const Shared row = rows + c * size + row_of(m, half) * plan.warps * 4;
           float total = 0;
 #pragma unroll
-          for (int w = 0; w < MAX_WARPS; w += 4)  // the lanes of a row share the work
+          for (int w = 0; w < WARPS; w += 4)  // the lanes of a row share the work
             if (w + lane % 4 < plan.warps) total += load_shared(row + (w + lane % 4) * 4);
           x[c][m][half] = row_sum(total);
         }
@@ -261,24 +286,33 @@ struct Strip {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const Shared row = rows + row_of(m, half) * plan.warps * 8;
-          float tops[(MAX_WARPS + 3) / 4], sums[(MAX_WARPS + 3) / 4];
+          float tops[(WARPS + 3) / 4], sums[(WARPS + 3) / 4];
 #pragma unroll
-          for (int w = 0; w < MAX_WARPS; w += 4) {  // the lanes of a row share the work
+          for (int w = 0; w < WARPS; w += 4) {  // the lanes of a row share the work
             tops[w / 4] = LOWEST;
             sums[w / 4] = 0;
             if (w + lane % 4 < plan.warps) load_shared(row + (w + lane % 4) * 8, tops[w / 4], sums[w / 4]);
           }
           float high = tops[0], total = 0;
 #pragma unroll
-          for (int w = 4; w < MAX_WARPS; w += 4) high = fmaxf(high, tops[w / 4]);
+          for (int w = 4; w < WARPS; w += 4) high = fmaxf(high, tops[w / 4]);
           high = row_max(high);
 #pragma unroll
-          for (int w = 0; w < MAX_WARPS; w += 4)
+          for (int w = 0; w < WARPS; w += 4)
             if (w < plan.warps) total = fmaf(sums[w / 4], exp2_fast(tops[w / 4] - high), total);
           own[m][half] = exp2_fast(top[m][half] - high);
           top[m][half] = high;
           sum[m][half] = row_sum(total);
         }
+      // So that factors of rows are not too small for `Expm1`.
+      bool small = false;
+#pragma unroll
+      for (int m = 0; m < MT; ++m) small = small || own[m][0] < LEAST_OWN || own[m][1] < LEAST_OWN;
+      if (small) {
+        scale_rows(s, own);
+#pragma unroll
+        for (int m = 0; m < MT; ++m) own[m][0] = own[m][1] = 1;
+      }
     } else {
 #pragma unroll
       for (int m = 0; m < MT; ++m) own[m][0] = own[m][1] = 1;
@@ -308,15 +342,16 @@ struct Strip {
   }
 
   // The next map divided by the temperature, of the n-th frame, but for a factor of its rows.
-  __device__ void next_map(Tiles& A, float (&by)[MT][2], int n) {
+  template <class Meanwhile>
+  __device__ void next_map(Tiles& A, float (&by)[MT][2], int n, const Meanwhile& meanwhile) {
     const Frames& f = n == 0 ? p.first : p.second;
-    logits(A);
+    logits(A, meanwhile);
     softmax(A, by, f, map_of(n), MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature);
     if constexpr (MEAN_MAP) {
       scale_rows(A, by);
       for (int h = 1; h < p.H; ++h) {
         Tiles x;
-        logits(x);
+        logits(x, Nothing{});
         softmax(x, by, f, map_of(n) + h * p.G, p.inv_temperature / p.H);
         scale_rows(x, by);
 #pragma unroll

@@ -5,16 +5,14 @@
 
 namespace amflow_cuda {
 
-constexpr int MAX_TILES = 17;  // of a warp
+constexpr int MAX_TILES = 19;  // of a warp
 constexpr int MAX_CHUNK = 16;  // pairs of one block of threads
-
-inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // NT of the kernels that there are: few for what is rare.
 inline bool has_tiles(int tiles, const Problem& p) {
   if (p.mean_map) return tiles == 8;  // one map more is kept in registers
   const bool rare = p.dtype == Dtype::f32 || p.inv_temperature > 1;
-  return tiles == 2 || tiles == 8 || (!rare && (tiles == 5 || tiles == 13 || tiles == 17));
+  return tiles == 2 || tiles == 8 || (!rare && (tiles == 5 || tiles == 13 || tiles == 17 || tiles == 19));
 }
 
 inline Plan plan_of(const Problem& p, const Device& device) {
@@ -37,13 +35,14 @@ inline Plan plan_of(const Problem& p, const Device& device) {
   plan.groups = block_warps(plan.tiles) / plan.warps;
   plan.groups = plan.groups < MAX_GROUPS ? plan.groups : MAX_GROUPS;
   while (plan.groups > 1 && plan.groups > row_tiles) --plan.groups;
-  const auto fits = [&](int stages) {
+  const auto fits = [&](int stages, int buffers) {
     plan.stages = stages;
+    plan.buffers = buffers;
     plan.complete();
     return plan.shared_bytes <= device.shared_bytes;
   };
-  if (!fits(2))
-    while (!fits(1) && plan.groups > 1) --plan.groups;
+  if (!fits(2, 2) && !fits(2, 1))
+    while (!fits(1, 1) && plan.groups > 1) --plan.groups;
   plan.blocks = divide_up(row_tiles, plan.groups);
   plan.vector = vectors(p);
   // Long runs of pairs, since each makes a map that the run before it made too, but two blocks for each multiprocessor.
@@ -80,6 +79,7 @@ const char* run_strips(const Launch& launch, const Problem& p, const Plan& plan,
       case 5: return launch.template run<1, 5, false, false>(p, plan, device, stream);
       case 13: return launch.template run<1, 13, false, false>(p, plan, device, stream);
       case 17: return launch.template run<1, 17, false, false>(p, plan, device, stream);
+      case 19: return launch.template run<1, 19, false, false>(p, plan, device, stream);
       default:;
     }
   }

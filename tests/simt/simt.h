@@ -70,7 +70,6 @@ enum class Byte : uint8_t { unwritten, on_its_way, written };
 struct Copy {
   Shared to;
   const void* from;
-  int bytes;
 };
 
 struct Fiber {
@@ -261,6 +260,17 @@ inline const bool registered = [] {
       }
     }
   };
+  operations()["ldmatrix.trans"] = [](std::vector<Fiber*>& lanes, int) {
+    for (int i = 0; i < WARP; ++i) {
+      lanes[i]->taken.resize(4);
+      for (int matrix = 0; matrix < 4; ++matrix)
+        for (int n = 0; n < 2; ++n) {
+          const Shared row = lanes[matrix * 8 + i % 4 * 2 + n]->given[0];
+          if (row % 16 != 0) throw Error("ldmatrix.trans: a row at " + std::to_string(row));
+          std::memcpy(reinterpret_cast<char*>(&lanes[i]->taken[matrix]) + 2 * n, at(row + i / 4 * 2, 2, true), 2);
+        }
+    }
+  };
   operations()["mma.bf16"] = [](std::vector<Fiber*>& lanes, int) {
     multiply(lanes, 2, [](uint32_t x, int n) { return static_cast<float>(bf16{static_cast<uint16_t>(x >> 16 * n)}); });
   };
@@ -298,8 +308,8 @@ inline void store_shared(Shared to, const uint32_t (&x)[4]) { std::memcpy(simt::
 
 inline void store_shared(Shared to, const void* x) { std::memcpy(simt::at(to, 8, false), &x, 8); }
 
-inline const void* load_pointer(Shared from) {
-  const void* x;
+inline void* load_pointer(Shared from) {
+  void* x;
   std::memcpy(&x, simt::at(from, 8, true), 8);
   return x;
 }
@@ -316,27 +326,18 @@ inline void load_shared(Shared from, float& x, float& y) {
   x = both[0], y = both[1];
 }
 
-inline float load_shared(Shared from, float) { return load_shared(from); }
+inline void load_shared(Shared from, float (&x)[4]) { std::memcpy(x, simt::at(from, 16, true), 16); }
 
-template <class X>
-float load_shared(Shared from, X) {
-  X x;
-  std::memcpy(&x, simt::at(from, 2, true), 2);
-  return static_cast<float>(x);
-}
-
-inline void copy_async(Shared to, const void* from, int bytes) {
+inline void copy_async(Shared to, const void* from) {
   simt::at(to, 16, false);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 && bytes) simt::fail("cp.async: a misaligned source");
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail("cp.async: a misaligned source");
   std::fill_n(simt::block->state.begin() + to, 16, simt::Byte::on_its_way);
-  simt::block->fibers[simt::block->current].copies.push_back({to, from, bytes});
+  simt::block->fibers[simt::block->current].copies.push_back({to, from});
 }
 
 inline void wait_copies() {
   for (const simt::Copy& copy : simt::block->fibers[simt::block->current].copies) {
-    char* const to = simt::at(copy.to, 16, false);
-    std::memcpy(to, copy.from, copy.bytes);
-    std::memset(to + copy.bytes, 0, 16 - copy.bytes);
+    std::memcpy(simt::at(copy.to, 16, false), copy.from, 16);
   }
   simt::block->fibers[simt::block->current].copies.clear();
 }
@@ -358,12 +359,23 @@ inline void load_matrices(uint32_t (&x)[4], Shared from) {
   for (int i = 0; i < 4; ++i) x[i] = taken[i];
 }
 
+inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
+  const auto& taken = simt::wait_for("ldmatrix.trans 0", {from});
+  for (int i = 0; i < 4; ++i) x[i] = taken[i];
+}
+
 inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
   simt::matrix_product("mma.bf16 0", acc, a, b0, b1);
 }
 
 inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
   simt::matrix_product("mma.f16 0", acc, a, b0, b1);
+}
+
+template <class X>
+void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, X) {
+  for (float& x : acc) x = 0;
+  multiply(acc, a, b0, b1, X{});
 }
 
 inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -381,6 +393,21 @@ inline void round_to(f16& to, float x) {
 inline void round_to(bf16& to, float x) {
   const uint32_t raw = std::bit_cast<uint32_t>(x);
   to.raw = static_cast<uint16_t>(std::isnan(x) ? 0x7fff : (raw + 0x7fff + (raw >> 16 & 1)) >> 16);
+}
+
+inline uint32_t pack(float first, float second, bf16) {
+  bf16 both[2];
+  round_to(both[0], first);
+  round_to(both[1], second);
+  return both[0].raw | static_cast<uint32_t>(both[1].raw) << 16;
+}
+
+struct Pair {
+  float first, second;
+};
+
+inline Pair unpack(uint32_t x, f16) {
+  return {static_cast<float>(f16{static_cast<uint16_t>(x)}), static_cast<float>(f16{static_cast<uint16_t>(x >> 16)})};
 }
 
 inline uint32_t bits(float x) { return std::bit_cast<uint32_t>(x); }
