@@ -7,6 +7,7 @@ bindings use torch's stable ABI.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -166,6 +167,8 @@ def build_key(library: Library) -> str:
 
 def compile_library(library: Library, folder: Path) -> Path:
     """Compiles a library in `folder`, in parallel. The output of the compilers goes to LOG there."""
+    if importlib.util.find_spec("ninja") is None:
+        raise BuildError("the build tool ninja is not installed: pip install ninja")
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
     lines = [
         "ninja_required_version = 1.5",

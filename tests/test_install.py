@@ -7,6 +7,7 @@ one's place: it notes that it ran and delivers the library compiled before.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import signal
@@ -269,6 +270,13 @@ def test_build_key(stand_in: Callable[..., Compiler], monkeypatch: pytest.Monkey
     monkeypatch.setattr(_build.torch, "__version__", "2.99.0")
     keys.append(_build.build_key(_build.CPU))
     assert len(set(keys)) == 4
+
+
+def test_no_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is told, and the remedy: where a package is built ahead of time, ninja may be missing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(_build.BuildError, match="pip install ninja"):
+        _build.compile_library(_build.CPU, tmp_path)
 
 
 def test_racing_processes(stand_in: Callable[..., Compiler], cache: Path) -> None:
