@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_co
 
 const char* finish(const Problem& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t results = int64_t{p.B} * p.P * p.Z * p.G / (p.mean ? p.H : 1);
-  return launch(device, am_flow_finish, (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream,
-                p, plan.blocks);
+  const int64_t blocks = (results + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32);
+  return launch(device, am_flow_finish, blocks, FINISH_THREADS, 0, stream, p, plan.blocks);
 }
 
 template <class Run>

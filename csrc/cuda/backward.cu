@@ -300,7 +300,10 @@ struct Gradient {
     clear(other[BEFORE]);
     clear(other[AFTER]);
     for (int i = 0; i < (p.mean_map ? p.H : 1); ++i) {
-      fetch(p.mean_map ? i : h, other0, p.mean_map || other0 == 0, p.mean_map ? p.inv_temperature / p.H : p.inv_temperature);
+      if (p.mean_map)
+        fetch(i, other0, true, p.inv_temperature / p.H);
+      else
+        fetch(h, other0, other0 == 0, p.inv_temperature);
       add_map(A, NOW);
       if (has(AFTER)) add_map(other[AFTER], AFTER);
       if (has(BEFORE)) add_map(other[BEFORE], BEFORE);
@@ -354,8 +357,8 @@ struct Gradient {
 #pragma unroll
       for (int d = 0; d < DT; d += 2) {
         if (d * 8 >= p.D) break;
-        constexpr int per_slice = slice_elements<X> / 8;
-        const Shared at = other_slice(NOW, d / per_slice) + n * TILE_KEYS * PITCH + d % per_slice * 8 * static_cast<int>(sizeof(X));
+        constexpr int per_slice = slice_elements<X> / 8, bytes = 8 * static_cast<int>(sizeof(X));
+        const Shared at = other_slice(NOW, d / per_slice) + n * TILE_KEYS * PITCH + d % per_slice * bytes;
         if constexpr (sizeof(X) == 2) {
           uint32_t b[4];  // 8 of the others and 8 columns; the next 8 others; both again of the next 8 columns
           load_matrices_transposed(b, at + lane % 16 * PITCH + lane / 16 * PIECE);
@@ -453,7 +456,8 @@ const char* run_gradient(const Problem& p, const Side& side, const Device& devic
   const int64_t blocks = int64_t{owned} * p.G * p.H * p.T * p.B;
   if (blocks > 0x7fffffff) return "more blocks of threads than one launch can have";
   if (Kernel::SHARED > device.shared_bytes) return "these sizes need more shared memory than a block can have";
-  return launch(device, am_flow_gradient<X, DT, RESULT>, blocks, Kernel::WARPS * 32, Kernel::SHARED, stream, p, side, vectors(p));
+  const auto kernel = am_flow_gradient<X, DT, RESULT>;
+  return launch(device, kernel, blocks, Kernel::WARPS * 32, Kernel::SHARED, stream, p, side, vectors(p));
 }
 
 template <class X>
@@ -476,8 +480,8 @@ template <class X>
 struct Launch {
   template <int MT, int NT, bool MEAN_MAP, bool SHARP>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    return launch(device, am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads, plan.shared_bytes, stream, p,
-                  plan);
+    const auto kernel = am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>;
+    return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };
 

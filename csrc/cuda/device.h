@@ -24,7 +24,9 @@ extern __shared__ __align__(16) char dynamic_shared[];
 
 __device__ inline Shared shared_memory() { return static_cast<Shared>(__cvta_generic_to_shared(dynamic_shared)); }
 
-__device__ inline void store_shared(Shared to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
+__device__ inline void store_shared(Shared to, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
 
 __device__ inline void store_shared(Shared to, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
@@ -55,7 +57,10 @@ __device__ inline void load_shared(Shared from, float& x, float& y) {
 }
 
 __device__ inline void load_shared(Shared from, float (&x)[4]) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(from)
+               : "memory");
 }
 
 // 16 bytes. Both addresses are multiples of 16.

@@ -132,7 +132,8 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
 };
 
 template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
-__global__ void __launch_bounds__(block_warps(NT) * 32, 1) am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(block_warps(NT) * 32, 1)
+    am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
   if (strip.pairs > 0) strip.template run<SHARP>();
 }
@@ -141,8 +142,8 @@ template <class X>
 struct Launch {
   template <int MT, int NT, bool MEAN_MAP, bool SHARP>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    return launch(device, am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>, plan.launched(p), plan.threads, plan.shared_bytes, stream, p,
-                  plan);
+    const auto kernel = am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>;
+    return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };
 

@@ -8,7 +8,6 @@
 
 namespace amflow_cuda {
 
-constexpr int MAX_KEYS = 640;
 constexpr int MAX_WARPS = 10;  // that share rows
 constexpr int MOST_MASKED = 8;  // of a warp's tiles, the last ones, that may have keys beyond the last
 constexpr int MAX_GROUPS = 4;
@@ -65,7 +64,7 @@ struct Nothing {
 
 template <class X, int MT, int NT, bool MEAN_MAP>
 struct Strip {
-  static constexpr int WARPS = divide_up(MAX_KEYS, NT * TILE_KEYS) < MAX_WARPS ? divide_up(MAX_KEYS, NT * TILE_KEYS) : MAX_WARPS;
+  static constexpr int NEEDED = divide_up(MAX_TOKENS, NT * TILE_KEYS), WARPS = NEEDED < MAX_WARPS ? NEEDED : MAX_WARPS;
   using Tiles = float[MT][NT][4];
   static constexpr int MASKED = NT < MOST_MASKED ? NT : MOST_MASKED;
 
