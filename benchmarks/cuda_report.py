@@ -30,8 +30,8 @@ NUMBERS = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
 OTHERS = 32  # queries or keys that pass by in a round of the gradient kernels, half of them with more than one slice
 STRIPS = r"(\d+) blocks of (\d+) x (\d+) rows, (\d+) x (\d+) keys, (\d) stages"
 ARGUMENTS = {
-    "forward": ("MT", "NT", "MEAN_MAP", "SHARP"),
-    "coefficients": ("MT", "NT", "MEAN_MAP", "SHARP"),
+    "forward": ("MT", "NT", "MEAN_MAP", "GROWTH"),
+    "coefficients": ("MT", "NT", "MEAN_MAP", "GROWTH"),
     "gradient": ("DT", "RESULT"),
 }
 
@@ -55,7 +55,7 @@ def rows(built: Path) -> list[dict[str, Any]]:
         if match is None:
             continue
         kernel, number, rest = match.groups()
-        values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE)(\d+)", rest)]
+        values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE|GrowthE)(\d+)", rest)]
         arguments = dict(zip(ARGUMENTS[kernel], values, strict=True))
         loop = main_loop(sass[name])
         each = elements(arguments, NUMBERS[number])
@@ -121,7 +121,7 @@ def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[lis
         assert match is not None, told
         blocks, groups, tile, warps, keys, _ = map(int, match.groups())
         computed = -(-N // tile) * tile * warps * keys  # groups beyond the last row do nothing
-        issued = figures[f"forward MT=1 NT={keys // 8} MEAN_MAP=0 SHARP=0"]
+        issued = figures[f"forward MT=1 NT={keys // 8} MEAN_MAP=0 GROWTH=2"]
         rate = triton_report.PROCESSORS * triton_report.CLOCK
         issue = B * T * H * computed * issued / triton_report.ISSUED / rate
         L2 = B * T * H * blocks * (warps * keys + groups * tile) * D * 2 / triton_report.L2_RATE
@@ -151,10 +151,21 @@ makes, as in [the report on Triton's](compile_report.md). All branches of a loop
 is more than is executed where there are branches for keys beyond the last, for rows that are not aligned, or for
 temperatures below 1; the gradient kernels have most of these, and a map, its neighbours and their products in one loop.
 
+NT: tiles of 8 keys that a warp has. GROWTH: how e^x - 1 is made, 0 by a polynomial, 1 for temperatures below 1, 2 with
+a second ex2 (uncentred flow). DT: 8 columns each of dq (RESULT 0) or dk (1), or what a mean over the heads' maps needs
+(2).
+
+**What an element needs**, in the uncentred forward: 1 MMA and 0.6 ldmatrix; 1 maximum; 1 FMA and 1 ex2; 1 sum; 1 FMA
+for the change; 1 product and 1 ex2; 1 sum; 1 FMA for the sum over rows and 0.25 to store it: 11 in all, and 15 if
+centred. The rest is what a warp does once for each map: masks, loading rows, barriers, what warps that share rows
+exchange, sums of columns. Registers bound a warp to 19 tiles. Fewer would do if changes were rounded to 16 bits and
+summed on tensor cores; that is beyond the error that is promised.
+
 {Table("Kernels", heads, table, []).markdown()}
-The bfloat16 forward at B = {triton_report.B}, T = {triton_report.T}, {triton_report.H} heads, D = {triton_report.D} on
-an H100, in microseconds, by the same model as Triton's: instructions of the loop issued, and what is read from the L2.
-Rows: blocks x groups of warps x rows; keys: warps that share rows x keys. Latency is left out.
+The uncentred bfloat16 forward at B = {triton_report.B}, T = {triton_report.T}, {triton_report.H} heads,
+D = {triton_report.D} on an H100, in microseconds, by the same model as Triton's: instructions of the loop issued, and
+what is read from the L2. Rows: blocks x groups of warps x rows; keys: warps that share rows x keys.
+Latency is left out.
 
 {Table("Modelled times", modelled, model(found, triton), []).markdown()}
 """)

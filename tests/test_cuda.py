@@ -116,6 +116,48 @@ def test_minus_inf_logit_weighs_nothing(scale: float, dtype: torch.dtype) -> Non
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_key(dtype: torch.dtype) -> None:
+    """A key whose logits are -inf in one frame leaves all gradients finite that are so in the reference."""
+    q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, 2, :, 7, 0] = -torch.inf
+    grads = []
+    for impl in ("cuda", "reference"):
+        x = q.detach().requires_grad_(), k.detach().requires_grad_()
+        flow = am_flow(*x, impl=impl)
+        grads.append(torch.autograd.grad(flow, x, tt.make_dflow(flow.shape)))
+    for found, expected in zip(*grads, strict=True):
+        finite = expected.isfinite()
+        assert finite.double().mean() > 0.5
+        error = (found - expected)[finite].double().norm() / expected[finite].double().norm()
+        assert error < 1e-2
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_know_nothing_of_each_other(dtype: torch.dtype) -> None:
+    """Queries that are the same in both frames add nothing, to the bit, whatever the others do."""
+    q, k = tt.make_qk(1, 2, (1,), 32, 257, 64, dtype=dtype, logit_std=6.0)
+    k[:, 1] = k[:, 0]
+    q[:, 1, :, :8] = q[:, 0, :, :8]
+    q[:, 1, :, 16:] = q[:, 0, :, 16:]
+    alone = am_flow(q[..., 8:16, :], k, center=True, impl="cuda")
+    assert alone.norm() > 1e-3
+    assert torch.equal(am_flow(q, k, center=True, impl="cuda"), alone)
+
+
+@runs
+def test_highest_temperature() -> None:
+    """No flow at all is left, and no NaN comes up."""
+    q, k = (x.requires_grad_() for x in tt.make_qk(1, 2, (1,), 17, 33, 16))
+    flow = am_flow(q, k, temperature=1e300, center=True, impl="cuda")
+    assert flow.abs().max() < 1e-30
+    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
+        assert grad.abs().max() < 1e-25
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
 def test_equal_frames(head_reduction: str, dtype: torch.dtype) -> None:
     """Frames that are the same give Nq / Nk exactly, a centred flow of 0 and no gradient at all."""
@@ -309,7 +351,7 @@ def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
     found = cuda_report.rows(built)
-    assert len(found) == 70
+    assert len(found) == 87
     assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
 
 

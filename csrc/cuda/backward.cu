@@ -19,11 +19,11 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
   using Base::Base, Base::p, Base::plan, Base::pairs, Base::warp;
 
   // Pair n of the run, (A, B).
-  template <bool SHARP>
+  template <Growth GROWTH>
   __device__ void add_pair(const Tiles& A, const Tiles& B, int n) {
     const float* const g = p.dflow + Base::pair_of(n) * p.Nk + Base::key0() + lane_id() % 4 * 2;
     const int left = p.Nk - Base::key0() - lane_id() % 4 * 2;
-    const Expm1<SHARP> expm1(1.f);
+    const Expm1<GROWTH> expm1(1.f);
     float sum[5][MT][2] = {};  // h g, A y, A y g, B y, B y g
 #pragma unroll
     for (int c = 0; c < NT; ++c)
@@ -62,7 +62,7 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
       }
   }
 
-  template <bool SHARP>
+  template <Growth GROWTH>
   __device__ void run() {
     Tiles A, B;
     float by[MT][2];
@@ -74,21 +74,21 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
     for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
       Base::next_map(A, by, n, Nothing{});
       Base::scale_rows(A, by);
-      if (n > 0) add_pair<SHARP>(B, A, n - 1);
+      if (n > 0) add_pair<GROWTH>(B, A, n - 1);
       if (n == pairs) break;
       Base::next_map(B, by, n + 1, Nothing{});
       Base::scale_rows(B, by);
-      add_pair<SHARP>(A, B, n);
+      add_pair<GROWTH>(A, B, n);
       if (n + 1 == pairs) break;
     }
   }
 };
 
-template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
+template <class X, int MT, int NT, bool MEAN_MAP, Growth GROWTH>
 __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
     am_flow_coefficients(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Coefficients<X, MT, NT, MEAN_MAP> strip(p, plan);
-  if (strip.pairs > 0) strip.template run<SHARP>();
+  if (strip.pairs > 0) strip.template run<GROWTH>();
 }
 
 // Frames t - shift, t and t + shift, with whose maps that of t is paired: with the first if t >= n_before, with the last
@@ -265,9 +265,9 @@ struct Gradient {
   }
 
   // What the pair with another frame's map B adds to the gradient of A.
-  template <bool SHARP>
+  template <Growth GROWTH>
   __device__ void add_pair(Tile& dA, const Tile& A, const Tile& B, int frame) const {
-    const Expm1<SHARP> expm1(1.f);
+    const Expm1<GROWTH> expm1(1.f);
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
@@ -313,9 +313,9 @@ struct Gradient {
     for (int frame = BEFORE; frame <= AFTER; frame += 2) {
       if (!has(frame)) continue;
       if (p.inv_temperature > 1)
-        add_pair<true>(dA, A, other[frame], frame);
+        add_pair<Growth::large>(dA, A, other[frame], frame);
       else
-        add_pair<false>(dA, A, other[frame], frame);
+        add_pair<Growth::small>(dA, A, other[frame], frame);
     }
     if (!p.mean_map) return;
     fetch(h, other0, true, p.inv_temperature);
@@ -395,7 +395,7 @@ struct Gradient {
       for (int other0 = 0; other0 < others(); other0 += OTHERS) {
         Tile A, dA;
         gradient(A, dA, other0);
-        if (!TURNED && other0 + OTHERS > others()) {  // queries beyond the last have maps of 0
+        if (other0 + OTHERS > others()) {  // nothing beyond the last; what was computed may be NaN
 #pragma unroll
           for (int n = 0; n < TILES; ++n)
 #pragma unroll
@@ -478,9 +478,11 @@ const char* run_side(const Problem& p, const Side& side, const Device& device, v
 
 template <class X>
 struct Launch {
-  template <int MT, int NT, bool MEAN_MAP, bool SHARP>
+  static constexpr bool FORWARD = false;
+
+  template <int MT, int NT, bool MEAN_MAP, Growth GROWTH>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    const auto kernel = am_flow_coefficients<X, MT, NT, MEAN_MAP, SHARP>;
+    const auto kernel = am_flow_coefficients<X, MT, NT, MEAN_MAP, GROWTH>;
     return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };

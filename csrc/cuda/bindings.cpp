@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -23,6 +24,9 @@ using amflow_cuda::Problem;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
+
+// Above 1e30 there is no flow to tell from one at 1e30, and the kernels' products would underflow.
+float inverse(double temperature) { return static_cast<float>(1 / std::min(temperature, 1e30)); }
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -78,7 +82,7 @@ Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, 
   p.scale = std::fmax(static_cast<float>(std::fabs(scale) * 1.4426950408889634), 1.17549435e-38f);
   p.negate = scale < 0;
   p.slope = static_cast<float>(scale);
-  p.inv_temperature = static_cast<float>(1 / temperature);
+  p.inv_temperature = inverse(temperature);
   return p;
 }
 
@@ -102,7 +106,8 @@ std::string describe(int64_t Nq, int64_t Nk, int64_t D, int64_t bytes, bool mean
   p.mean_map = mean_map;
   p.B = p.T = p.H = p.G = p.Z = p.P = p.step = 1;
   p.Nq = static_cast<int>(Nq), p.Nk = static_cast<int>(Nk), p.D = static_cast<int>(D);
-  p.inv_temperature = static_cast<float>(1 / temperature);
+  p.base = 1;
+  p.inv_temperature = inverse(temperature);
   return amflow_cuda::describe(p, {1, static_cast<int>(shared_bytes)});
 }
 
@@ -110,11 +115,11 @@ void forward(Tensor flow, Tensor saved, Tensor q, Tensor k, OptionalTensor q_b, 
              int64_t lag, double temperature, int64_t reduction, bool center, int64_t multiprocessors,
              int64_t shared_bytes, int64_t stream) {
   Problem p = problem_of(q, k, q_b, k_b, saved, scale, lag, temperature, reduction);
+  p.base = center ? 0.f : static_cast<float>(static_cast<double>(p.Nq) / p.Nk);
   const Device device{static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)};
   const Tensor part = scratch(q, amflow_cuda::part_floats(p, device));
   p.part = static_cast<float*>(part.data_ptr());
   p.flow = static_cast<float*>(flow.data_ptr());
-  p.base = center ? 0.f : static_cast<float>(static_cast<double>(p.Nq) / p.Nk);
   check(amflow_cuda::forward(p, device, reinterpret_cast<void*>(stream)));
 }
 

@@ -26,8 +26,9 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   }
 
   // Pair n of the run, (a A, b B), with a and b for each row; A is lost.
-  template <bool SHARP>
+  template <Growth GROWTH>
   __device__ void add_pair(Tiles& A, const float (&a)[MT][2], const Tiles& B, const float (&b)[MT][2], int n) {
+    constexpr float excess = GROWTH == Growth::rough ? 1 : 0;  // of what `Expm1` makes
     float sum[1][MT][2];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -35,8 +36,8 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
       for (int half = 0; half < 2; ++half) {
         // a |A - (b / a) B| takes one product, and maps that are equal differ by exactly 0.
         const float ratio = a[m][half] == b[m][half] ? 1.f : quotient(b[m][half], a[m][half]);
-        const Expm1<SHARP> expm1(a[m][half]);
-        float total = 0;
+        const Expm1<GROWTH> expm1(a[m][half]);
+        float total = -2 * NT * excess;
 #pragma unroll
         for (int c = 0; c < NT; ++c)
 #pragma unroll
@@ -60,15 +61,17 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
     const int lane = lane_id();
     const int line = (group * plan.warps + warp) * LANE_ROWS + lane / 4;
     const Shared to = columns(n) + (line * PITCH + lane % 4 * 2) * 4;
+    float rest = 0;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) rest -= excess * (w[m][0] + w[m][1]);
 #pragma unroll
     for (int c = 0; c < NT; ++c) {
       float x[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        x[i] = w[0][0] * A[0][c][i];
-        x[i] = fmaf(w[0][1], A[0][c][2 + i], x[i]);
+        x[i] = rest;
 #pragma unroll
-        for (int m = 1; m < MT; ++m) {
+        for (int m = 0; m < MT; ++m) {
           x[i] = fmaf(w[m][0], A[m][c][i], x[i]);
           x[i] = fmaf(w[m][1], A[m][c][2 + i], x[i]);
         }
@@ -101,7 +104,7 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
     }
   }
 
-  template <bool SHARP>
+  template <Growth GROWTH>
   __device__ void run() {
     Tiles A, B;
     float a[MT][2], b[MT][2];
@@ -119,10 +122,10 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
     } else {
       for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
         Base::next_map(A, a, n, store_before(n));
-        if (n > 0) add_pair<SHARP>(B, b, A, a, n - 1);
+        if (n > 0) add_pair<GROWTH>(B, b, A, a, n - 1);
         if (n == pairs) break;
         Base::next_map(B, b, n + 1, store_before(n + 1));
-        add_pair<SHARP>(A, a, B, b, n);
+        add_pair<GROWTH>(A, a, B, b, n);
         if (n + 1 == pairs) break;
       }
     }
@@ -131,18 +134,20 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   }
 };
 
-template <class X, int MT, int NT, bool MEAN_MAP, bool SHARP>
+template <class X, int MT, int NT, bool MEAN_MAP, Growth GROWTH>
 __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
     am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
-  if (strip.pairs > 0) strip.template run<SHARP>();
+  if (strip.pairs > 0) strip.template run<GROWTH>();
 }
 
 template <class X>
 struct Launch {
-  template <int MT, int NT, bool MEAN_MAP, bool SHARP>
+  static constexpr bool FORWARD = true;
+
+  template <int MT, int NT, bool MEAN_MAP, Growth GROWTH>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    const auto kernel = am_flow_forward<X, MT, NT, MEAN_MAP, SHARP>;
+    const auto kernel = am_flow_forward<X, MT, NT, MEAN_MAP, GROWTH>;
     return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };

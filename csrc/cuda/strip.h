@@ -303,15 +303,19 @@ struct Strip {
           top[m][half] = high;
           sum[m][half] = row_sum(total);
         }
-      // So that factors of rows are not too small for `Expm1`.
-      bool small = false;
+      // So that factors of rows are not too small for `Expm1`; a row must not depend on others.
+      float by_now[MT][2];
+      bool any = false;
 #pragma unroll
-      for (int m = 0; m < MT; ++m) small = small || own[m][0] < LEAST_OWN || own[m][1] < LEAST_OWN;
-      if (small) {
-        scale_rows(s, own);
+      for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int m = 0; m < MT; ++m) own[m][0] = own[m][1] = 1;
-      }
+        for (int half = 0; half < 2; ++half) {
+          const bool small = own[m][half] < LEAST_OWN;
+          by_now[m][half] = small ? own[m][half] : 1;
+          own[m][half] = small ? 1 : own[m][half];
+          any = any || small;
+        }
+      if (any) scale_rows(s, by_now);
     } else {
 #pragma unroll
       for (int m = 0; m < MT; ++m) own[m][0] = own[m][1] = 1;
@@ -322,7 +326,7 @@ struct Strip {
       for (int half = 0; half < 2; ++half) {
         const float norm = reciprocal(sum[m][half]);
         const int row = row0() + row_of(m, half);
-        if (warp == 0 && lane % 4 == 0 && row < p.Nq) {
+        if (warp == 0 && lane % 4 == 0 && row < p.Nq && p.dflow == nullptr) {  // the backward has them
           const int64_t to = int64_t{map} * p.Nq + row;
           f.row_max[to] = top[m][half];
           f.row_norm[to] = norm;

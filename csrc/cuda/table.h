@@ -8,10 +8,16 @@ namespace amflow_cuda {
 constexpr int MAX_TILES = 19;  // of a warp
 constexpr int MAX_CHUNK = 16;  // pairs of one block of threads
 
+// Of the changes of maps; a forward whose result is near 1 may be rough.
+inline Growth growth_of(const Problem& p) {
+  const bool backward = p.dflow != nullptr, centred = p.base == 0;
+  return !backward && !centred ? Growth::rough : p.inv_temperature > 1 ? Growth::large : Growth::small;
+}
+
 // NT of the kernels that there are: few for what is rare.
 inline bool has_tiles(int tiles, const Problem& p) {
   if (p.mean_map) return tiles == 8;  // one map more is kept in registers
-  const bool rare = p.dtype == Dtype::f32 || p.inv_temperature > 1;
+  const bool rare = p.dtype == Dtype::f32 || growth_of(p) == Growth::large;
   return tiles == 2 || tiles == 8 || (!rare && (tiles == 5 || tiles == 13 || tiles == 17 || tiles == 19));
 }
 
@@ -55,35 +61,39 @@ inline Plan plan_of(const Problem& p, const Device& device) {
   return plan;
 }
 
-// Runs `launch.run<MT, NT, MEAN_MAP, SHARP>(problem, plan, stream)` for numbers X.
+template <class X, Growth GROWTH, class Launch>
+const char* run_tiles(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
+  if (p.mean_map) return launch.template run<1, 8, true, GROWTH>(p, plan, device, stream);
+  switch (plan.tiles) {
+    case 2: return launch.template run<1, 2, false, GROWTH>(p, plan, device, stream);
+    case 8: return launch.template run<1, 8, false, GROWTH>(p, plan, device, stream);
+    default:;
+  }
+  if constexpr (sizeof(X) == 2 && GROWTH != Growth::large) {
+    switch (plan.tiles) {
+      case 5: return launch.template run<1, 5, false, GROWTH>(p, plan, device, stream);
+      case 13: return launch.template run<1, 13, false, GROWTH>(p, plan, device, stream);
+      case 17: return launch.template run<1, 17, false, GROWTH>(p, plan, device, stream);
+      case 19: return launch.template run<1, 19, false, GROWTH>(p, plan, device, stream);
+      default:;
+    }
+  }
+  return "no kernel for this number of keys";
+}
+
+// Runs `launch.run<MT, NT, MEAN_MAP, GROWTH>(problem, plan, device, stream)` for numbers X.
 template <class X, class Launch>
 const char* run_strips(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
   if (plan.shared_bytes > device.shared_bytes) return "these sizes need more shared memory than a block can have";
   if (plan.launched(p) > 0x7fffffff || int64_t{p.B} * p.T * p.H * p.G > 0x7fffffff)
     return "more blocks of threads than one launch can have";
-  const bool sharp = p.inv_temperature > 1;
-  if (p.mean_map)
-    return sharp ? launch.template run<1, 8, true, true>(p, plan, device, stream)
-                 : launch.template run<1, 8, true, false>(p, plan, device, stream);
-  switch (plan.tiles) {
-    case 2:
-      return sharp ? launch.template run<1, 2, false, true>(p, plan, device, stream)
-                   : launch.template run<1, 2, false, false>(p, plan, device, stream);
-    case 8:
-      return sharp ? launch.template run<1, 8, false, true>(p, plan, device, stream)
-                   : launch.template run<1, 8, false, false>(p, plan, device, stream);
-    default:;
+  switch (growth_of(p)) {
+    case Growth::small: return run_tiles<X, Growth::small>(launch, p, plan, device, stream);
+    case Growth::large: return run_tiles<X, Growth::large>(launch, p, plan, device, stream);
+    case Growth::rough:
+      if constexpr (Launch::FORWARD) return run_tiles<X, Growth::rough>(launch, p, plan, device, stream);
   }
-  if constexpr (sizeof(X) == 2) {
-    switch (plan.tiles) {
-      case 5: return launch.template run<1, 5, false, false>(p, plan, device, stream);
-      case 13: return launch.template run<1, 13, false, false>(p, plan, device, stream);
-      case 17: return launch.template run<1, 17, false, false>(p, plan, device, stream);
-      case 19: return launch.template run<1, 19, false, false>(p, plan, device, stream);
-      default:;
-    }
-  }
-  return "no kernel for this number of keys";
+  return "no kernel for this temperature";
 }
 
 // forward.cu and backward.cu, compiled for each of the numbers.

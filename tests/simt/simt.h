@@ -240,7 +240,13 @@ void multiply(std::vector<Fiber*>& lanes, int per, const Value& value) {
     lanes[lane]->taken.resize(4);
     for (int i = 0; i < 4; ++i) {
       float sum = std::bit_cast<float>(lanes[lane]->given[i]);
-      for (int k = 0; k < K; ++k) sum = fmaf(a[lane / 4 + i / 2 * 8][k], b[lane % 4 * 2 + i % 2][k], sum);
+      for (int k = 0; k < K; k += 4 * per) {  // so many at once, and rounded toward 0
+        double exact = sum;
+        for (int n = k; n < k + 4 * per; ++n)
+          exact += static_cast<double>(a[lane / 4 + i / 2 * 8][n]) * b[lane % 4 * 2 + i % 2][n];
+        sum = static_cast<float>(exact);
+        if (std::abs(sum) > std::abs(exact)) sum = std::nextafter(sum, 0.f);
+      }
       lanes[lane]->taken[i] = std::bit_cast<uint32_t>(sum);
     }
   }
@@ -349,10 +355,19 @@ inline float shuffle_xor(float x, int lanes) {
   return std::bit_cast<float>(simt::wait_for("shuffle " + std::to_string(lanes), {std::bit_cast<uint32_t>(x)})[0]);
 }
 
-// A GPU's are good to two units in the last place, and take subnormal numbers for 0.
 inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
-inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
-inline float reciprocal(float x) { return flushed(1.f / flushed(x)); }
+
+// Off by up to `most` units in the last place, always the same for the same x, as a GPU's are; not where y is a power of
+// 2 or no number.
+inline float rough(float y, float x, int most) {
+  const auto raw = std::bit_cast<uint32_t>(y), hash = std::bit_cast<uint32_t>(x) * 0x9e3779b1u >> 16;
+  if ((raw & 0x7fffffu) == 0) return y;
+  return flushed(std::bit_cast<float>(raw + hash % (2 * most + 1) - most));
+}
+
+// They take subnormal numbers for 0.
+inline float exp2_fast(float x) { return rough(flushed(std::exp2(flushed(x))), x, 2); }
+inline float reciprocal(float x) { return rough(flushed(1.f / flushed(x)), x, 1); }
 
 inline void load_matrices(uint32_t (&x)[4], Shared from) {
   const auto& taken = simt::wait_for("ldmatrix 0", {from});
