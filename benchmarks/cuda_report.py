@@ -30,8 +30,8 @@ NUMBERS = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
 OTHERS = 32  # queries or keys that pass by in a round of the gradient kernels, half of them with more than one slice
 STRIPS = r"(\d+) blocks of (\d+) x (\d+) rows, (\d+) x (\d+) keys, (\d) stages"
 ARGUMENTS = {
-    "forward": ("MT", "NT", "MEAN_MAP", "GROWTH"),
-    "coefficients": ("MT", "NT", "MEAN_MAP", "GROWTH"),
+    "forward": ("NT", "MEAN_MAP", "GROWTH"),
+    "coefficients": ("NT", "MEAN_MAP", "GROWTH"),
     "gradient": ("DT", "RESULT"),
 }
 
@@ -92,7 +92,7 @@ def main_loop(code: str) -> list[str]:
 def elements(arguments: dict[str, int], dtype: str) -> int:
     """Of maps, that a lane has in one round of the main loop: strips of two frames, or a tile of four numbers for 8."""
     if "NT" in arguments:
-        return 2 * 4 * arguments["MT"] * arguments["NT"]
+        return 2 * 4 * arguments["NT"]
     one_slice = dtype != "float32" and arguments["DT"] == 8
     return 4 * (OTHERS if one_slice else OTHERS // 2) // 8
 
@@ -121,7 +121,7 @@ def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[lis
         assert match is not None, told
         blocks, groups, tile, warps, keys, _ = map(int, match.groups())
         computed = -(-N // tile) * tile * warps * keys  # groups beyond the last row do nothing
-        issued = figures[f"forward MT=1 NT={keys // 8} MEAN_MAP=0 GROWTH=2"]
+        issued = figures[f"forward NT={keys // 8} MEAN_MAP=0 GROWTH=2"]
         rate = triton_report.PROCESSORS * triton_report.CLOCK
         issue = B * T * H * computed * issued / triton_report.ISSUED / rate
         L2 = B * T * H * blocks * (warps * keys + groups * tile) * D * 2 / triton_report.L2_RATE

@@ -58,9 +58,9 @@ int64_t part_floats(const Problem& p, const Device& device) {
 std::string describe(const Problem& p, const Device& device) {
   const Plan plan = plan_of(p, device);
   const auto number = [](int n) { return std::to_string(n); };
-  return number(plan.blocks) + " blocks of " + number(plan.groups) + " x " + number(plan.row_tiles * TILE_ROWS) +
-         " rows, " + number(plan.warps) + " x " + number(plan.tiles * TILE_KEYS) + " keys, " + number(plan.stages) +
-         " stages, " + number(plan.buffers) + " buffers, " + number(plan.shared_bytes) + " bytes of shared memory";
+  return number(plan.blocks) + " blocks of " + number(plan.groups) + " x " + number(TILE_ROWS) + " rows, " +
+         number(plan.warps) + " x " + number(plan.tiles * TILE_KEYS) + " keys, " + number(plan.stages) + " stages, " +
+         number(plan.buffers) + " buffers, " + number(plan.shared_bytes) + " bytes of shared memory";
 }
 
 const char* forward(const Problem& p, const Device& device, void* stream) {

@@ -1,9 +1,9 @@
-// The backward, for q and k of AMFLOW_NUMBER. docs/maths.md derives it. First the coefficients of every pair's rows, from
-// strips of the maps as in the forward; then dq and dk of every frame, from tiles of its map and of those it is paired
-// with.
+// The backward, for q and k of AMFLOW_NUMBER. docs/maths.md derives it. First the coefficients of every pair's rows,
+// from strips of the maps as in the forward; then dq and dk of every frame, from tiles of its map and of those it is
+// paired with.
 //
-// Maps here are A / temperature, and gradients of them are scale * temperature * dL/dA. With y = S e^|A - A'| a pair adds
-// y slope (g - delta) to the gradient of A, and takes it from that of A'.
+// Maps here are A / temperature, and gradients of them are scale * temperature * dL/dA. With y = S e^|A - A'| a pair
+// adds y slope (g - delta) to the gradient of A, and takes it from that of A'.
 
 #include "strip.h"
 #include "table.h"
@@ -12,11 +12,11 @@ namespace amflow_cuda {
 
 namespace {
 
-template <class X, int MT, int NT, bool MEAN_MAP>
-struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
-  using Base = Strip<X, MT, NT, MEAN_MAP>;
-  using typename Base::Tiles;
+template <class X, int NT, bool MEAN_MAP>
+struct Coefficients : Strip<X, NT, MEAN_MAP> {
+  using Base = Strip<X, NT, MEAN_MAP>;
   using Base::Base, Base::p, Base::plan, Base::pairs, Base::warp;
+  using typename Base::Tiles;
 
   // Pair n of the run, (A, B).
   template <Growth GROWTH>
@@ -24,7 +24,7 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
     const float* const g = p.dflow + Base::pair_of(n) * p.Nk + Base::key0() + lane_id() % 4 * 2;
     const int left = p.Nk - Base::key0() - lane_id() % 4 * 2;
     const Expm1<GROWTH> expm1(1.f);
-    float sum[5][MT][2] = {};  // h g, A y, A y g, B y, B y g
+    float sum[5][2] = {};  // h g, A y, A y g, B y, B y g
 #pragma unroll
     for (int c = 0; c < NT; ++c)
 #pragma unroll
@@ -32,40 +32,36 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
         const bool inside = c * TILE_KEYS + i < left;
         const float g_j = inside ? g[c * TILE_KEYS + i] : 0.f;
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float a = A[m][c][2 * half + i], b = B[m][c][2 * half + i];
-            const float h = 1 + expm1(fabsf(a - b));
-            const float y = inside ? signed_by(h, a - b) : 0.f, y_g = y * g_j;
-            sum[0][m][half] = fmaf(h, g_j, sum[0][m][half]);
-            sum[1][m][half] = fmaf(a, y, sum[1][m][half]);
-            sum[2][m][half] = fmaf(a, y_g, sum[2][m][half]);
-            sum[3][m][half] = fmaf(b, y, sum[3][m][half]);
-            sum[4][m][half] = fmaf(b, y_g, sum[4][m][half]);
-          }
+        for (int half = 0; half < 2; ++half) {
+          const float a = A[c][2 * half + i], b = B[c][2 * half + i];
+          const float h = 1 + expm1(fabsf(a - b));
+          const float y = inside ? signed_by(h, a - b) : 0.f, y_g = y * g_j;
+          sum[0][half] = fmaf(h, g_j, sum[0][half]);
+          sum[1][half] = fmaf(a, y, sum[1][half]);
+          sum[2][half] = fmaf(a, y_g, sum[2][half]);
+          sum[3][half] = fmaf(b, y, sum[3][half]);
+          sum[4][half] = fmaf(b, y_g, sum[4][half]);
+        }
       }
     Base::sum_rows(sum);
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = Base::row0() + Base::row_of(m, half);
-        if (warp > 0 || lane_id() % 4 > 0 || row >= p.Nq) continue;
-        const int64_t to = Base::pair_of(n) * p.Nq + row;
-        const float w = reciprocal(p.Nk + p.e_sum[to]);
-        const float delta = w * sum[0][m][half], slope = p.slope * w, by = slope / p.inv_temperature;
-        p.slopes[to] = slope;
-        p.deltas[to] = delta;
-        p.rho[to] = by * (sum[2][m][half] - delta * sum[1][m][half]);
-        p.next_rho[to] = -by * (sum[4][m][half] - delta * sum[3][m][half]);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = Base::row0() + Base::row_of(half);
+      if (warp > 0 || lane_id() % 4 > 0 || row >= p.Nq) continue;
+      const int64_t to = Base::pair_of(n) * p.Nq + row;
+      const float w = reciprocal(p.Nk + p.e_sum[to]);
+      const float delta = w * sum[0][half], slope = p.slope * w, by = slope / p.inv_temperature;
+      p.slopes[to] = slope;
+      p.deltas[to] = delta;
+      p.rho[to] = by * (sum[2][half] - delta * sum[1][half]);
+      p.next_rho[to] = -by * (sum[4][half] - delta * sum[3][half]);
+    }
   }
 
   template <Growth GROWTH>
   __device__ void run() {
     Tiles A, B;
-    float by[MT][2];
+    float by[2];
     Base::load_first();
     if (!Base::active()) {
       for (int n = 0; n <= pairs; ++n) Base::skip_map(Nothing{});
@@ -84,15 +80,15 @@ struct Coefficients : Strip<X, MT, NT, MEAN_MAP> {
   }
 };
 
-template <class X, int MT, int NT, bool MEAN_MAP, Growth GROWTH>
+template <class X, int NT, bool MEAN_MAP, Growth GROWTH>
 __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
     am_flow_coefficients(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
-  Coefficients<X, MT, NT, MEAN_MAP> strip(p, plan);
+  Coefficients<X, NT, MEAN_MAP> strip(p, plan);
   if (strip.pairs > 0) strip.template run<GROWTH>();
 }
 
-// Frames t - shift, t and t + shift, with whose maps that of t is paired: with the first if t >= n_before, with the last
-// if t < n_after.
+// Frames t - shift, t and t + shift, with whose maps that of t is paired: with the first if t >= n_before, with the
+// last if t < n_after.
 struct Side {
   Frames frames[3];
   int n_before, n_after;
@@ -239,7 +235,7 @@ struct Gradient {
 
   // A += the map of a frame, from what was loaded.
   __device__ void add_map(Tile& A, int frame) const {
-    float s[1][TILES][4];
+    Tile s;
 #pragma unroll
     for (int slice = 0; slice < SLICES; ++slice) {
       const int d0 = slice * slice_elements<X>;
@@ -259,7 +255,7 @@ struct Gradient {
           const float row_max = TURNED ? column_max : rows[ROW_MAX + frame][half];
           const float norm = TURNED ? column_norm : rows[ROW_NORM + frame][half];
           float& a = A[n][2 * half + i];
-          a = fmaf(exp2_fast(fmaf(s[0][n][2 * half + i], p.scale, -row_max)), norm, a);
+          a = fmaf(exp2_fast(fmaf(s[n][2 * half + i], p.scale, -row_max)), norm, a);
         }
       }
   }
@@ -344,7 +340,7 @@ struct Gradient {
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float(&x)[4] = dlogits[n + i];
+        const float (&x)[4] = dlogits[n + i];
         if constexpr (is_bf16<X>) {
           a[0][2 * i] = pack(x[0], x[1], X{});
           a[0][2 * i + 1] = pack(x[2], x[3], X{});
@@ -480,9 +476,9 @@ template <class X>
 struct Launch {
   static constexpr bool FORWARD = false;
 
-  template <int MT, int NT, bool MEAN_MAP, Growth GROWTH>
+  template <int NT, bool MEAN_MAP, Growth GROWTH>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    const auto kernel = am_flow_coefficients<X, MT, NT, MEAN_MAP, GROWTH>;
+    const auto kernel = am_flow_coefficients<X, NT, MEAN_MAP, GROWTH>;
     return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };

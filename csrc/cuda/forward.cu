@@ -7,11 +7,11 @@ namespace amflow_cuda {
 
 namespace {
 
-template <class X, int MT, int NT, bool MEAN_MAP>
-struct Forward : Strip<X, MT, NT, MEAN_MAP> {
-  using Base = Strip<X, MT, NT, MEAN_MAP>;
-  using typename Base::Tiles;
+template <class X, int NT, bool MEAN_MAP>
+struct Forward : Strip<X, NT, MEAN_MAP> {
+  using Base = Strip<X, NT, MEAN_MAP>;
   using Base::Base, Base::p, Base::plan, Base::block, Base::pairs, Base::warp, Base::group;
+  using typename Base::Tiles;
 
   // Where a pair's sums take the place of those of the pair before, which some may still read.
   __device__ void sync_sums() const {
@@ -27,54 +27,44 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
 
   // Pair n of the run, (a A, b B), with a and b for each row; A is lost.
   template <Growth GROWTH>
-  __device__ void add_pair(Tiles& A, const float (&a)[MT][2], const Tiles& B, const float (&b)[MT][2], int n) {
+  __device__ void add_pair(Tiles& A, const float (&a)[2], const Tiles& B, const float (&b)[2], int n) {
     constexpr float excess = GROWTH == Growth::rough ? 1 : 0;  // of what `Expm1` makes
-    float sum[1][MT][2];
+    float sum[1][2];
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
+    for (int half = 0; half < 2; ++half) {
+      // a |A - (b / a) B| takes one product, and maps that are equal differ by exactly 0.
+      const float ratio = a[half] == b[half] ? 1.f : quotient(b[half], a[half]);
+      const Expm1<GROWTH> expm1(a[half]);
+      float total = -2 * NT * excess;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // a |A - (b / a) B| takes one product, and maps that are equal differ by exactly 0.
-        const float ratio = a[m][half] == b[m][half] ? 1.f : quotient(b[m][half], a[m][half]);
-        const Expm1<GROWTH> expm1(a[m][half]);
-        float total = -2 * NT * excess;
+      for (int c = 0; c < NT; ++c)
 #pragma unroll
-        for (int c = 0; c < NT; ++c)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            A[m][c][i] = expm1(fabsf(fmaf(-ratio, B[m][c][i], A[m][c][i])));
-            total += A[m][c][i];
-          }
-        sum[0][m][half] = total;
-      }
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          A[c][i] = expm1(fabsf(fmaf(-ratio, B[c][i], A[c][i])));
+          total += A[c][i];
+        }
+      sum[0][half] = total;
+    }
     Base::sum_rows(sum);
-    float w[MT][2];
+    float w[2];
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = Base::row0() + Base::row_of(m, half);
-        w[m][half] = row < p.Nq ? reciprocal(p.Nk + sum[0][m][half]) : 0.f;
-        if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][m][half];
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int row = Base::row0() + Base::row_of(half);
+      w[half] = row < p.Nq ? reciprocal(p.Nk + sum[0][half]) : 0.f;
+      if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][half];
+    }
     sync_sums();
     const int lane = lane_id();
     const int line = (group * plan.warps + warp) * LANE_ROWS + lane / 4;
     const Shared to = columns(n) + (line * PITCH + lane % 4 * 2) * 4;
-    float rest = 0;
-#pragma unroll
-    for (int m = 0; m < MT; ++m) rest -= excess * (w[m][0] + w[m][1]);
+    const float rest = -excess * (w[0] + w[1]);
 #pragma unroll
     for (int c = 0; c < NT; ++c) {
       float x[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        x[i] = rest;
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-          x[i] = fmaf(w[m][0], A[m][c][i], x[i]);
-          x[i] = fmaf(w[m][1], A[m][c][2 + i], x[i]);
-        }
+        x[i] = fmaf(w[0], A[c][i], rest);
+        x[i] = fmaf(w[1], A[c][2 + i], x[i]);
       }
       store_shared(to + c * TILE_KEYS * 4, x[0], x[1]);
     }
@@ -82,7 +72,7 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
 
   // What the block's rows add to the flow of pair n, four columns at a time.
   __device__ void store_part(int n) const {
-    const int active = min(plan.groups, (p.Nq - block * plan.rows + MT * TILE_ROWS - 1) / (MT * TILE_ROWS));
+    const int active = min(plan.groups, (p.Nq - block * plan.rows + TILE_ROWS - 1) / TILE_ROWS);
     float* const to = static_cast<float*>(load_pointer(Base::bases() + 32)) + int64_t{n * p.step * p.Z * p.G} * p.Nk;
 #pragma unroll 1
     for (int j = 4 * threadIdx.x; j < p.Nk; j += 4 * blockDim.x) {
@@ -107,7 +97,7 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   template <Growth GROWTH>
   __device__ void run() {
     Tiles A, B;
-    float a[MT][2], b[MT][2];
+    float a[2], b[2];
     Base::load_first();
     const auto store_before = [&](int n) {  // what a barrier is after
       return [this, n] {
@@ -134,10 +124,10 @@ struct Forward : Strip<X, MT, NT, MEAN_MAP> {
   }
 };
 
-template <class X, int MT, int NT, bool MEAN_MAP, Growth GROWTH>
+template <class X, int NT, bool MEAN_MAP, Growth GROWTH>
 __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
     am_flow_forward(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
-  Forward<X, MT, NT, MEAN_MAP> strip(p, plan);
+  Forward<X, NT, MEAN_MAP> strip(p, plan);
   if (strip.pairs > 0) strip.template run<GROWTH>();
 }
 
@@ -145,9 +135,9 @@ template <class X>
 struct Launch {
   static constexpr bool FORWARD = true;
 
-  template <int MT, int NT, bool MEAN_MAP, Growth GROWTH>
+  template <int NT, bool MEAN_MAP, Growth GROWTH>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    const auto kernel = am_flow_forward<X, MT, NT, MEAN_MAP, GROWTH>;
+    const auto kernel = am_flow_forward<X, NT, MEAN_MAP, GROWTH>;
     return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };

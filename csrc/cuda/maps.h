@@ -57,10 +57,9 @@ __device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], u
   multiply(acc, a, b0, b1, float{});
 }
 
-// s (16 MT rows, 8 NT keys) += +-q k^T of one slice, or = that of the first; q and k are those of the warp, in shared
-// memory.
-template <class X, int MT, int NT>
-__device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, bool first, int steps, bool negate) {
+// s (16 rows, 8 NT keys) += +-q k^T of one slice, or = that of the first; q and k are those of the warp, in shared memory.
+template <class X, int NT>
+__device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool first, int steps, bool negate) {
   const uint32_t signs = negate ? SIGNS<X> : 0;
   const int lane = lane_id();
   const Shared q_row = q + lane % 16 * PITCH + lane / 16 * PIECE;
@@ -69,25 +68,20 @@ __device__ inline void add_products(float (&s)[MT][NT][4], Shared q, Shared k, b
 #pragma unroll
   for (int step = 0; step < SLICE / STEP; ++step) {
     if (step >= steps) break;
-    uint32_t a[MT][4];
+    uint32_t a[4];
+    load_matrices(a, q_row + step * STEP);
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      load_matrices(a[m], q_row + m * TILE_ROWS * PITCH + step * STEP);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[m][i] ^= signs;
-    }
+    for (int i = 0; i < 4; ++i) a[i] ^= signs;
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
       load_matrices(b, k_row + (n + 1 < NT ? second : 0) + n * TILE_KEYS * PITCH + step * STEP);
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int i = 0; i < 2 && n + i < NT; ++i)
-          if (step == 0 && first)
-            multiply_first(s[m][n + i], a[m], b[2 * i], b[2 * i + 1], X{});
-          else
-            multiply(s[m][n + i], a[m], b[2 * i], b[2 * i + 1], X{});
+      for (int i = 0; i < 2 && n + i < NT; ++i)
+        if (step == 0 && first)
+          multiply_first(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
+        else
+          multiply(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
     }
   }
 }

@@ -1,7 +1,7 @@
 // Whole rows of maps, frame after frame: what the forward and the first pass of the backward have in common.
 //
-// A block has `groups` x MT x 16 rows and all keys; a group of `warps` warps has MT x 16 of the rows, each of its warps
-// NT x 8 of the keys. Rows of the maps of two frames are in registers, and each map is made once per chain of pairs.
+// A block has `groups` x 16 rows and all keys; a group of `warps` warps has 16 of the rows, each of its warps NT x 8 of the
+// keys. Rows of the maps of two frames are in registers, and each map is made once per chain of pairs.
 #pragma once
 
 #include "maps.h"
@@ -12,8 +12,8 @@ constexpr int MAX_WARPS = 10;  // that share rows
 constexpr int MOST_MASKED = 8;  // of a warp's tiles, the last ones, that may have keys beyond the last
 constexpr int MAX_GROUPS = 4;
 constexpr int LANE_ROWS = 8;   // of a warp's lanes, whose sums of columns are apart
-constexpr float LEAST_OWN = 1.f / 256;
-constexpr int SUMS = 5;        // of rows, that they exchange at once
+constexpr float LEAST_OWN = 1.f / 256;  // see `softmax`
+constexpr int SUMS = 5;  // of rows, that they exchange at once
 
 constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -25,14 +25,13 @@ constexpr int block_warps(int tiles) { return tiles > 8 ? 8 : 12; }
 
 struct Plan {
   int warps, groups, tiles;  // tiles: NT
-  int row_tiles;             // MT
   int stages, buffers;       // of slices, and of sums of columns, in shared memory
   int blocks;                // of rows of a map
   int chunk, chunks;         // pairs of a chain in one block of threads, and such chunks in a chain
   bool vector;
   // What follows from these, by `complete`.
-  int threads, rows, keys;            // of a block
-  int jump, row_rounds, key_rounds;   // how its threads share the copying of rows
+  int threads, rows, keys;           // of a block
+  int jump, row_rounds, key_rounds;  // how its threads share the copying of rows
   int stage_bytes, shared_bytes;
   int bases, stage0, sums, exchange;  // where in shared memory: pointers, slices, sums of columns, what rows exchange
   int sum_bytes;                      // of the sums of one pair's columns
@@ -40,7 +39,7 @@ struct Plan {
   void complete() {
     threads = 32 * warps * groups;
     jump = threads / (SLICE / PIECE);
-    rows = groups * row_tiles * TILE_ROWS;
+    rows = groups * TILE_ROWS;
     keys = warps * tiles * TILE_KEYS;
     row_rounds = rows / jump;
     key_rounds = keys / jump;
@@ -62,10 +61,10 @@ struct Nothing {
   __device__ void operator()() const {}
 };
 
-template <class X, int MT, int NT, bool MEAN_MAP>
+template <class X, int NT, bool MEAN_MAP>
 struct Strip {
   static constexpr int NEEDED = divide_up(MAX_TOKENS, NT * TILE_KEYS), WARPS = NEEDED < MAX_WARPS ? NEEDED : MAX_WARPS;
-  using Tiles = float[MT][NT][4];
+  using Tiles = float[NT][4];
   static constexpr int MASKED = NT < MOST_MASKED ? NT : MOST_MASKED;
 
   const Problem& p;
@@ -106,8 +105,8 @@ struct Strip {
   }
 
   __device__ Shared bases() const { return shared_memory() + plan.bases; }
-  __device__ int row0() const { return block * plan.rows + group * MT * TILE_ROWS; }  // of the group
-  __device__ int key0() const { return warp * NT * TILE_KEYS; }                       // of the warp
+  __device__ int row0() const { return block * plan.rows + group * TILE_ROWS; }  // of the group
+  __device__ int key0() const { return warp * NT * TILE_KEYS; }                  // of the warp
   __device__ bool active() const { return row0() < p.Nq; }  // whether the group has rows of the map
 
   // The map of the n-th frame, the second of pair n - 1.
@@ -130,7 +129,8 @@ struct Strip {
     const Shared rows = to + plan.keys * PITCH;
     if (plan.vector) {
       load_slice<X, false>(to, k, f.k_stride[4], 0, plan.keys, plan.jump, plan.key_rounds, p.Nk, d0, p.D);
-      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, plan.jump, plan.row_rounds, p.Nq, d0, p.D);
+      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, plan.jump, plan.row_rounds, p.Nq, d0,
+                           p.D);
     } else {
       load_elements<X, false>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
       load_elements<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
@@ -147,8 +147,8 @@ struct Strip {
     if (plan.stages > 1) load_next(0);
   }
 
-  // Where the slice that is next in turn lies; the whole block comes here together, and does `meanwhile` while a slice is
-  // on its way. With one stage nobody goes on before all have done it.
+  // Where the slice that is next in turn lies; the whole block comes here together, and does `meanwhile` while a slice
+  // is on its way. With one stage nobody goes on before all have done it.
   template <class Meanwhile>
   __device__ Shared next_slice(const Meanwhile& meanwhile) {
     const bool ahead = plan.stages > 1;  // the slice is there already, and the one after it is loaded meanwhile
@@ -173,7 +173,7 @@ struct Strip {
         if (d == 0) meanwhile();
       });
       const int steps = (min(p.D - d, slice_elements<X>) * static_cast<int>(sizeof(X)) + STEP - 1) / STEP;
-      const Shared q = here + (plan.keys + group * MT * TILE_ROWS) * PITCH;
+      const Shared q = here + (plan.keys + group * TILE_ROWS) * PITCH;
       add_products<X>(s, q, here + key0() * PITCH, d == 0, steps, p.negate);
     }
   }
@@ -188,7 +188,7 @@ struct Strip {
         });
   }
 
-  __device__ int row_of(int m, int half) const { return m * TILE_ROWS + half * 8 + lane_id() / 4; }
+  __device__ int row_of(int half) const { return half * 8 + lane_id() / 4; }
 
   // Among the four lanes of a row.
   __device__ static float row_max(float x) {
@@ -205,148 +205,126 @@ struct Strip {
 
   // What the lanes and warps of a group have of each row, summed up.
   template <int COUNT>
-  __device__ void sum_rows(float (&x)[COUNT][MT][2]) const {
+  __device__ void sum_rows(float (&x)[COUNT][2]) const {
     const int lane = lane_id();
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) x[c][m][half] = row_sum(x[c][m][half]);
+      for (int half = 0; half < 2; ++half) x[c][half] = row_sum(x[c][half]);
     if (plan.warps == 1) return;
     const int size = plan.rows * plan.warps * 4;
-    const Shared rows = shared_memory() + plan.exchange + (plan.rows * 2 + group * MT * TILE_ROWS) * plan.warps * 4;
+    const Shared rows = shared_memory() + plan.exchange + (plan.rows * 2 + group * TILE_ROWS) * plan.warps * 4;
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (lane % 4 == 0) store_shared(rows + c * size + (row_of(m, half) * plan.warps + warp) * 4, x[c][m][half]);
+      for (int half = 0; half < 2; ++half)
+        if (lane % 4 == 0) store_shared(rows + c * size + (row_of(half) * plan.warps + warp) * 4, x[c][half]);
     sync_group();
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
+      for (int half = 0; half < 2; ++half) {
+        const Shared row = rows + c * size + row_of(half) * plan.warps * 4;
+        float total = 0;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Shared row = rows + c * size + row_of(m, half) * plan.warps * 4;
-          float total = 0;
-#pragma unroll
-          for (int w = 0; w < WARPS; w += 4)  // the lanes of a row share the work
-            if (w + lane % 4 < plan.warps) total += load_shared(row + (w + lane % 4) * 4);
-          x[c][m][half] = row_sum(total);
-        }
+        for (int w = 0; w < WARPS; w += 4)  // the lanes of a row share the work
+          if (w + lane % 4 < plan.warps) total += load_shared(row + (w + lane % 4) * 4);
+        x[c][half] = row_sum(total);
+      }
   }
 
   // Exponentials of logits, and what makes A times a factor of them; leaves the row statistics.
-  __device__ void softmax(Tiles& s, float (&by)[MT][2], const Frames& f, int map, float factor) {
+  __device__ void softmax(Tiles& s, float (&by)[2], const Frames& f, int map, float factor) {
     const int lane = lane_id();
     const int left = p.Nk - key0() - lane % 4 * 2;  // keys from this lane's first on
     if (key0() + NT * TILE_KEYS > p.Nk)
 #pragma unroll
       for (int n = NT - MASKED; n < NT; ++n)
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+        for (int i = 0; i < 4; ++i)
+          if (n * TILE_KEYS + i % 2 >= left) s[n][i] = -INFINITY;
+    float top[2], sum[2];
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (n * TILE_KEYS + i % 2 >= left) s[m][n][i] = -INFINITY;
-    float top[MT][2], sum[MT][2];
+    for (int half = 0; half < 2; ++half) {
+      float high = s[0][2 * half];
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float high = s[m][0][2 * half];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) high = fmaxf(fmaxf(high, s[m][n][2 * half]), s[m][n][2 * half + 1]);
-        top[m][half] = fmaxf(row_max(high) * p.scale, LOWEST);  // finite: exp2(-inf - top) has to be 0
-        float total = 0;
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = exp2_fast(fmaf(s[m][n][i], p.scale, -top[m][half]));
-            total += s[m][n][i];
-          }
-        sum[m][half] = row_sum(total);
-      }
-    float own[MT][2];  // what brings a warp's maximum to that of the row
-    if (plan.warps > 1) {
-      const Shared rows = shared_memory() + plan.exchange + group * MT * TILE_ROWS * plan.warps * 8;
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (lane % 4 == 0)
-            store_shared(rows + (row_of(m, half) * plan.warps + warp) * 8, top[m][half], sum[m][half]);
-      sync_group();
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Shared row = rows + row_of(m, half) * plan.warps * 8;
-          float tops[(WARPS + 3) / 4], sums[(WARPS + 3) / 4];
-#pragma unroll
-          for (int w = 0; w < WARPS; w += 4) {  // the lanes of a row share the work
-            tops[w / 4] = LOWEST;
-            sums[w / 4] = 0;
-            if (w + lane % 4 < plan.warps) load_shared(row + (w + lane % 4) * 8, tops[w / 4], sums[w / 4]);
-          }
-          float high = tops[0], total = 0;
-#pragma unroll
-          for (int w = 4; w < WARPS; w += 4) high = fmaxf(high, tops[w / 4]);
-          high = row_max(high);
-#pragma unroll
-          for (int w = 0; w < WARPS; w += 4)
-            if (w < plan.warps) total = fmaf(sums[w / 4], exp2_fast(tops[w / 4] - high), total);
-          own[m][half] = exp2_fast(top[m][half] - high);
-          top[m][half] = high;
-          sum[m][half] = row_sum(total);
-        }
-      // So that factors of rows are not too small for `Expm1`; a row must not depend on others.
-      float by_now[MT][2];
-      bool any = false;
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool small = own[m][half] < LEAST_OWN;
-          by_now[m][half] = small ? own[m][half] : 1;
-          own[m][half] = small ? 1 : own[m][half];
-          any = any || small;
-        }
-      if (any) scale_rows(s, by_now);
-    } else {
-#pragma unroll
-      for (int m = 0; m < MT; ++m) own[m][0] = own[m][1] = 1;
-    }
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float norm = reciprocal(sum[m][half]);
-        const int row = row0() + row_of(m, half);
-        if (warp == 0 && lane % 4 == 0 && row < p.Nq && p.dflow == nullptr) {  // the backward has them
-          const int64_t to = int64_t{map} * p.Nq + row;
-          f.row_max[to] = top[m][half];
-          f.row_norm[to] = norm;
-        }
-        by[m][half] = norm * factor * own[m][half];
-      }
-  }
-
-  __device__ static void scale_rows(Tiles& s, const float (&by)[MT][2]) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
+      for (int n = 0; n < NT; ++n) high = fmaxf(fmaxf(high, s[n][2 * half]), s[n][2 * half + 1]);
+      top[half] = fmaxf(row_max(high) * p.scale, LOWEST);  // finite: exp2(-inf - top) has to be 0
+      float total = 0;
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[m][n][i] = s[m][n][i] * by[m][i / 2];
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = exp2_fast(fmaf(s[n][i], p.scale, -top[half]));
+          total += s[n][i];
+        }
+      sum[half] = row_sum(total);
+    }
+    float own[2];  // what brings a warp's maximum to that of the row
+    if (plan.warps > 1) {
+      const Shared rows = shared_memory() + plan.exchange + group * TILE_ROWS * plan.warps * 8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (lane % 4 == 0) store_shared(rows + (row_of(half) * plan.warps + warp) * 8, top[half], sum[half]);
+      sync_group();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Shared row = rows + row_of(half) * plan.warps * 8;
+        float tops[(WARPS + 3) / 4], sums[(WARPS + 3) / 4];
+#pragma unroll
+        for (int w = 0; w < WARPS; w += 4) {  // the lanes of a row share the work
+          tops[w / 4] = LOWEST;
+          sums[w / 4] = 0;
+          if (w + lane % 4 < plan.warps) load_shared(row + (w + lane % 4) * 8, tops[w / 4], sums[w / 4]);
+        }
+        float high = tops[0], total = 0;
+#pragma unroll
+        for (int w = 4; w < WARPS; w += 4) high = fmaxf(high, tops[w / 4]);
+        high = row_max(high);
+#pragma unroll
+        for (int w = 0; w < WARPS; w += 4)
+          if (w < plan.warps) total = fmaf(sums[w / 4], exp2_fast(tops[w / 4] - high), total);
+        own[half] = exp2_fast(top[half] - high);
+        top[half] = high;
+        sum[half] = row_sum(total);
+      }
+      // So that factors of rows are not too small for `Expm1`; a row must not depend on others.
+      float by_now[2];
+      bool any = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool small = own[half] < LEAST_OWN;
+        by_now[half] = small ? own[half] : 1;
+        own[half] = small ? 1 : own[half];
+        any = any || small;
+      }
+      if (any) scale_rows(s, by_now);
+    } else {
+      own[0] = own[1] = 1;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float norm = reciprocal(sum[half]);
+      const int row = row0() + row_of(half);
+      if (warp == 0 && lane % 4 == 0 && row < p.Nq && p.dflow == nullptr) {  // the backward has them
+        const int64_t to = int64_t{map} * p.Nq + row;
+        f.row_max[to] = top[half];
+        f.row_norm[to] = norm;
+      }
+      by[half] = norm * factor * own[half];
+    }
+  }
+
+  __device__ static void scale_rows(Tiles& s, const float (&by)[2]) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = s[n][i] * by[i / 2];
   }
 
   // The next map divided by the temperature, of the n-th frame, but for a factor of its rows.
   template <class Meanwhile>
-  __device__ void next_map(Tiles& A, float (&by)[MT][2], int n, const Meanwhile& meanwhile) {
+  __device__ void next_map(Tiles& A, float (&by)[2], int n, const Meanwhile& meanwhile) {
     const Frames& f = n == 0 ? p.first : p.second;
     logits(A, meanwhile);
     softmax(A, by, f, map_of(n), MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature);
@@ -358,14 +336,11 @@ struct Strip {
         softmax(x, by, f, map_of(n) + h * p.G, p.inv_temperature / p.H);
         scale_rows(x, by);
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+        for (int c = 0; c < NT; ++c)
 #pragma unroll
-          for (int c = 0; c < NT; ++c)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) A[m][c][i] += x[m][c][i];
+          for (int i = 0; i < 4; ++i) A[c][i] += x[c][i];
       }
-#pragma unroll
-      for (int m = 0; m < MT; ++m) by[m][0] = by[m][1] = 1;
+      by[0] = by[1] = 1;
     }
   }
 };

@@ -23,7 +23,6 @@ inline bool has_tiles(int tiles, const Problem& p) {
 
 inline Plan plan_of(const Problem& p, const Device& device) {
   Plan plan{};
-  plan.row_tiles = 1;
   // The least work: besides its tiles a warp has some that is worth two and a half of them.
   const int needed = divide_up(p.Nk, TILE_KEYS);
   int least = 0;
@@ -63,25 +62,25 @@ inline Plan plan_of(const Problem& p, const Device& device) {
 
 template <class X, Growth GROWTH, class Launch>
 const char* run_tiles(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
-  if (p.mean_map) return launch.template run<1, 8, true, GROWTH>(p, plan, device, stream);
+  if (p.mean_map) return launch.template run<8, true, GROWTH>(p, plan, device, stream);
   switch (plan.tiles) {
-    case 2: return launch.template run<1, 2, false, GROWTH>(p, plan, device, stream);
-    case 8: return launch.template run<1, 8, false, GROWTH>(p, plan, device, stream);
+    case 2: return launch.template run<2, false, GROWTH>(p, plan, device, stream);
+    case 8: return launch.template run<8, false, GROWTH>(p, plan, device, stream);
     default:;
   }
   if constexpr (sizeof(X) == 2 && GROWTH != Growth::large) {
     switch (plan.tiles) {
-      case 5: return launch.template run<1, 5, false, GROWTH>(p, plan, device, stream);
-      case 13: return launch.template run<1, 13, false, GROWTH>(p, plan, device, stream);
-      case 17: return launch.template run<1, 17, false, GROWTH>(p, plan, device, stream);
-      case 19: return launch.template run<1, 19, false, GROWTH>(p, plan, device, stream);
+      case 5: return launch.template run<5, false, GROWTH>(p, plan, device, stream);
+      case 13: return launch.template run<13, false, GROWTH>(p, plan, device, stream);
+      case 17: return launch.template run<17, false, GROWTH>(p, plan, device, stream);
+      case 19: return launch.template run<19, false, GROWTH>(p, plan, device, stream);
       default:;
     }
   }
   return "no kernel for this number of keys";
 }
 
-// Runs `launch.run<MT, NT, MEAN_MAP, GROWTH>(problem, plan, device, stream)` for numbers X.
+// Runs `launch.run<NT, MEAN_MAP, GROWTH>(problem, plan, device, stream)` for numbers X.
 template <class X, class Launch>
 const char* run_strips(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
   if (plan.shared_bytes > device.shared_bytes) return "these sizes need more shared memory than a block can have";
