@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, library
 
 from amflow_kernels.impl import cuda, native, reference, triton
-from amflow_kernels.impl.saved import saved_sizes
+from amflow_kernels.impl.gpu import saved_sizes
 
 HEAD_REDUCTIONS = ("none", "mean", "mean_map")
 MAX_HEAD_DIM = 256

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amflow_kernels.impl.saved import saved_sizes
+from amflow_kernels.impl.gpu import saved_sizes
 from amflow_kernels.impl.triton import configs, launch
 from benchmarks.report import Table
 
@@ -130,7 +130,7 @@ def compile_launch(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+        usage, code = (cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     threads = options["num_warps"] * 32
     loop = main_loop(code)
@@ -152,12 +152,13 @@ def compile_launch(
     }
 
 
-def _cuobjdump(flag: str, file: str) -> str:
+def cuobjdump(flag: str, file: str) -> str:
+    """What it says of a compiled file."""
     return subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True).stdout
 
 
-def main_loop(code: str) -> list[str]:
-    """Names of the instructions in the longest innermost loop."""
+def main_loop(code: str, innermost: bool = True) -> list[str]:
+    """Names of the instructions in the longest innermost loop, or in the longest with all loops that are in it."""
     pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code, re.M)]
     loops = []
@@ -165,8 +166,9 @@ def main_loop(code: str) -> list[str]:
         target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
         if target and int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
-    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    begin, end = max(innermost, key=lambda loop: loop[1] - loop[0])
+    if innermost:
+        loops = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
     return [name for at, name, _ in instructions if begin <= at <= end]
 
 

@@ -44,10 +44,7 @@ def build(folder: Path) -> Path:
 
 def rows(built: Path) -> list[dict[str, Any]]:
     """One row for every kernel of the library."""
-    usage, code = (
-        subprocess.run([triton_report.CUOBJDUMP, flag, built], capture_output=True, text=True, check=True).stdout
-        for flag in ("--dump-resource-usage", "--dump-sass")
-    )
+    usage, code = (triton_report.cuobjdump(flag, str(built)) for flag in ("--dump-resource-usage", "--dump-sass"))
     sass = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
     found = []
     for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
@@ -57,7 +54,7 @@ def rows(built: Path) -> list[dict[str, Any]]:
         kernel, number, rest = match.groups()
         values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE|GrowthE)(\d+)", rest)]
         arguments = dict(zip(ARGUMENTS[kernel], values, strict=True))
-        loop = main_loop(sass[name])
+        loop = triton_report.main_loop(sass[name], innermost=False)
         each = elements(arguments, NUMBERS[number])
         kinds = {
             kind: sum(bool(re.match(pattern, word)) for word in loop) / each
@@ -76,19 +73,6 @@ def rows(built: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["dtype"], row["kernel"]))
 
 
-def main_loop(code: str) -> list[str]:
-    """Names of the instructions in the longest loop, with all loops and branches that are in it."""
-    pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code, re.M)]
-    loops = []
-    for at, name, rest in instructions:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target and int(target[1], 16) < at:
-            loops.append((int(target[1], 16), at))
-    begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
-    return [name for at, name, _ in instructions if begin <= at <= end]
-
-
 def elements(arguments: dict[str, int], dtype: str) -> int:
     """Of maps, that a lane has in one round of the main loop: strips of two frames, or a tile of four numbers for 8."""
     if "NT" in arguments:
@@ -97,23 +81,32 @@ def elements(arguments: dict[str, int], dtype: str) -> int:
     return 4 * (OTHERS if one_slice else OTHERS // 2) // 8
 
 
-def problems(found: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
-    """What must not be: spills where there were none, or figures that got worse."""
-    before = {(row["dtype"], row["kernel"]): row for row in committed}
+def release() -> str:
+    """nvcc's."""
+    told = subprocess.run([_build.nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release [\d.]+, (V[\d.]+)", told)
+    return found[1] if found else told
+
+
+def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
+    """What must not be: other kernels, or of the same nvcc spills where there were none, or figures that got worse."""
+    before = {(row["dtype"], row["kernel"]): row for row in committed["rows"]}
+    if set(before) != {(row["dtype"], row["kernel"]) for row in found}:
+        return ["other kernels than in the committed report"]
     reasons = []
-    for row in found:
-        old = before.get((row["dtype"], row["kernel"]))
+    for row in found if committed["nvcc"] == release() else ():
+        old = before[row["dtype"], row["kernel"]]
         for figure in ("stack", "all", *triton_report.KINDS):
-            if old is None or row[figure] > triton_report.TOLERANCE * old[figure]:
-                was = "nothing" if old is None else f"{old[figure]:.4g}"
-                reasons.append(f"{row['kernel']} {row['dtype']}: {figure} went from {was} to {row[figure]:.4g}")
+            if row[figure] > triton_report.TOLERANCE * old[figure]:
+                told = f"{figure} went from {old[figure]:.4g} to {row[figure]:.4g}"
+                reasons.append(f"{row['kernel']} {row['dtype']}: {told}")
     return reasons
 
 
-def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[list[str]]:
+def model(found: list[dict[str, Any]], growth: int, triton: dict[str, list[str]]) -> list[list[str]]:
     """Modelled microseconds of the bfloat16 forward on an H100, as in the other report, beside Triton's."""
     B, T, H, D = triton_report.B, triton_report.T, triton_report.H, triton_report.D
-    figures = {row["kernel"]: row["all"] for row in found if row["dtype"] == "bfloat16"}
+    figures = {row["kernel"]: row for row in found if row["dtype"] == "bfloat16"}
     lines = []
     for N in TOKENS:
         told = torch.ops.amflow_cuda.describe(N, N, D, 2, False, 1.0, triton_report.SHARED[SM])
@@ -121,9 +114,9 @@ def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[lis
         assert match is not None, told
         blocks, groups, tile, warps, keys, _ = map(int, match.groups())
         computed = -(-N // tile) * tile * warps * keys  # groups beyond the last row do nothing
-        issued = figures[f"forward NT={keys // 8} MEAN_MAP=0 GROWTH=2"]
-        rate = triton_report.PROCESSORS * triton_report.CLOCK
-        issue = B * T * H * computed * issued / triton_report.ISSUED / rate
+        row = figures[f"forward NT={keys // 8} MEAN_MAP=0 GROWTH={growth}"]
+        busy = max(row["all"] / triton_report.ISSUED, row["ex2"] / triton_report.EXPONENTIALS)
+        issue = B * T * H * computed * busy / (triton_report.PROCESSORS * triton_report.CLOCK)
         L2 = B * T * H * blocks * (warps * keys + groups * tile) * D * 2 / triton_report.L2_RATE
         others = triton.get(str(N), ["", "", ""])
         times = [f"{computed / N**2 - 1:.0%}", f"{issue * 1e6:.0f}", f"{L2 * 1e6:.0f}"]
@@ -133,17 +126,15 @@ def model(found: list[dict[str, Any]], triton: dict[str, list[str]]) -> list[lis
 
 def write(found: list[dict[str, Any]]) -> None:
     """The committed report and its data."""
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    RESULT.write_text(json.dumps({"nvcc": release(), "rows": found}, indent=1) + "\n")
     heads = ["dtype", "kernel", "registers", "stack", "all", *triton_report.KINDS]
     table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
     committed = json.loads(triton_report.RESULT.read_text())["rows"]
     triton = {line[0]: [line[1], line[2], line[4]] for line in triton_report.model(committed)}
     modelled = ["N", "rows", "keys", "padded", "issue", "L2", "Triton: padded", "issue", "L2"]
-    version = subprocess.run([_build.nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, (V[\d.]+)", version)
     REPORT.write_text(f"""# What nvcc makes of the CUDA kernels
 
-Written by `python -m benchmarks.cuda_report` with nvcc {release[1] if release else "?"} for sm_{SM}; nothing here was
+Written by `python -m benchmarks.cuda_report` with nvcc {release()} for sm_{SM}; nothing here was
 measured, and the kernels are **not yet run on a GPU**.
 
 Registers of a thread, bytes of stack (spills), then instructions of the main loop for each element of the maps that it
@@ -162,12 +153,15 @@ exchange, sums of columns. Registers bound a warp to 19 tiles. Fewer would do if
 summed on tensor cores; that is beyond the error that is promised.
 
 {Table("Kernels", heads, table, []).markdown()}
-The uncentred bfloat16 forward at B = {triton_report.B}, T = {triton_report.T}, {triton_report.H} heads,
-D = {triton_report.D} on an H100, in microseconds, by the same model as Triton's: instructions of the loop issued, and
-what is read from the L2. Rows: blocks x groups of warps x rows; keys: warps that share rows x keys.
+The bfloat16 forward at B = {triton_report.B}, T = {triton_report.T}, {triton_report.H} heads,
+D = {triton_report.D} on
+an H100, in microseconds, by the same model as Triton's: instructions of the loop issued or its exponentials, whichever
+takes longer, and what is read from the L2. Rows: blocks x groups of warps x rows; keys: warps that share rows x keys.
 Latency is left out.
 
-{Table("Modelled times", modelled, model(found, triton), []).markdown()}
+{Table("Modelled times, uncentred", modelled, model(found, 2, triton), []).markdown()}
+
+{Table("Modelled times, centred", modelled, model(found, 0, triton), []).markdown()}
 """)
 
 

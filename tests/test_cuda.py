@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,8 @@ def test_minus_inf_logit_weighs_nothing(scale: float, dtype: torch.dtype) -> Non
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_infinite_key(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_infinite_key(dtype: torch.dtype, budget: float) -> None:
     """A key whose logits are -inf in one frame leaves all gradients finite that are so in the reference."""
     q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
     q[..., 0] = q[..., 0].abs() + 0.1
@@ -130,7 +132,7 @@ def test_infinite_key(dtype: torch.dtype) -> None:
         finite = expected.isfinite()
         assert finite.double().mean() > 0.5
         error = (found - expected)[finite].double().norm() / expected[finite].double().norm()
-        assert error < 1e-2
+        assert error < budget
 
 
 @runs
@@ -265,6 +267,32 @@ def test_sizes_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs
+def test_small_shared_memory() -> None:
+    """99 KB have room for 512 tokens, in any mode, and not for 577."""
+    small = 99 << 10
+    with simt.machine(shared=small):
+        for bytes_, mean_map, temperature, N in product((2, 4), (False, True), (0.1, 1), (257, 400, 512, 577)):
+            told = cuda._ops().describe(N, N, 64, bytes_, mean_map, temperature, small)
+            assert (int(told.split(" buffers, ")[1].split()[0]) <= small) == (N <= 512), told
+
+
+def test_changes_in_16_bits_are_too_rough() -> None:
+    """Why columns are not summed up on tensor cores: rounding expm1 to float16, scaled, alone breaks both budgets."""
+    for logit_std, center in ((1.0, True), (6.0, False)):
+        q, k = tt.make_qk(1, 3, (4,), 257, 257, 64, dtype=torch.bfloat16, logit_std=logit_std)
+        exact = tt.oracle_flow(q, k, center=True)
+        A = torch.softmax(q.double() @ k.double().mT / 8, -1)
+        e = torch.expm1((A[:, 1:] - A[:, :-1]).abs())
+        w = 1 / (257 + e.sum(-1, keepdim=True))
+        scale = 2.0 ** math.floor(math.log2(60000 / e.max()))
+        for rounded, fits in ((e, True), ((e * scale).half().double() / scale, False)):
+            sums = (w * rounded).sum(-2)
+            error = sums - sums.mean(-1, keepdim=True) - exact
+            size, budget = (error.norm() / exact.norm(), 1e-5) if center else (error.abs().max(), 5e-7)
+            assert (size <= budget) == fits
+
+
+@runs
 def test_explain() -> None:
     """It tells how rows and keys are cut up."""
     q = torch.zeros(1, 2, 1, 257, 64, dtype=torch.bfloat16)
@@ -351,7 +379,6 @@ def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
     found = cuda_report.rows(built)
-    assert len(found) == 87
     assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext
+from amflow_kernels.impl.gpu import empty_gradients, less_mean
 
 MAX_TOKENS = 640
 MAX_HEAD_DIM = 128
@@ -86,12 +87,8 @@ def am_flow_backward(
     needs: Sequence[bool],
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dq_b, dk_b = (
-        torch.empty(x.shape if needed and x is not None else 0, dtype=q.dtype, device=q.device)
-        for x, needed in zip((q, k, q_b, k_b), needs, strict=True)
-    )
-    # Less its mean: a constant has no effect, as the rows of P sum to 1; without it a constant dflow gives exactly 0.
-    g = dflow - dflow.mean(-1, keepdim=True, dtype=torch.float64).to(dflow.dtype)
+    dq, dk, dq_b, dk_b = empty_gradients((q, k, q_b, k_b), needs)
+    g = less_mean(dflow)
     if head_reduction == "mean":
         heads = q.shape[2]
         g = (g / heads).unsqueeze(2).expand(*g.shape[:2], heads, *g.shape[2:])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amflow_kernels.impl.saved import saved_sizes
+from amflow_kernels.impl.gpu import empty_gradients, less_mean, saved_sizes
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
@@ -237,12 +237,8 @@ def am_flow_backward(
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pb = _Problem(q, k, q_b, k_b, scale, lag, temperature, head_reduction, saved)
-    dq, dk, dq_b, dk_b = (
-        torch.empty(x.shape if needed and x is not None else 0, dtype=q.dtype, device=q.device)
-        for x, needed in zip((q, k, q_b, k_b), needs, strict=True)
-    )
-    # Less its mean: a constant has no effect, as the rows of P sum to 1; without it a constant dflow gives exactly 0.
-    g = (dflow - dflow.mean(-1, keepdim=True, dtype=torch.float64).to(dflow.dtype)).contiguous()
+    dq, dk, dq_b, dk_b = empty_gradients((q, k, q_b, k_b), needs)
+    g = less_mean(dflow)
     if head_reduction == "mean":
         g = (g / pb.H).unsqueeze(HEADS).expand(pb.B, pb.P, pb.H, *g.shape[2:])
     elif pb.mean_map:
@@ -291,10 +287,7 @@ def am_flow_matmul_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pb = _matmul_problem(q, k, q_b, k_b, scale, lag, temperature)
-    dq, dk, dq_b, dk_b = (
-        torch.empty(x.shape if needed and x is not None else 0, dtype=q.dtype, device=q.device)
-        for x, needed in zip((q, k, q_b, k_b), needs[:4], strict=True)
-    )
+    dq, dk, dq_b, dk_b = empty_gradients((q, k, q_b, k_b), needs[:4])
     dx = x.new_empty(0)
     with _on(q):
         pb.row_statistics(None, None)
