@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amflow_kernels.api import MAX_FEATURES, am_flow_matmul, check_clip
+from amflow_kernels.api import am_flow_matmul
+from amflow_kernels.problem import MAX_FEATURES, MapPairs
 
 __all__ = ["MotionPCA", "motion_maps", "motion_pca"]
 
@@ -132,7 +133,7 @@ class _Change:
     def __init__(
         self, q: Tensor, k: Tensor, scale: float | None, lag: int, head_reduction: str, impl: str | None
     ) -> None:
-        check_clip(q, k, lag)
+        MapPairs(q, k, scale=scale, lag=lag)  # makes the checks
         if head_reduction not in ("none", "mean"):
             raise ValueError(f"head_reduction: expected 'none' or 'mean', got {head_reduction!r}")
         self.frames = q, k

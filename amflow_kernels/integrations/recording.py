@@ -14,9 +14,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from amflow_kernels.api import am_flow, check_options
+from amflow_kernels.api import am_flow
 from amflow_kernels.attention import attention, autocast
-from amflow_kernels.ops import check_impl
+from amflow_kernels.dispatch import check_impl
+from amflow_kernels.problem import Problem, check_options
 
 UNREAD = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
 # Given q, k, v of the call; the attention's output if it has computed that, too, else None.
@@ -68,7 +69,7 @@ class FlowRecorder:
             raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
         if num_frames <= lag:
             raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
-        check_options(torch.empty(0, 1), None, temperature, head_reduction, center, None)
+        check_options(lag=lag, temperature=temperature, head_reduction=head_reduction, center=center)
         check_impl(impl, None)
         self.num_frames = num_frames
         self.impl = impl
@@ -96,7 +97,8 @@ class FlowRecorder:
         q_frames, k_frames, v_frames = (x.unflatten(0, (-1, self.num_frames)) for x in (q, k, v))
         out = lse = None
         if replaces:
-            out, lse = attention(q_frames, k_frames, v_frames, q.shape[-1] ** -0.5, self.impl)
+            problem = Problem(q_frames, k_frames, lag=self.options["lag"])
+            out, lse = attention(problem, v_frames, self.impl)
             out = out.flatten(0, 1)
         if not recompute:
             with _kept_by_checkpoints():
