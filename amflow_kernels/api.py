@@ -29,8 +29,8 @@ def am_flow(
 
         flow[t] = softmax_keys(|A[t] - A[t + lag]| / temperature).T @ 1        t = 0 .. T - lag - 1
 
-    Every flow sums to Nq over its Nk tokens; frames that do not differ give exactly Nq / Nk everywhere. The maps
-    are never formed, all arithmetic is float32 or better, and autocast has no effect.
+    Every flow sums to Nq over its Nk tokens; equal frames give exactly Nq / Nk everywhere. The maps are never formed,
+    all arithmetic is float32 or better, and autocast has no effect.
 
     Source: Agrawal, Ali, Dantcheva, Bremond, "AM Flow: Adapters for Temporal Processing in Action Recognition",
     arXiv 2411.02065 (there: lag = 1, temperature = 1).
@@ -51,9 +51,9 @@ def am_flow(
         lse: the rows' log-sum-exps, ``logsumexp(scale * q @ k.mT, -1)``: natural logarithm, float32, (B, T, *G, Nq),
             as flash attention of the same q, k and scale returns it, from products of the same precision. It is not
             checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
-            gain nothing, or lose precision, make their own.
-        impl: None picks by device; ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs just that, or
-            raises. ``"cuda"``: at most 640 tokens and a head dimension of at most 128.
+            gain nothing, or lose precision, compute their own.
+        impl: None picks by device; ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that implementation
+            or raises. ``"cuda"``: at most 640 tokens and a head dimension of at most 128.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a
@@ -94,7 +94,7 @@ def am_flow_pair(
     Args:
         q_a, q_b: queries of the two frames of each pair, (B, P, *G, Nq, D).
         k_a, k_b: keys of the two frames of each pair, (B, P, *G, Nk, D).
-        lse_a, lse_b: the rows' log-sum-exps of either, (B, P, *G, Nq), as `am_flow` describes them.
+        lse_a, lse_b: the rows' log-sum-exps of the first and the second maps, (B, P, *G, Nq), as for `am_flow`.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head
@@ -127,12 +127,12 @@ def am_flow_matmul(
         M[t] = |A[t] - A[t + lag]|                        t = 0 .. T - lag - 1
         P[t] = softmax_keys(M[t] / temperature)
 
-    M x of ones is how much each query's attention changes, M^T x of ones how much that to each key does, and P^T x of
-    ones is `am_flow`. A few products with random x give the leading components of M (randomised SVD). Frames that do
-    not differ give M x = 0 and the mean of x over the keys for P x. All arithmetic is float32 or better, autocast has
-    no effect, and memory grows with N, not with N * N.
+    With x of ones, M x says how much each query's attention changes, M^T x how much the attention to each key changes,
+    and P^T x is `am_flow`. A few products with random x give the leading components of M (randomised SVD). For equal
+    frames M x is 0 and P x is the mean of x over the keys. All arithmetic is float32 or better, autocast has no effect,
+    and memory grows with N, not with N * N.
 
-    M and P are those of the paper that `am_flow` names; the operator is not in it. docs/maths.md derives the gradient.
+    M and P are defined in the paper that `am_flow` cites; the operator is ours. docs/maths.md derives the gradient.
 
     Args:
         q, k, scale, lag, impl: as for `am_flow`.

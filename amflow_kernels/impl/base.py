@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ class Implementation(Protocol):
     Attributes:
         devices: the types of device whose tensors it takes; None: any.
         dtypes: the dtypes it takes; None: any.
-        backward_by: the name of the implementation whose backward serves it; None: its own.
+        backward_by: the name of the implementation whose backward serves this one, and takes what its `forward` saves;
+            None: its own.
     """
 
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    backward_by: ClassVar[str | None] = None
+    backward_by: str | None = None
 
     def unsupported(self, problem: MapPairs) -> str | None:
         """Why it can't take such a problem on any machine, or None. Cheap and without side effects: safe in traces."""
