@@ -30,7 +30,7 @@ def queries_and_keys(clip: str, size: int, frames: int, start: int) -> dict[int,
     return {index: (q.unsqueeze(0), k.unsqueeze(0)) for index, (q, k) in qk.items()}
 
 
-@pytest.mark.capability
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("clip", "size", "frames", "start"),
     [
@@ -62,7 +62,7 @@ def test_every_block_against_float64(clip: str, size: int, frames: int, start: i
         assert flow.std() > 10 * error  # the signal stands out
 
 
-@pytest.mark.capability
+@pytest.mark.cpu
 @torch.inference_mode()
 def test_recorded_flow_of_every_block() -> None:
     """`record_am_flow` gives that flow, on the grid and apart for the class token, all within the budget."""

@@ -1,4 +1,4 @@
-"""The CUDA kernels: compiled by nvcc, and run on the CPU, lane by lane, with shapes small enough for it."""
+"""The CUDA kernels' own rules: compiled by nvcc, and run on the CPU, lane by lane, with shapes small enough for it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import simt
-import test_matrix as matrix
 import torch
-from test_ops import sample
-from torch import library
 
-from amflow_kernels import _build, am_flow, am_flow_matmul, am_flow_pair, explain, ops
+from amflow_kernels import _build, am_flow, am_flow_matmul, explain
 from amflow_kernels import testing as tt
+from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl import cuda
+from amflow_kernels.problem import MapPairs, Problem
 from benchmarks import cuda_report
+from tests import simt
+from tests.kernels import conformance
+from tests.kernels.conformance import Case
 
-FACTORS: dict[str, list[Any]] = {
-    **matrix.FACTORS,
-    "tokens": [(1, 1), (17, 17), (65, 65), (33, 70), (70, 33), (197, 197), (49, 196)],
-    "D": [1, 8, 17, 40, 64, 72, 80, 128],
-    "frames": [(2, 1), (5, 2), (18, 1), (16, 3), (4, 0)],
-    "groups": [(1,), (3,), (2, 2)],
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def allowed(row: dict[str, Any]) -> bool:
-    heads = row.get("groups", (1,))[0] if row.get("head_reduction") == "mean_map" else 1
-    return matrix.allowed(row) and matrix.map_elements(row) * heads * max(64, row.get("D", 1)) <= 3_000_000
-
-
-CASES = [matrix.Case(**row, seed=seed) for seed, row in enumerate(matrix.pairwise(FACTORS, allowed))]
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The kernels as the host compiler makes them."""
-    torch.ops.load_library(str(simt.build(tmp_path_factory.mktemp("simt"))))
 
 
 @pytest.fixture
@@ -57,68 +37,36 @@ def machine(emulated: None) -> Iterator[None]:
 runs = pytest.mark.usefixtures("machine")
 
 
-@runs
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_backward(case: matrix.Case) -> None:
-    """Flow, centred flow and the gradients that were asked for are within their budgets of the oracle."""
-    matrix.check_forward(case, "cuda")
-    matrix.check_backward(case, "cuda")
-
-
-def problem(tokens: tuple[int, int], dtype: torch.dtype, T: int = 2, D: int = 16, **options: Any) -> matrix.Case:
-    row = {name: values[0] for name, values in FACTORS.items()}
+def case_of(tokens: tuple[int, int], dtype: torch.dtype, T: int = 2, D: int = 16, **options: Any) -> Case:
+    row = {name: values[0] for name, values in conformance.FACTORS.items()}
     row |= {"tokens": tokens, "dtype": dtype, "frames": (T, 1), "D": D, "temperature": 1.0, **options}
-    return matrix.Case(**row)
+    return Case(**row)
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("Nk", [16, 17, 40, 64, 72, 88, 104, 144, 200, 264, 400, 577, 640])
-def test_every_number_of_warps(Nk: int, dtype: torch.dtype) -> None:
-    """Rows of any length, by as many warps as they take."""
-    matrix.check_forward(problem((20, Nk), dtype), "cuda")
-    matrix.check_backward(problem((20, Nk), dtype), "cuda")
+def test_rows_of_every_number_of_warps_are_within_budgets(Nk: int, dtype: torch.dtype) -> None:
+    """A row takes as many warps as its length needs."""
+    conformance.check_flow(case_of((20, Nk), dtype), "cuda")
+    conformance.check_flow_gradients(case_of((20, Nk), dtype), "cuda")
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_reduction", ["none", "mean_map"])
-def test_longest(dtype: torch.dtype, head_reduction: str) -> None:
-    """640 tokens of 128 columns, also where shared memory has room for one slice of them alone."""
-    case = problem((17, 640), dtype, D=128, head_reduction=head_reduction)
+def test_the_longest_rows_and_widest_heads_are_within_budgets(dtype: torch.dtype, head_reduction: str) -> None:
+    """640 tokens of 128 columns, also where shared memory has room for one slice of them only."""
+    case = case_of((17, 640), dtype, D=128, head_reduction=head_reduction)
     for shared in (232448, 150 << 10):
         with simt.machine(shared=shared):
-            matrix.check_forward(case, "cuda")
-            matrix.check_backward(case, "cuda")
-
-
-@runs
-@pytest.mark.parametrize("kind", ["NaN in q", "NaN in k", "+inf logit", "all -inf"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
-def test_nan_rule(head_reduction: str, dtype: torch.dtype, kind: str) -> None:
-    """A bad map row makes NaN of all of the flows that use its map and leaves every other flow as it was."""
-    matrix.test_nan_rule((5, 100), dtype, kind, head_reduction, "cuda", lambda *_: True)
-
-
-@runs
-@pytest.mark.parametrize("frame", ["a", "b"])
-def test_nan_rule_for_pairs(frame: str) -> None:
-    """In pair form a bad map row makes NaN of that pair's flow alone."""
-    matrix.test_nan_rule_for_pairs("NaN in q", frame, "cuda", lambda *_: True)
-
-
-@runs
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.3, -0.3])
-def test_minus_inf_logit_weighs_nothing(scale: float, dtype: torch.dtype) -> None:
-    """Logits of -inf are weights of 0."""
-    matrix.test_minus_inf_logit_weighs_nothing(dtype, scale, "cuda", lambda *_: True)
+            conformance.check_flow(case, "cuda")
+            conformance.check_flow_gradients(case, "cuda")
 
 
 @runs
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
-def test_infinite_key(dtype: torch.dtype, budget: float) -> None:
+def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, budget: float) -> None:
     """A key whose logits are -inf in one frame leaves all gradients finite that are so in the reference."""
     q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
     q[..., 0] = q[..., 0].abs() + 0.1
@@ -137,7 +85,7 @@ def test_infinite_key(dtype: torch.dtype, budget: float) -> None:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_know_nothing_of_each_other(dtype: torch.dtype) -> None:
+def test_rows_change_no_bit_of_each_other(dtype: torch.dtype) -> None:
     """Queries that are the same in both frames add nothing, to the bit, whatever the others do."""
     q, k = tt.make_qk(1, 2, (1,), 32, 257, 64, dtype=dtype, logit_std=6.0)
     k[:, 1] = k[:, 0]
@@ -149,30 +97,13 @@ def test_rows_know_nothing_of_each_other(dtype: torch.dtype) -> None:
 
 
 @runs
-def test_highest_temperature() -> None:
-    """No flow at all is left, and no NaN comes up."""
+def test_the_highest_temperature_gives_no_flow_and_no_nan() -> None:
+    """At 1e300 the change is divided away."""
     q, k = (x.requires_grad_() for x in tt.make_qk(1, 2, (1,), 17, 33, 16))
     flow = am_flow(q, k, temperature=1e300, center=True, impl="cuda")
     assert flow.abs().max() < 1e-30
     for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
         assert grad.abs().max() < 1e-25
-
-
-@runs
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
-def test_equal_frames(head_reduction: str, dtype: torch.dtype) -> None:
-    """Frames that are the same give Nq / Nk exactly, a centred flow of 0 and no gradient at all."""
-    q, k = (x[:, :1].expand(-1, 4, -1, -1, -1).contiguous() for x in tt.make_qk(1, 1, (2,), 33, 100, 24, dtype=dtype))
-    q, k = q.requires_grad_(), k.requires_grad_()
-    for processors in (1, 10**6):
-        with simt.machine(processors):
-            flow = am_flow(q, k, head_reduction=head_reduction, impl="cuda")
-            assert torch.equal(flow, torch.full_like(flow, 33 / 100))
-            centred = am_flow(q, k, head_reduction=head_reduction, center=True, impl="cuda")
-            assert torch.equal(centred, torch.zeros_like(centred))
-            for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
-                assert torch.equal(grad, torch.zeros_like(grad))
 
 
 def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
@@ -183,7 +114,7 @@ def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_and_stages_change_no_bit(dtype: torch.dtype) -> None:
+def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
     """How many pairs a block takes, and how much it loads ahead, has no influence on any result."""
     q, k = tt.make_qk(1, 9, (1,), 20, 300, 72, dtype=dtype)
     expected = results(q, k)
@@ -193,64 +124,13 @@ def test_chunks_and_stages_change_no_bit(dtype: torch.dtype) -> None:
         (1, 84 << 10, "1 stages, 1 buffers"),
     ):
         with simt.machine(processors, shared):
-            assert plan in cuda.describe_launch(q, k)
+            assert plan in IMPLEMENTATIONS["cuda"].describe(MapPairs(q, k))[0]
             for one, other in zip(results(q, k), expected, strict=True):
                 assert torch.equal(one, other)
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_frames_in_no_pair(dtype: torch.dtype) -> None:
-    """Their gradients are 0."""
-    q, k = (x.requires_grad_() for x in tt.make_qk(1, 5, (2,), 20, 33, 16, dtype=dtype))
-    with tt.poison_allocations():
-        flow = am_flow(q, k, lag=3, impl="cuda")
-        for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
-            assert torch.equal(grad[:, 2], torch.zeros_like(grad[:, 2]))
-            assert grad[:, [0, 1, 3, 4]].ne(0).any(-1).all()
-
-
-@runs
-@pytest.mark.parametrize("needed", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 1, 1, 0)], ids=str)
-def test_some_gradients_of_pairs(needed: tuple[int, ...]) -> None:
-    """Any of the four, without the others."""
-    q, k = tt.make_qk(1, 6, (2,), 20, 33, 16)
-    frames = [x.detach().clone() for x in (q[:, ::2], k[:, ::2], q[:, 1::2], k[:, 1::2])]
-    grads = []
-    for impl in ("cuda", "reference"):
-        asked = [x.requires_grad_(bool(n)) for x, n in zip([x.detach() for x in frames], needed, strict=True)]
-        flow = am_flow_pair(*asked, impl=impl)
-        wanted = [x for x in asked if x.requires_grad]
-        grads.append(torch.autograd.grad(flow, wanted, tt.make_dflow(flow.shape)))
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-@runs
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scale_of_zero(dtype: torch.dtype) -> None:
-    """All maps are even: no flow, and no gradient."""
-    q, k = (x.requires_grad_() for x in tt.make_qk(1, 3, (2,), 20, 33, 16, dtype=dtype))
-    flow = am_flow(q, k, scale=0.0, impl="cuda")
-    assert torch.equal(flow, torch.full_like(flow, 20 / 33))
-    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
-        assert not grad.any()
-
-
-@runs
-@pytest.mark.parametrize("name", ["plain", "pair"])
-def test_opcheck(name: str) -> None:
-    """Both ops keep their schema, fake, autograd and dynamic-shape promises, with what the forward saves."""
-    frames, options = sample(name)
-    library.opcheck(ops.am_flow, (*frames, None, None, *options, False, "cuda"))
-    flow, saved = ops.am_flow(*frames, None, None, *options, False, "cuda")
-    needed = [x is not None for x in frames]
-    arguments = (tt.make_dflow(flow.shape), *frames, *options, needed, "cuda", saved.detach())
-    library.opcheck(ops.am_flow_backward, arguments)
-
-
-@runs
-def test_sizes_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_beyond_the_limits_raise_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clear errors, before any work, for what the kernels do not take."""
     q = torch.zeros(1, 2, 1, 641, 8)
     with pytest.raises(ValueError, match="impl='cuda': expected at most 640 tokens in a frame, got 641"):
@@ -267,20 +147,20 @@ def test_sizes_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs
-def test_small_shared_memory() -> None:
+def test_small_shared_memory_has_room_for_512_tokens() -> None:
     """99 KB have room for 512 tokens, in any mode, and not for 577."""
     small = 99 << 10
     with simt.machine(shared=small):
         for bytes_, mean_map, temperature, N in product((2, 4), (False, True), (0.1, 1), (257, 400, 512, 577)):
-            told = cuda._ops().describe(N, N, 64, bytes_, mean_map, temperature, small)
-            assert (int(told.split(" buffers, ")[1].split()[0]) <= small) == (N <= 512), told
+            message = cuda._ops().describe(N, N, 64, bytes_, mean_map, temperature, small)
+            assert (int(message.split(" buffers, ")[1].split()[0]) <= small) == (N <= 512), message
 
 
-def test_changes_in_16_bits_are_too_rough() -> None:
-    """Why columns are not summed up on tensor cores: rounding expm1 to float16, scaled, alone breaks both budgets."""
+def test_expm1_rounded_to_16_bits_breaks_the_budgets() -> None:
+    """Why columns are not summed on tensor cores: rounding expm1 to scaled float16 breaks both budgets by itself."""
     for logit_std, center in ((1.0, True), (6.0, False)):
         q, k = tt.make_qk(1, 3, (4,), 257, 257, 64, dtype=torch.bfloat16, logit_std=logit_std)
-        exact = tt.oracle_flow(q, k, center=True)
+        exact = tt.oracle_flow(Problem(q, k, center=True))
         A = torch.softmax(q.double() @ k.double().mT / 8, -1)
         e = torch.expm1((A[:, 1:] - A[:, :-1]).abs())
         w = 1 / (257 + e.sum(-1, keepdim=True))
@@ -293,27 +173,28 @@ def test_changes_in_16_bits_are_too_rough() -> None:
 
 
 @runs
-def test_explain() -> None:
-    """It tells how rows and keys are cut up."""
+def test_explain_describes_the_strips() -> None:
+    """It says how rows and keys are divided."""
     q = torch.zeros(1, 2, 1, 257, 64, dtype=torch.bfloat16)
-    told = str(explain(q, impl="cuda"))
-    assert "am_flow runs 'cuda': asked for" in told
-    assert "forward by strips: 5 blocks of 4 x 16 rows, 2 x 136 keys, 2 stages" in told
+    message = str(explain(q, impl="cuda"))
+    assert "am_flow runs 'cuda': asked for" in message
+    assert "forward by strips: 5 blocks of 4 x 16 rows, 2 x 136 keys, 2 stages" in message
 
 
-def test_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_gpu_tensors_are_taken_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU tensor it raises, and is never chosen; where it might be chosen, `explain` says why it is not."""
     q = torch.zeros(1, 2, 1, 8, 8)
     with pytest.raises(ValueError, match="impl='cuda': expected tensors on cuda, got cpu"):
         am_flow(q, q, impl="cuda")
     assert "cuda kernels: " in str(explain())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert ops.IMPLS["cuda"].not_chosen(q) == "only where it is asked for: no measurement shows it faster on sm_90"
+    assert (
+        IMPLEMENTATIONS["cuda"].not_chosen(MapPairs(q, q))
+        == "only where it is asked for: no measurement shows it faster on sm_90"
+    )
     monkeypatch.setattr(cuda, "CHOSEN_ON", frozenset({90}))
-    assert ops.IMPLS["cuda"].not_chosen(q) is None
+    assert IMPLEMENTATIONS["cuda"].not_chosen(MapPairs(q, q)) is None
 
-
-# The machine itself: what is wrong in a kernel is an error.
 
 WRONG = {
     "at 'barrier 0'": "if (threadIdx.x < 32) sync_block();",
@@ -326,6 +207,8 @@ WRONG = {
     "is read before its copy was waited for": "copy_async(0, data); load_shared(0);",
     "a misaligned source": "copy_async(0, data + 1);",
 }
+
+
 RIGHT = """
   copy_async(threadIdx.x * 16, data);
   wait_copies();
@@ -336,8 +219,8 @@ RIGHT = """
 """
 
 
-def test_machine(tmp_path: Path) -> None:
-    """Barriers that not all reach, lanes that part, and what is wrong with shared memory are told; else all is well."""
+def test_the_emulated_machine_reports_faults(tmp_path: Path) -> None:
+    """Barriers that some lanes miss, lanes that diverge, and misuse of shared memory; correct kernels pass."""
     kernels = {**WRONG, "": RIGHT}
     bodies = "\n".join(f"void kernel{n}() {{ {body} }}" for n, body in enumerate(kernels.values()))
     names = ", ".join(f"kernel{n}" for n in range(len(kernels)))
@@ -366,15 +249,15 @@ int main() {{
         program,
     ]
     subprocess.run([_build.compiler(), *flags], check=True)
-    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")
-    for expected, found in zip(kernels, told, strict=False):
+    message = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")
+    for expected, found in zip(kernels, message, strict=False):
         assert expected in found, found
         assert expected or not found
 
 
 @pytest.mark.build
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
+def test_nvcc_compiles_it_no_worse_than_reported(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     """For a GPU that is not here, as a library that a process without one can load, no worse than the report says."""
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
@@ -382,21 +265,21 @@ def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
 
 
-def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_cuda_arch_list_is_read_as_pytorch_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """TORCH_CUDA_ARCH_LIST as PyTorch's own extensions read it, or an error that says what is wrong with it."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
     assert _build.architectures() == [
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100", "-gencode=arch=compute_100,code=compute_100",
     ]  # fmt: skip
-    for word, told in (("Hopper", "got 'Hopper'"), ("7.5", "need compute capability 8.0 or more, got 7.5")):
+    for word, message in (("Hopper", "got 'Hopper'"), ("7.5", "need compute capability 8.0 or more, got 7.5")):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", word)
-        with pytest.raises(_build.BuildError, match=told):
+        with pytest.raises(_build.BuildError, match=message):
             _build.architectures()
 
 
-def test_no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is told, and names the remedy."""
+def test_a_missing_nvcc_is_reported_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says where nvcc was looked for."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(_build.BuildError, match=r"nvcc, which was not found in \$CUDA_HOME/bin"):
         _build.nvcc()

@@ -1,21 +1,19 @@
-"""The public functions: what they refuse and how they say it, empty input, and what they keep and give back."""
+"""The public functions: the errors for bad input, and what they promise of their results."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from amflow_kernels import am_flow, am_flow_pair, explain
+from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair, explain
 from amflow_kernels import testing as tt
+from amflow_kernels.problem import Problem
 
-pytestmark = pytest.mark.capability
-
-MustRun = Callable[[str, Callable[[], object]], bool]
+pytestmark = [pytest.mark.cpu, pytest.mark.fallback]
 
 GOOD = (2, 3, 2, 5, 4)  # B, T, heads, N, D
 
@@ -90,7 +88,7 @@ BAD_PAIRS: dict[str, tuple[Any, Any, Any, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_FRAMES)
-def test_bad_frames(name: str) -> None:
+def test_bad_frames_raise(name: str) -> None:
     """Bad q, k or lag raises an error that names the argument, what came and what is expected."""
     q, k, options, error, message = BAD_FRAMES[name]
     with pytest.raises(error, match=message):
@@ -111,7 +109,7 @@ BAD_LSE: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_LSE)
-def test_bad_lse(name: str) -> None:
+def test_bad_log_sum_exps_raise(name: str) -> None:
     """A log-sum-exp that breaks its contract raises an error that names it."""
     lse, error, message = BAD_LSE[name]
     with pytest.raises(error, match="^lse: " + message):
@@ -121,16 +119,8 @@ def test_bad_lse(name: str) -> None:
             am_flow_pair(x(), x(), x(), x(), **{argument: lse})
 
 
-def test_lse_changes_nothing_where_it_is_not_needed(impl: str, must_run: MustRun) -> None:
-    """Implementations that make their own row sums give the same bits with and without a log-sum-exp."""
-    q, k = tt.make_qk(1, 3, (2,), 5, 7, 4)
-    if must_run(impl, lambda: am_flow(q, k, impl=impl)):
-        wrong = torch.zeros(1, 3, 2, 5)
-        assert torch.equal(am_flow(q, k, lse=wrong, impl=impl), am_flow(q, k, impl=impl))
-
-
 @pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(name: str) -> None:
+def test_bad_options_raise_the_same_in_both_forms(name: str) -> None:
     """A bad option raises the same error in both forms."""
     options, error, message = BAD_OPTIONS[name]
     with pytest.raises(error, match=message):
@@ -140,7 +130,7 @@ def test_bad_options(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_PAIRS)
-def test_bad_pairs(name: str) -> None:
+def test_bad_pairs_raise(name: str) -> None:
     """Bad frames of the pair form raise an error that names the argument."""
     *frames, error, message = BAD_PAIRS[name]
     with pytest.raises(error, match=message):
@@ -162,7 +152,7 @@ def test_options_are_keyword_only() -> None:
         (torch.float32, "meta", r"impl='cpu': expected tensors on cpu, got meta"),
     ],
 )
-def test_impl_that_cannot_take_the_input(dtype: torch.dtype, device: str, message: str) -> None:
+def test_an_implementation_asked_for_never_falls_back(dtype: torch.dtype, device: str, message: str) -> None:
     """An implementation that was asked for never falls back: it says what it can't take."""
     q = x(dtype=dtype).to(device)
     with pytest.raises(ValueError, match=message):
@@ -172,7 +162,9 @@ def test_impl_that_cannot_take_the_input(dtype: torch.dtype, device: str, messag
 @pytest.mark.parametrize("head_reduction", ["none", "mean", "mean_map"])
 @pytest.mark.parametrize("groups", [(3,), (3, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_shape_dtype_and_default_scale(dtype: torch.dtype, groups: tuple[int, ...], head_reduction: str) -> None:
+def test_shape_dtype_and_default_scale_are_as_documented(
+    dtype: torch.dtype, groups: tuple[int, ...], head_reduction: str
+) -> None:
     """The result is contiguous, of the promised shape, float32 (float64 for float64); scale=None is D ** -0.5."""
     q, k = tt.make_qk(2, 5, groups, 7, 9, 16, dtype=dtype)
     flow = am_flow(q, k, lag=2, head_reduction=head_reduction)
@@ -185,107 +177,23 @@ def test_shape_dtype_and_default_scale(dtype: torch.dtype, groups: tuple[int, ..
     tt.assert_flow(pair_flow, flow.double() - 7 / 9, 7)
 
 
-@pytest.mark.parametrize("head_reduction", ["none", "mean_map"])
-@pytest.mark.parametrize("shape", [(0, 3, 2, 5, 4), (2, 0, 2, 5, 4), (0, 0, 2, 5, 4)], ids=str)
-def test_empty(shape: tuple[int, ...], head_reduction: str, impl: str) -> None:
-    """No clips (B = 0) or no pairs (P = 0) give an empty flow and empty gradients, wherever it runs."""
-    B, P, H, N, _ = shape
-    tail = (H, N) if head_reduction == "none" else (N,)
-    q = torch.zeros(shape, requires_grad=True)
-    flows = [(am_flow_pair(q, q, q, q, head_reduction=head_reduction, impl=impl), (B, P, *tail))]
-    if P:
-        flows.append((am_flow(q, q, head_reduction=head_reduction, impl=impl), (B, P - 1, *tail)))
-    for flow, expected in flows:
-        assert flow.shape == expected
-        assert flow.dtype == torch.float32
-        (grad,) = torch.autograd.grad(flow.sum(), q)
-        assert grad.shape == shape
-
-
-def test_nothing_is_saved_without_grad(impl: str, must_run: MustRun) -> None:
-    """If no input requires grad, or under no_grad, the flow has no graph and no tensor is kept for backward."""
-    q, k = tt.make_qk(1, 3, (2,), 7, 9, 8)
-    if not must_run(impl, lambda: am_flow(q, k, impl=impl)):
-        return
-    saved: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        assert am_flow(q, k, impl=impl).grad_fn is None
-        assert am_flow_pair(q, k, q, k, impl=impl).grad_fn is None
-        with torch.no_grad():
-            assert not am_flow(q.clone().requires_grad_(), k, impl=impl).requires_grad
-        with torch.inference_mode():
-            assert not am_flow(q.clone().requires_grad_(), k, impl=impl).requires_grad
-        assert not saved
-        assert am_flow(q, k.clone().requires_grad_(), impl=impl).requires_grad
-        assert [s.shape for s in saved if s.numel()] == [q.shape, k.shape]  # the inputs, and no map
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_only_the_gradients_asked_for(which: int, impl: str, must_run: MustRun) -> None:
-    """Only inputs that require grad get one, and it is the one they get when all require it."""
-    q, k = tt.make_qk(1, 6, (2,), 17, 19, 8)
-    frames = [x.contiguous() for x in (q[:, ::2], k[:, ::2], q[:, 1::2], k[:, 1::2])]
-    if not must_run(impl, lambda: am_flow_pair(*frames, impl=impl)):
-        return
-    dflow = tt.make_dflow((1, 3, 2, 19))
-    every = [f.clone().requires_grad_() for f in frames]
-    am_flow_pair(*every, impl=impl).backward(dflow)
-    one = [f.clone().requires_grad_(i == which) for i, f in enumerate(frames)]
-    am_flow_pair(*one, impl=impl).backward(dflow)
-    for i in range(4):
-        assert (one[i].grad is not None) == (i == which)
-    assert torch.equal(one[which].grad, every[which].grad)
-
-
-def test_second_order_raises(impl: str, must_run: MustRun) -> None:
-    """A gradient of a gradient is refused with a clear message instead of being silently wrong."""
-    q, k = (x.requires_grad_() for x in tt.make_qk(1, 3, (2,), 7, 9, 8))
-    if not must_run(impl, lambda: am_flow(q, k, impl=impl)):
-        return
-    (dq,) = torch.autograd.grad(am_flow(q, k, impl=impl).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="AM flow has first-order gradients only; a second-order gradient"):
-        torch.autograd.grad(dq.sum(), k)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(dtype: torch.dtype, impl: str, must_run: MustRun) -> None:
-    """Autocast neither casts the inputs nor the result, forward or backward: the bits are the same."""
-    q, k = (x.requires_grad_() for x in tt.make_qk(1, 3, (2,), 30, 50, 16, dtype=dtype))
-    if not must_run(impl, lambda: am_flow(q, k, impl=impl)):
-        return
-    dflow = tt.make_dflow((1, 2, 2, 50))
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            flow = am_flow(q, k, impl=impl)
-            results.append((flow, *torch.autograd.grad(flow, (q, k), dflow)))
-    assert results[1][0].dtype == torch.float32
-    for plain, cast in zip(*results, strict=True):
-        assert torch.equal(plain, cast)
-
-
-def test_float64_is_the_reference(recwarn: pytest.WarningsRecorder) -> None:
+def test_float64_runs_the_reference_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     """float64 runs the reference in float64, without a warning: that is what the reference is for."""
     q, k = tt.make_qk(1, 3, (2,), 7, 9, 8, dtype=torch.float64)
     flow = am_flow(q, k)
     assert flow.dtype == torch.float64
-    assert torch.equal(flow, tt.oracle_flow(q, k))
+    assert torch.equal(flow, tt.oracle_flow(Problem(q, k)))
     assert explain(q, k).impl == "reference"
     assert not recwarn.list
 
 
-def test_explain(cpu_kernels_run: bool) -> None:
+def test_explain_names_the_implementation_and_the_reason(cpu_kernels_run: bool) -> None:
     """`explain` names the implementation that runs and the reason, for tensors and for the machine."""
     q, k = tt.make_qk(1, 3, (2,), 7, 9, 8, dtype=torch.bfloat16)
-    told = explain(q, k)
-    assert told.impl == ("cpu" if cpu_kernels_run else "reference")
-    assert f"am_flow runs {told.impl!r}: {told.reason}" in str(told)
-    assert "(1, 3, 2, 7, 8) bfloat16 on cpu" in str(told)
+    explanation = explain(q, k)
+    assert explanation.impl == ("cpu" if cpu_kernels_run else "reference")
+    assert f"am_flow runs {explanation.impl!r}: {explanation.reason}" in str(explanation)
+    assert "(1, 3, 2, 7, 8) bfloat16 on cpu" in str(explanation)
     assert explain(q, k, impl="reference").impl == "reference"
     assert f"torch {torch.__version__}" in str(explain())
     assert explain().impl is None
@@ -294,3 +202,49 @@ def test_explain(cpu_kernels_run: bool) -> None:
     else:
         with pytest.raises(RuntimeError, match="the CPU capability is"):
             explain(q, k, impl="cpu")
+
+
+BAD_FEATURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "not a tensor": ([1.0], {}, TypeError, r"x: expected a torch\.Tensor, got list"),
+    "integer": (x(2, 2, 2, 5, 3, dtype=torch.int64), {}, TypeError, r"x: expected float32 or.*got torch\.int64"),
+    "another dtype": (x(2, 2, 2, 5, 3).half(), {}, TypeError, r"x: expected float32 or the dtype of q, .*float16"),
+    "another device": (x(2, 2, 2, 5, 3).to("meta"), {}, ValueError, r"x: expected the device of q, cpu, got meta"),
+    "all frames": (x(2, 3, 2, 5, 3), {}, ValueError, r"x: expected features of the keys.*\(2, 2, 2, 5, C\), got"),
+    "heads": (x(2, 2, 1, 5, 3), {}, ValueError, r"x: expected features of the keys.*got \(2, 2, 1, 5, 3\)"),
+    "queries": (x(2, 2, 2, 4, 3), {}, ValueError, r"x: expected features of the keys.*got \(2, 2, 2, 4, 3\)"),
+    "keys": (x(2, 2, 2, 5, 3), {"transpose": True}, ValueError, r"x: expected features of the queries.*2, 4, C\)"),
+    "no features": (x(2, 2, 2, 5), {}, ValueError, r"x: expected features of the keys.*got \(2, 2, 2, 5\)"),
+    "C is 0": (x(2, 2, 2, 5, 0), {}, ValueError, r"x: expected from 1 to 256 features.*got 0"),
+    "C is 257": (x(2, 2, 2, 5, 257), {}, ValueError, r"x: expected from 1 to 256 features.*got 257"),
+    "strided": (x(2, 2, 2, 3, 5).mT, {}, ValueError, r"x: expected a contiguous last dimension, got strides"),
+    "transpose": (x(2, 2, 2, 5, 3), {"transpose": 1}, TypeError, r"transpose: expected a bool, got int"),
+    "softmax": (x(2, 2, 2, 5, 3), {"softmax": None}, TypeError, r"softmax: expected a bool, got NoneType"),
+    "temperature of M": (x(2, 2, 2, 5, 3), {"temperature": 0.5}, ValueError, r"temperature: expected 1 without"),
+    "temperature": (x(2, 2, 2, 5, 3), {"softmax": True, "temperature": 0}, ValueError, r"temperature: .*1/64"),
+    "scale": (x(2, 2, 2, 5, 3), {"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
+    "impl": (x(2, 2, 2, 5, 3), {"impl": "gpu"}, ValueError, r"impl: expected None or one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FEATURES)
+def test_bad_features_raise_the_same_in_both_forms(name: str) -> None:
+    """Bad features or options raise the same error in both forms; it names the argument and says what is expected."""
+    features, options, error, message = BAD_FEATURES[name]
+    q, k = x(2, 3, 2, 4, 6), x(2, 3, 2, 5, 6)
+    with pytest.raises(error, match=message):
+        am_flow_matmul(q, k, features, **options)
+    with pytest.raises(error, match=message):
+        am_flow_matmul_pair(q[:, 1:], k[:, 1:], q[:, 1:], k[:, 1:], features, **options)
+
+
+def test_frames_of_the_motion_operator_are_checked_as_those_of_a_flow() -> None:
+    """Frames are checked as am_flow checks them, and options are keyword-only."""
+    q, features = x(2, 3, 2, 5, 4), x(2, 2, 2, 5, 3)
+    with pytest.raises(ValueError, match=r"k: expected the shape of q"):
+        am_flow_matmul(q, q[:1], features)
+    with pytest.raises(ValueError, match=r"q: expected more frames .* than lag = 3, got T = 3"):
+        am_flow_matmul(q, q, features, lag=3)
+    with pytest.raises(ValueError, match=r"k_b: expected the shape of q_b"):
+        am_flow_matmul_pair(q, q, q, q[:1], features)
+    with pytest.raises(TypeError, match="positional"):
+        am_flow_matmul(q, q, features, True)  # type: ignore[misc]

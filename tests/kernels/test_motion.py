@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +12,7 @@ from amflow_kernels import motion_maps, motion_pca
 from amflow_kernels import testing as tt
 from amflow_kernels.impl.reference import attention_maps
 
-pytestmark = pytest.mark.capability
-
-MustRun = Callable[[str, Callable[[], object]], bool]
+pytestmark = [pytest.mark.cpu, pytest.mark.fallback]
 
 
 def moving_tokens(Nq: int, Nk: int, groups: tuple[int, ...] = (2,), dtype: torch.dtype = torch.float32) -> Any:
@@ -36,13 +33,9 @@ def dense(q: Tensor, k: Tensor, scale: float | None = None, lag: int = 1, head_r
 @pytest.mark.parametrize("tokens", [(35, 20), (65, 65), (197, 197), (150, 230)])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2, "head_reduction": "mean"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pca(
-    tokens: tuple[int, int], options: dict[str, Any], dtype: torch.dtype, impl: str, must_run: MustRun
-) -> None:
+def test_pca(tokens: tuple[int, int], options: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
     """The subspace of the dense one to 1e-3 rad, wherever it stands out by 1.25; singular values and scores with it."""
     q, k = moving_tokens(*tokens, dtype=dtype)
-    if not must_run(impl, lambda: motion_maps(q, k, impl=impl)):
-        return
     M = dense(q, k, **options)
     mean = M.mean(-2, keepdim=True)
     _, S, Vh = torch.linalg.svd(M - mean, full_matrices=False)
@@ -119,15 +112,14 @@ def test_frames_that_do_not_differ() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2}, {"head_reduction": "mean"}], ids=str)
-def test_motion_maps(options: dict[str, Any], impl: str, must_run: MustRun) -> None:
+def test_motion_maps(options: dict[str, Any], impl: str) -> None:
     q, k = moving_tokens(35, 50, groups=(2, 2))
-    if must_run(impl, lambda: motion_maps(q, k, impl=impl)):
-        rows, columns = motion_maps(q, k, impl=impl, **options)
-        M = dense(q, k, **options)
-        assert rows.dtype == columns.dtype == torch.float32
-        # Entries of maps up to 1 in float32: 1e-7 for each that is summed up.
-        torch.testing.assert_close(rows.double(), M.sum(-1), rtol=1e-5, atol=50e-7)
-        torch.testing.assert_close(columns.double(), M.sum(-2), rtol=1e-5, atol=35e-7)
+    rows, columns = motion_maps(q, k, impl=impl, **options)
+    M = dense(q, k, **options)
+    assert rows.dtype == columns.dtype == torch.float32
+    # Entries of maps up to 1 in float32: 1e-7 for each that is summed up.
+    torch.testing.assert_close(rows.double(), M.sum(-1), rtol=1e-5, atol=50e-7)
+    torch.testing.assert_close(columns.double(), M.sum(-2), rtol=1e-5, atol=35e-7)
 
 
 @pytest.mark.parametrize(
