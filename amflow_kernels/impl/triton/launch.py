@@ -365,11 +365,12 @@ def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor,
     dq, dk, dq_b, dk_b = (x if x.numel() else None for x in (grads if pb.pair else (*grads[:2], *grads[:2])))
     slope, offset = torch.empty((2, pb.e_sum.numel()), dtype=torch.float32, device=g.device)
     rho = torch.empty((1 + pb.pair, pb.frames.first.row_max.numel()), dtype=torch.float32, device=g.device)
-    d = strip_backward.StripGradient(g, g.stride()[:4], pb.e_sum, slope, offset, rho[0], rho[-1])
+    d = strip_backward.StripGradient(g, g.stride()[:4], slope, offset, rho[0], rho[-1])
     constants = pb.map_constants()
-    pb.pair_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, (d, dq, dq_b, scale), "rows", constants)
+    arguments = (d, pb.e_sum, (dq, dq_b), scale)
+    pb.pair_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, arguments, "rows", constants)
     if dk is not None or dk_b is not None:
-        pb.pair_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, (d, dk, dk_b), "columns", constants)
+        pb.pair_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, (d, (dk, dk_b)), "columns", constants)
     return True
 
 

@@ -271,9 +271,10 @@ def pair_owner(p, grid, CONST: tl.constexpr):
     pid = pid // chains
     g = pid % p.G
     pid = pid // p.G
+    b, z, g = (pid // p.Z).to(tl.int64), (pid % p.Z).to(tl.int64), g.to(tl.int64)
     first = chain + chunk * CONST.CHUNK * p.step
     length = tl.minimum(CONST.CHUNK, tl.cdiv(p.P - first, p.step))
-    return block, chunk, Run((pid // p.Z).to(tl.int64), (pid % p.Z).to(tl.int64), g.to(tl.int64), first, length)
+    return block, chunk, Run(b, z, g, first, length)
 
 
 @triton.jit

@@ -28,12 +28,11 @@ from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_of
 class StripGradient(NamedTuple):
     """Row coefficients of the pairs, (B, P, Z, G, Nq), and of the maps, (B, T, H, G, Nq), for the pass over columns.
 
-    The pass over rows reads g and e_sum and writes the others.
+    The pass over rows writes all but g.
     """
 
     g: Any  # dflow minus its mean
     g_stride: Any  # of (batch, pair, Z, window)
-    e_sum: Any
     slope: Any  # of the pairs, as in `backward.Gradient`
     offset: Any
     rho: Any  # temperature * rowsum(A * gradient of A) of the frames that begin pairs (of all frames of a clip)
@@ -94,9 +93,8 @@ def _finish_rows(f, p, m, row, A, dA, out, CONST: tl.constexpr, TILING: tl.const
 
 
 @triton.jit
-def _dflow_tiles(dflow, p, CONST: tl.constexpr, TILING: tl.constexpr):
-    """dflow of all keys: [1, BLOCK_N] for each tile, 0 where it repeats keys, and the REST one by one."""
-    key = tile_offsets(p.Nk, TILING.BLOCK_N, TILING)
+def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
+    """dflow of all keys: [1, BLOCK_N] for each tile, whose offsets are key, 0 where it repeats keys; then the REST."""
     g_j = ()
     for c in tl.static_range(TILING.TILES):
         g_c = tl.load(dflow + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + key)
@@ -109,12 +107,18 @@ def _dflow_tiles(dflow, p, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_strip_q_kernel(frames, p, d, dq_ptr, dq_b_ptr, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr):
-    """dq, and what the columns' pass needs. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain."""
+def am_flow_bwd_strip_q_kernel(
+    frames, p, d, e_sum_ptr, dq_ptrs, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr
+):
+    """d, and dq of the frames that begin pairs (of all frames of a clip) and of those that end them; None: not needed.
+
+    A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
+    """
     block, chunk, run = pair_owner(p, grid, CONST)
     row0 = block.to(CONST.INDEX) * TILING.BLOCK_M
     row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
+    key = tile_offsets(p.Nk, TILING.BLOCK_N, TILING)
     sb, sp, sz, sg = d.g_stride
     if run.length > 0:
         # The gradient of a chunk's first frame has a part from the pair that ends with it: start with that pair.
@@ -126,7 +130,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, dq_ptr, dq_b_ptr, scale, grid, CONS
         for n in range(start, run.length):
             t = run.first + n * p.step
             B = _maps_of_rows(frames.second, p, map_index(run, t + p.shift), row0, CONST, TILING)
-            g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, CONST, TILING)
+            g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
             x = ()
             y = ()
             for c in tl.static_range(TILING.TILES + TILING.REST):
@@ -134,7 +138,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, dq_ptr, dq_b_ptr, scale, grid, CONS
                 x = x + (h * g_j[c],)
                 y = y + (y_c,)
             first = pair_number(p, map_index(run, t)) * p.Nq
-            w = reciprocal(p.Nk + tl.load(d.e_sum + first + i))
+            w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
             slope = scale * w
             offset = slope * w * row_sum(x, 0, TILING)
             inside = (row < p.Nq) & (n >= 0)
@@ -149,14 +153,14 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, dq_ptr, dq_b_ptr, scale, grid, CONS
                     G = y[c] * tl.fma(slope, g_j[c], -offset)
                 dA = dA + (carry[c] + G,)
                 next_carry = next_carry + (-G,)
-            out = RowOutput(d.rho, dq_ptr, n >= 0)
+            out = RowOutput(d.rho, dq_ptrs[0], n >= 0)
             _finish_rows(frames.first, p, map_index(run, t), row, A, dA, out, CONST, TILING)
             A = B
             carry = next_carry
         end = run.first + run.length * p.step
         if end >= p.P:
             last = map_index(run, end - p.step + p.shift)
-            _finish_rows(frames.second, p, last, row, A, carry, RowOutput(d.rho_b, dq_b_ptr, True), CONST, TILING)
+            _finish_rows(frames.second, p, last, row, A, carry, RowOutput(d.rho_b, dq_ptrs[1], True), CONST, TILING)
 
 
 @triton.jit
@@ -205,9 +209,9 @@ def _column_map(f, p, m, k_tile, c, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _add_rows(dk, A, dA, rho_ptr, q, p, c, TILING: tl.constexpr):
-    """dk plus the share of tile or row c, whose queries are q and whose gradient dA is complete."""
-    dlogits = A * (dA - _row_values(rho_ptr, p, c, TILING))
+def _add_rows(dk, dlogits, f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dk plus the share of tile or row c of the strip."""
+    q = _queries(f, p, m, c, CONST, TILING)
     if c < TILING.TILES:
         return product_with(dlogits, q, dk, "ieee")
     else:
@@ -215,8 +219,11 @@ def _add_rows(dk, A, dA, rho_ptr, q, p, c, TILING: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptr, dk_b_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
-    """dk. A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Tiles of the maps are transposed."""
+def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dk of the frames that begin pairs (of all frames of a clip) and of those that end them; None: not needed.
+
+    A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Tiles of the maps are transposed.
+    """
     MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
     block, chunk, run = pair_owner(p, grid, CONST)
     key = block.to(CONST.INDEX) * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
@@ -242,7 +249,6 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptr, dk_b_ptr, grid, CONST: tl.c
             k_tile = tile(k, frames.second.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
             g_j = tl.load(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg + j)
             pair_row = pair_number(p, own) * p.Nq
-            first_row = map_number(frames.first, p, own) * p.Nq
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             B = ()
             next_carry = ()
@@ -255,24 +261,26 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptr, dk_b_ptr, grid, CONST: tl.c
                     G = y * tl.fma(slope, g_j[:, None], -offset)
                 else:
                     G = y * tl.fma(slope, g_j, -offset)
-                if dk_ptr is not None:
-                    q = _queries(frames.first, p, own, c, CONST, TILING)
-                    dk = _add_rows(dk, A[c], carry[c] + G, d.rho + first_row, q, p, c, TILING)
+                if dk_ptrs[0] is not None:
+                    dA = carry[c] + G
+                    rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
+                    dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
+                    dk = _add_rows(dk, dlogits, frames.first, p, own, c, CONST, TILING)
                 B = B + (B_c,)
                 next_carry = next_carry + (-G,)
             A = B
             carry = next_carry
-            if dk_ptr is not None:
+            if dk_ptrs[0] is not None:
                 first_key = map_number(frames.first, p, own) * p.Nk
-                dk_ptrs = dk_ptr + (first_key + key[:, None]) * CONST.D + col[None, :]
-                tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=inside & (n >= 0))
+                ptrs = dk_ptrs[0] + (first_key + key[:, None]) * CONST.D + col[None, :]
+                tl.store(ptrs, dk.to(dk_ptrs[0].dtype.element_ty), mask=inside & (n >= 0))
         end = run.first + run.length * p.step
-        if dk_b_ptr is not None and end >= p.P:
+        if dk_ptrs[1] is not None and end >= p.P:
             last = map_index(run, end - p.step + p.shift)
-            first_row = map_number(frames.second, p, last) * p.Nq
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             for c in tl.static_range(TILING.TILES + TILING.REST):
-                q = _queries(frames.second, p, last, c, CONST, TILING)
-                dk = _add_rows(dk, A[c], carry[c], d.rho_b + first_row, q, p, c, TILING)
-            dk_ptrs = dk_b_ptr + (map_number(frames.second, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
-            tl.store(dk_ptrs, dk.to(dk_b_ptr.dtype.element_ty), mask=inside)
+                rho_ptr = d.rho_b + map_number(frames.second, p, last) * p.Nq
+                dlogits = A[c] * (carry[c] - _row_values(rho_ptr, p, c, TILING))
+                dk = _add_rows(dk, dlogits, frames.second, p, last, c, CONST, TILING)
+            ptrs = dk_ptrs[1] + (map_number(frames.second, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
+            tl.store(ptrs, dk.to(dk_ptrs[1].dtype.element_ty), mask=inside)
