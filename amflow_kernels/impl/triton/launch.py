@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from math import e, log2, prod
 from typing import Any
 
@@ -200,6 +201,7 @@ def _options(constants: Constants, config: AnyConfig, extra: dict[str, Any]) -> 
     }
 
 
+@cache
 def _tiling(config: AnyConfig) -> Tiling:
     fields = {name.replace("KEY_TILES", "TILES"): value for name, value in asdict(config).items()}
     return Tiling(**{name: fields[name] for name in Tiling._fields if name in fields})

@@ -18,7 +18,8 @@ Triton 3.6 rejects those as bounds of `tl.static_range`.
 """
 
 import os
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -113,10 +114,8 @@ class Run(NamedTuple):
     length: Any
 
 
-ConstantTuple = TypeVar("ConstantTuple", Constants, Tiling)
-
-
-def constexprs(values: ConstantTuple) -> ConstantTuple:
+@cache
+def constexprs(values: Constants | Tiling) -> Any:
     """The same named tuple with `tl.constexpr` fields, as kernels take it. The interpreter needs plain values."""
     return values if INTERPRETED else type(values)(*map(tl.constexpr, values))
 
