@@ -98,7 +98,7 @@ class _Problem:
         run(kernel, programs, (self.frames, self.pairs, *arguments, grid), _options(constants, config, options))
 
     def map_constants(self, **kind: int | bool) -> Constants:
-        """Constants of kernels that measure changes of maps."""
+        """Compile-time constants of kernels that compare the maps of a pair."""
         return self.constants._replace(MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, **kind)
 
     def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
@@ -177,7 +177,7 @@ class _Problem:
         torch.sum(part, 0, out=flow).add_(base)
 
     def _chunks(self, blocks: int) -> tuple[int, Grid, int]:
-        """Pairs of a chain in one program; blocks and such chunks in a chain; all programs."""
+        """Pairs of a chain in one program, the blocks and chunks of a chain, and the number of programs."""
         longest = -(-self.P // self.step)
         chains = blocks * min(self.step, self.P) * self.B * self.Z * self.G
         chunk = configs.chunk(longest, chains, self.device.processors)
@@ -312,9 +312,9 @@ def am_flow_matmul_backward(
         if needs[4]:
             dx = pb.times(dy, not transpose, softmax, w).to(x.dtype)
         if any(needs[:4]):
-            u, v = (x, dy) if transpose else (dy, x)  # of the queries, of the keys
+            u, v = (x, dy) if transpose else (dy, x)  # features of the queries and of the keys
             v = v.float()
-            if softmax:  # a constant in a column has no effect: without it v that are equal for all keys give exactly 0
+            if softmax:  # a constant added to all keys has no effect; subtracting the mean makes equal v give 0 exactly
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
             u, v = u.float().contiguous(), v.contiguous()
             rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)

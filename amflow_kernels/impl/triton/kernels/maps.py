@@ -2,8 +2,8 @@
 
 No map is ever stored. A tile of a map, A = exp2(scale log2(e) q k^T - row_max) * row_norm, is computed where it is
 needed. The innermost loop runs over the frames of a clip, so a tile that belongs to two pairs of frames is computed
-once for both. Each program owns the rows or the columns that it sums: there are no atomics, and equal inputs give equal
-bits.
+once for both. Each program owns the rows or the columns that it sums, so no sum needs atomics and equal inputs give
+equal bits.
 
 Shapes: q (B, T, H, G, Nq, D), k (B, T, H, G, Nk, D), H heads, G windows; row statistics (B, T, H, G, Nq). Results for
 pairs of maps are (B, P, Z, G, N), where Z is 1 if the heads' maps are averaged and H otherwise. Pair p is
@@ -48,7 +48,7 @@ class FramePair(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """How pairs of maps are made of the frames, and the sizes that all frames share."""
+    """Which frames form pairs of maps (see the module's docstring), and the sizes that all frames share."""
 
     P: Any
     shift: Any
@@ -58,19 +58,19 @@ class Pairs(NamedTuple):
     G: Any
     Nq: Any
     Nk: Any
-    scale_log2: Any  # |scale| log2(e); Constants.NEGATE holds its sign
+    scale_log2: Any  # |scale| log2(e); `Constants.NEGATE` holds the sign of scale
     inv_temperature: Any
 
 
 class Grid(NamedTuple):
-    """The two fastest dimensions of the launch grid."""
+    """Programs along the two fastest dimensions of a launch; program id 0 numbers all dimensions."""
 
-    blocks: Any  # of rows or keys
+    blocks: Any  # blocks of rows or keys
     columns: Any  # chunks of a chain, or blocks of features
 
 
 class Constants(NamedTuple):
-    """Compile-time constants. Kernels that do not read a field get its default, so it can't cause a compilation."""
+    """Compile-time constants. The host sets only the fields that a kernel reads, so that no other recompiles it."""
 
     D: Any
     BLOCK_D: Any  # columns of q and k in one step of a product
@@ -89,10 +89,10 @@ class Tiling(NamedTuple):
 
     BLOCK_M: Any  # queries of a tile
     BLOCK_N: Any  # keys of a tile
-    ROW_TILES: Any = 1
-    TILES: Any = 1
-    REST: Any = 0
-    PARTIAL: Any = False
+    ROW_TILES: Any = 1  # tiles of rows that a program owns
+    TILES: Any = 1  # tiles of keys (in the backward for dk, of rows) that a program loops over
+    REST: Any = 0  # single keys (or rows) after them
+    PARTIAL: Any = False  # whether the tiles hold more keys (or rows) than there are
 
 
 class MapIndex(NamedTuple):
@@ -105,7 +105,7 @@ class MapIndex(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The pairs of one program: `length` pairs of a chain from `first` on; batch element, head or 0, and window."""
+    """The pairs of one program: `length` pairs of a chain from `first` on, of one batch element, head and window."""
 
     b: Any
     z: Any
@@ -128,7 +128,7 @@ def product(x, y):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to one unit in the last place for x >= 1, infinity for 0. A division would also handle all other x."""
+    """1 / x to one unit in the last place for x >= 1, infinity for 0; cheaper than a division, which handles any x."""
     if INTERPRETED:
         return 1.0 / x
     else:

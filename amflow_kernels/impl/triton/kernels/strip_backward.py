@@ -26,9 +26,9 @@ from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_of
 
 
 class StripGradient(NamedTuple):
-    """Row coefficients of the pairs, (B, P, Z, G, Nq), and of the maps, (B, T, H, G, Nq), for the pass over columns.
+    """Row coefficients of the pairs, (B, P, Z, G, Nq), and of the maps, (B, T, H, G, Nq).
 
-    The pass over rows writes all but g.
+    The pass by rows computes all but g, and the pass by columns reads them.
     """
 
     g: Any  # dflow minus its mean
@@ -40,11 +40,11 @@ class StripGradient(NamedTuple):
 
 
 class RowOutput(NamedTuple):
-    """Where results for the rows of one frame go."""
+    """Destinations of the results for the rows of one frame."""
 
     rho: Any
     dq: Any  # None: not needed
-    store: Any  # whether they are stored at all
+    store: Any  # False: another program, which owns the pair, stores them
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _finish_rows(f, p, m, row, A, dA, out, CONST: tl.constexpr, TILING: tl.const
 
 @triton.jit
 def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
-    """dflow of all keys: [1, BLOCK_N] for each tile, whose offsets are key, 0 where it repeats keys; then the REST."""
+    """dflow of all keys: [1, BLOCK_N] for each tile, 0 where it repeats keys; then scalars for the REST."""
     g_j = ()
     for c in tl.static_range(TILING.TILES):
         g_c = tl.load(dflow + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + key)
@@ -110,9 +110,9 @@ def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
 def am_flow_bwd_strip_q_kernel(
     frames, p, d, e_sum_ptr, dq_ptrs, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr
 ):
-    """d, and dq of the frames that begin pairs (of all frames of a clip) and of those that end them; None: not needed.
+    """Stores `StripGradient`, dq of frames that begin pairs (of all frames of a clip), and dq of frames that end them.
 
-    A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
+    A dq that is not needed is None. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
     """
     block, chunk, run = pair_owner(p, grid, CONST)
     row0 = block.to(CONST.INDEX) * TILING.BLOCK_M
@@ -220,9 +220,10 @@ def _add_rows(dk, dlogits, f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr
 
 @triton.jit
 def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
-    """dk of the frames that begin pairs (of all frames of a clip) and of those that end them; None: not needed.
+    """Stores dk of frames that begin pairs (of all frames of a clip), and dk of frames that end them.
 
-    A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Tiles of the maps are transposed.
+    A dk that is not needed is None. A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Tiles of
+    the maps are transposed.
     """
     MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
     block, chunk, run = pair_owner(p, grid, CONST)
