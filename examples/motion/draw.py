@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from amflow_models import Gate
-from amflow_models.checkpoint import load_trained
 from amflow_models.training.build import build_model, dataset, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import find_trained
 from amflow_models.training.config import load_config
+from amflow_models.weights import load_trained
 from torch import Tensor
 from torch.nn.functional import interpolate
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from amflow_models.checkpoint import load_trained
 from amflow_models.training.build import (
     SPLITS,
     build_model,
@@ -23,7 +22,8 @@ from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone,
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
 from amflow_models.training.parallel import distribute, leave, make_accelerator
-from amflow_models.training.testing import predict
+from amflow_models.training.prediction import predict
+from amflow_models.weights import load_trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:

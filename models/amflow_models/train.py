@@ -22,7 +22,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
-from amflow_models.checkpoint import load_trained
 from amflow_models.training.average import Average
 from amflow_models.training.build import SPLITS, build_model, dataset, digest, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, load_state, restore_optimizer
@@ -39,7 +38,8 @@ from amflow_models.training.parallel import (
     of_main,
     without_sync,
 )
-from amflow_models.training.testing import predict
+from amflow_models.training.prediction import predict
+from amflow_models.weights import load_trained
 
 INTERRUPTED = 130  # exit status, as a shell gives it after Ctrl-C
 PATIENCE = 2.0  # seconds after which another Ctrl-C ends the run where it is

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from amflow_models.checkpoint import own_name
+from amflow_models.weights import unwrapped_name
 
 
 class Average:
@@ -25,7 +25,7 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

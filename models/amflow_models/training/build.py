@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amflow_models.add import grow_am_flow, report_of
 from amflow_models.backbones import create_backbone
 from amflow_models.blocks import find_blocks
-from amflow_models.checkpoint import load_trained
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
+from amflow_models.insertion import grow_am_flow, report_of
 from amflow_models.training.checkpoints import check_backbone, find_trained
 from amflow_models.training.config import Config
+from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
 SYNTHETIC_STEPS = 20  # of an epoch on made-up clips

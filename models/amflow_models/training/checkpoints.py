@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from amflow_models.checkpoint import save_trained, trained_state
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config
+from amflow_models.weights import save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
