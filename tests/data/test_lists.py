@@ -235,7 +235,6 @@ def test_a_list_format_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(FORMATS, "ours", ListFormat(("root", "split"), read, names_classes=True, splits=("a/train",)))
     monkeypatch.setattr(lists, "KINDS", tuple(FORMATS))
     monkeypatch.setattr(command, "KINDS", tuple(FORMATS))
-    monkeypatch.setattr(command, "SPLITS", ("a/train",))
     monkeypatch.setattr(command, "_PROTOCOLS", ("a",))
     assert read_list("ours", tmp_path, split="a/train").videos[0].path == tmp_path / "train.mp4"
     with pytest.raises(ValueError, match="split: expected one of"):

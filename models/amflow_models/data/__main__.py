@@ -10,12 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from amflow_models.data.checks import check_lists
-from amflow_models.data.lists import FORMATS, KINDS, SPLITS, ListFormat, VideoList, read_list
+from amflow_models.data.lists import FORMATS, KINDS, ListFormat, VideoList, read_list
 
-_PROTOCOLS = tuple(dict.fromkeys(split.partition("/")[0] for split in SPLITS))
+_PROTOCOLS = tuple(
+    dict.fromkeys(split.partition("/")[0] for list_format in FORMATS.values() for split in list_format.splits)
+)
 _CHECKS = """\
-Checks lists, each of its own and together: labels out of range or counted from 1, classes without a video (an error
-in a list with 'train' in its name, a warning in others), files that are missing or can't be read, videos with several
+Checks each list and all of them together: labels out of range or counted from 1, classes without a video (an error in
+a list with 'train' in its name, a warning in others), files that are missing or can't be read, videos with several
 labels or in several lists.
 """
 _EPILOG = """\
@@ -25,7 +27,7 @@ examples:
       --kind ssv2 --labels something-something-v2-labels.json --root /data/ssv2/20bn-something-something-v2
   python -m amflow_models.data check /data/smarthome/mp4 --kind smarthome --split cross_subject
 
-exit status: 0 if all is well or there are warnings alone, 1 if there are problems, 2 for wrong usage
+exit status: 0 if there are no problems or only warnings, 1 if there are problems, 2 for wrong usage
 """
 
 
@@ -89,27 +91,34 @@ def _read_lists(options: argparse.Namespace, list_format: ListFormat) -> dict[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m amflow_models.data",
-        description="Looks at lists of videos before a model is trained on them.",
+        description="Tools for lists of videos.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check = parser.add_subparsers(required=True, metavar="check").add_parser(
         "check",
-        help="labels, files, classes, and videos that lists share",
+        help="find problems in lists: labels, files, classes, shared videos",
         description=_CHECKS,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome its folder")
-    check.add_argument("--kind", required=True, choices=KINDS, help="format of the lists")
-    check.add_argument("--num-classes", type=int, metavar="N", help="of the model; default: as many as have names")
     check.add_argument(
-        "--root", type=Path, metavar="DIR", help="folder that paths in lists start from; default: the list's own"
+        "lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome the folder of videos"
     )
-    check.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one in each line")
-    check.add_argument("--labels", type=Path, metavar="FILE", help="of ssv2: the JSON file that numbers templates")
-    check.add_argument("--split", choices=_PROTOCOLS, help="of smarthome: all lists of a protocol are checked")
-    check.add_argument("--quick", action="store_true", help="look whether files are there, and open none")
+    check.add_argument("--kind", required=True, choices=KINDS, help="format of the lists")
+    check.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="number of classes of the model; default: the number of class names",
+    )
+    check.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder that paths in lists start from; default: the list's own folder"
+    )
+    check.add_argument("--classes", type=Path, metavar="FILE", help="file with one class name in each line")
+    check.add_argument("--labels", type=Path, metavar="FILE", help="for ssv2: the JSON file that numbers the templates")
+    check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome: check all splits of a protocol")
+    check.add_argument("--quick", action="store_true", help="only check that files exist, without opening them")
     return parser
 
 

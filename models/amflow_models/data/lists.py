@@ -73,7 +73,7 @@ class VideoList:
 
 
 @dataclass(frozen=True)
-class _Paths:
+class ListPaths:
     """What a reader is given: all paths are resolved.
 
     Attributes:
@@ -103,7 +103,7 @@ class ListFormat:
     """
 
     arguments: tuple[str, ...]
-    read: Callable[[_Paths], VideoList]
+    read: Callable[[ListPaths], VideoList]
     names_classes: bool = False
     required: dict[str, str] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
@@ -156,7 +156,7 @@ def read_list(
     start = Path() if root is None else Path(root)
     path = start / path
     return list_format.read(
-        _Paths(
+        ListPaths(
             path,
             root=path.parent if root is None else start,
             classes=None if classes is None else start / classes,
@@ -174,7 +174,7 @@ def format_of(kind: str) -> ListFormat:
 
 def _line_reader(
     expected: str, pattern: str, strip: str | None = None, quote: str = ""
-) -> Callable[[_Paths], VideoList]:
+) -> Callable[[ListPaths], VideoList]:
     """A reader of files with a video in each line.
 
     Args:
@@ -186,7 +186,7 @@ def _line_reader(
     """
     compiled = re.compile(pattern)
 
-    def read(given: _Paths) -> VideoList:
+    def read(given: ListPaths) -> VideoList:
         videos = []
         for number, line in enumerate(_text(given.path).split("\n"), 1):
             line = line.strip()
@@ -218,7 +218,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_ssv2(given: _Paths) -> VideoList:
+def _read_ssv2(given: ListPaths) -> VideoList:
     path, labels = given.path, given.labels
     assert labels is not None  # it is required
     numbers: Any = _json(labels)
@@ -245,7 +245,7 @@ def _read_ssv2(given: _Paths) -> VideoList:
     return VideoList(tuple(videos), tuple(sorted(numbers, key=numbers.__getitem__)), str(path))
 
 
-def _read_smarthome(given: _Paths) -> VideoList:
+def _read_smarthome(given: ListPaths) -> VideoList:
     folder, split = given.path, str(given.split)
     names = SMARTHOME_CROSS_SUBJECT if split.startswith("cross_subject") else SMARTHOME_CROSS_VIEW
     numbers = {name: label for label, name in enumerate(names)}
