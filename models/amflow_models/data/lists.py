@@ -74,12 +74,12 @@ class VideoList:
 
 @dataclass(frozen=True)
 class ListPaths:
-    """What a reader is given: all paths are resolved.
+    """The arguments of a reader, with all paths resolved.
 
     Attributes:
         path: the list, or the folder of videos.
         root: folder that relative paths in the list start from.
-        classes, labels, split: as for `read_list`.
+        classes, labels, split: as for `read_list`, or None.
     """
 
     path: Path
