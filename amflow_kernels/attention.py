@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from amflow_kernels import api, ops
+from amflow_kernels.api import am_flow
+from amflow_kernels.dispatch import check_impl, uses_lse
+from amflow_kernels.problem import Problem, check_same
 
 __all__ = ["am_flow_attention"]
 
@@ -22,11 +26,8 @@ def am_flow_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
     impl: str | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention` of every frame, and the AM flow of the same attention maps.
 
@@ -40,7 +41,8 @@ def am_flow_attention(
         v: values, (B, T, *G, Nk, Dv), dtype and device of q.
         attn_mask, dropout_p, is_causal, enable_gqa: where `scaled_dot_product_attention` has them, so that calls can be
             exchanged. AM flow is defined for the plain softmax(q k^T): anything but the defaults raises.
-        scale, lag, temperature, head_reduction, center, impl: as in `am_flow`; `scale` is the attention's, too.
+        scale, impl: as in `am_flow`; `scale` is the attention's, too.
+        options: `lag`, `temperature`, `head_reduction` and `center`, as in `am_flow`.
 
     Returns:
         out: (B, T, *G, Nq, Dv) in the dtype of v, from PyTorch's own attention kernels, run on frames folded into the
@@ -54,30 +56,34 @@ def am_flow_attention(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
     """
-    for name, value, plain in (
-        ("attn_mask", attn_mask, None), ("dropout_p", dropout_p, 0.0), ("is_causal", is_causal, False),
-        ("enable_gqa", enable_gqa, False),
-    ):  # fmt: skip
-        if value is not plain and not (isinstance(value, (int, float)) and value == plain):
-            told = tuple(value.shape) if isinstance(value, Tensor) else value
-            raise ValueError(f"{name}: expected {plain} (AM flow is of plain attention maps), got {told}")
+    _check_plain(attn_mask, dropout_p, is_causal, enable_gqa)
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = autocast(q, k, v)
-    api.check_clip(q, k, lag)
-    scale, temperature = api.check_options(q, scale, temperature, head_reduction, center, impl)
-    _check_values(q, k, v)
-    out, lse = attention(q, k, v, scale, impl)
-    flow = api.am_flow(
-        q, k, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center, lse=lse,
-        impl=impl,
-    )  # fmt: skip
-    return out, flow
+    problem = Problem(q, k, scale=scale, **options)
+    check_impl(impl, problem)
+    _check_values(problem, v)
+    out, lse = attention(problem, v, impl)
+    return out, am_flow(q, k, scale=scale, lse=lse, impl=impl, **options)
 
 
-def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_plain(attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:
+    """Raises unless these arguments of an attention call have their defaults."""
+    for name, value, plain in (
+        ("attn_mask", attn_mask, None),
+        ("dropout_p", dropout_p, 0.0),
+        ("is_causal", is_causal, False),
+        ("enable_gqa", enable_gqa, False),
+    ):
+        if value is not plain and not (isinstance(value, (int, float)) and value == plain):
+            got = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"{name}: expected {plain} (AM flow is of plain attention maps), got {got}")
+
+
+def _check_values(problem: Problem, v: Tensor) -> None:
     if not isinstance(v, Tensor):
         raise TypeError(f"v: expected a torch.Tensor, got {type(v).__name__}")
-    api.check_same("v", v, "q", q)
+    check_same("v", v, "q", problem.q)
+    k = problem.k
     if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:
         raise ValueError(
             f"v: expected the shape of k but for the last dimension, {(*k.shape[:-1], 'Dv')}, got {tuple(v.shape)}"
@@ -97,13 +103,14 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast(q), cast(k), cast(v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str | None) -> tuple[Tensor, Tensor | None]:
-    """The attention's output, and its rows' log-sum-exps where the flow has use for them."""
+def attention(problem: Problem, v: Tensor, impl: str | None) -> tuple[Tensor, Tensor | None]:
+    """The attention's output, and its rows' log-sum-exps where the flow would be faster with them."""
+    q, k, scale = problem.q, problem.k, problem.logit_scale
     frames, groups = q.shape[:2], q.shape[2:-2]
     # Fused attention kernels take four dimensions, no more.
     q4, k4, v4 = (x.flatten(0, 1).flatten(1, -3) for x in (q, k, v))
     lse = None
-    if ops.uses_lse(q, k, impl) and _runs_flash(q4, k4, v4, scale):
+    if uses_lse(problem, impl) and _runs_flash(q4, k4, v4, scale):
         out, lse = _flash(q4, k4, v4, scale)
         lse = lse.unflatten(1, groups).unflatten(0, frames)
     else:

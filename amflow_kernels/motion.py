@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amflow_kernels.api import MAX_FEATURES, am_flow_matmul, check_clip
+from amflow_kernels.api import am_flow_matmul
+from amflow_kernels.problem import MAX_FEATURES, MapPairs
 
 __all__ = ["MotionPCA", "motion_maps", "motion_pca"]
 
 EXTRA = 5  # random directions beyond the components asked for
-BLOCKS = 11  # of the Krylov basis; a component 1.25 times the rest is found 4 times as well for each
+BLOCKS = 11  # of the Krylov basis; each makes a component 1.25 times as large as the rest 4 times as exact
 
 
 class MotionPCA(NamedTuple):
-    """Principal components of the rows of M, per pair of frames, head and window; G = (heads,) or (heads, windows), or
-    without heads if those are reduced."""
+    """Principal components of the rows of M, per pair of frames, head and window.
+
+    G = (heads,) or (heads, windows); a head reduction drops the heads.
+    """
 
     scores: Tensor  # (B, T - lag, *G, Nq, rank): of each query
     components: Tensor  # (B, T - lag, *G, Nk, rank): orthonormal, the largest entry of each is positive
@@ -45,8 +48,7 @@ def motion_maps(
 
     Returns:
         rows: (B, T - lag, *G, Nq), each at most 2, and columns: (B, T - lag, *G, Nk), float32 (float64 for float64
-        inputs), without heads if those are reduced. Without gradients: for those, multiply by ones with
-        `am_flow_matmul`.
+        inputs); a head reduction drops the heads. Neither has gradients: multiply ones by `am_flow_matmul` for those.
     """
     M = _Change(q, k, scale, lag, head_reduction, impl)
     ones_k, ones_q = (q.new_ones((*M.lead, N, 1), dtype=torch.float32) for N in (k.shape[-2], q.shape[-2]))
@@ -65,15 +67,15 @@ def motion_pca(
     impl: str | None = None,
     seed: int = 0,
 ) -> MotionPCA:
-    """Principal components of the rows of M, that is of how attention from the queries changes; M is never formed.
+    """Principal components of the rows of M: of the changes of attention from each query. M is never formed.
 
     The scores of three components, as red, green and blue, are a picture of motion: tokens whose attention changes in
     the same way have the same colour. This is our reading of "PCA along the channel dimension" in the paper's
     supplement: the channels of a query are its row of M[t] = |A[t] - A[t + lag]|, and the mean row is subtracted.
 
-    A randomised block Krylov method (Musco and Musco, "Randomized Block Krylov Methods for Stronger and Faster
-    Approximate Singular Value Decomposition", arXiv 1504.05477) with a fixed number of products, so that the same input
-    gives the same result. Components whose singular value stands out by 1.25 against the next are found to 1e-3 rad.
+    The method is randomised block Krylov iteration (Musco and Musco, "Randomized Block Krylov Methods for Stronger and
+    Faster Approximate Singular Value Decomposition", arXiv 1504.05477) with a fixed number of products, so that the
+    same input gives the same result. A component whose singular value is 1.25 times the next is found to 1e-3 rad.
 
     Args:
         q, k, scale, lag, impl: as in `am_flow`.
@@ -82,8 +84,8 @@ def motion_pca(
         seed: of the random directions to begin with.
 
     Returns:
-        `MotionPCA` in float32 (float64 for float64 inputs), without gradients. Components that M does not have (frames
-        that do not differ have none) come with a singular value of 0.
+        `MotionPCA` in float32 (float64 for float64 inputs), without gradients. Where M has fewer components (for equal
+        frames it has none), the others have a singular value of 0.
 
     Raises:
         TypeError, ValueError: as `am_flow`, and for a rank that is too large.
@@ -95,35 +97,28 @@ def motion_pca(
     if not 1 <= rank <= min(Nq, Nk):
         raise ValueError(f"rank: expected from 1 to min(Nq, Nk) = {min(Nq, Nk)}, got {rank}")
     with torch.autocast(q.device.type, enabled=False):
-        mean = (
-            M.times(q.new_ones((*M.lead, Nq, 1), dtype=torch.float32), transpose=True) / Nq
-        )  # (..., Nk, 1): the mean row
-
-        def centred(x: Tensor) -> Tensor:  # (M - 1 mean^T) x
-            return M.times(x) - mean.mT @ x
-
-        def centred_transposed(y: Tensor) -> Tensor:
-            return M.times(y, transpose=True) - mean * y.sum(-2, keepdim=True)
-
-        width = rank + EXTRA
-        if width * BLOCKS >= min(Nq, Nk):
-            basis = torch.eye(Nq, device=q.device, dtype=mean.dtype).expand(*M.lead, Nq, Nq)
-        else:
-            generator = torch.Generator(q.device).manual_seed(seed)
-            blocks = [
-                _orthonormal(
-                    centred(torch.randn(*M.lead, Nk, width, generator=generator, device=q.device, dtype=mean.dtype))
-                )
-            ]
-            while len(blocks) < BLOCKS:
-                blocks.append(_orthonormal(centred(_orthonormal(centred_transposed(blocks[-1])))))
-            basis = _orthonormal(torch.cat(blocks, -1))
-        rows = centred_transposed(basis)  # (..., Nk, columns of the basis): centred M is about basis @ rows^T
-        bad = ~rows.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # which the decomposition would refuse
+        M.subtract_mean_row()
+        basis = _left_basis(M, Nq, Nk, rank + EXTRA, seed)
+        rows = M.centred_transposed(basis)  # (..., Nk, columns of the basis): centred M is about basis @ rows^T
+        # The decomposition refuses NaN and infinities: these pairs are zeroed before and NaN after it.
+        bad = ~rows.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         V, S, _ = torch.linalg.svd(rows.masked_fill(bad, 0.0), full_matrices=False)
         V, S = V[..., :rank].masked_fill(bad, float("nan")), S[..., :rank].masked_fill(bad.squeeze(-1), float("nan"))
         V = V * torch.where(V.gather(-2, V.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
-        return MotionPCA(centred(V), V, S, mean.squeeze(-1))
+        return MotionPCA(M.centred(V), V, S, M.mean.squeeze(-1))
+
+
+def _left_basis(M: _Change, Nq: int, Nk: int, width: int, seed: int) -> Tensor:
+    """Orthonormal columns (..., Nq, n) that hold the leading left singular vectors of centred M."""
+    device, dtype = M.mean.device, M.mean.dtype
+    if width * BLOCKS >= min(Nq, Nk):
+        return torch.eye(Nq, device=device, dtype=dtype).expand(*M.lead, Nq, Nq)
+    generator = torch.Generator(device).manual_seed(seed)
+    start = torch.randn(*M.lead, Nk, width, generator=generator, device=device, dtype=dtype)
+    blocks = [_orthonormal(M.centred(start))]
+    while len(blocks) < BLOCKS:
+        blocks.append(_orthonormal(M.centred(_orthonormal(M.centred_transposed(blocks[-1])))))
+    return _orthonormal(torch.cat(blocks, -1))
 
 
 class _Change:
@@ -132,7 +127,7 @@ class _Change:
     def __init__(
         self, q: Tensor, k: Tensor, scale: float | None, lag: int, head_reduction: str, impl: str | None
     ) -> None:
-        check_clip(q, k, lag)
+        MapPairs(q, k, scale=scale, lag=lag)  # makes the checks
         if head_reduction not in ("none", "mean"):
             raise ValueError(f"head_reduction: expected 'none' or 'mean', got {head_reduction!r}")
         self.frames = q, k
@@ -152,6 +147,20 @@ class _Change:
             -1,
         )
         return y if self.heads is None else y.mean(2)
+
+    def subtract_mean_row(self) -> None:
+        """Prepares the centred products."""
+        q, Nq = self.frames[0], self.frames[0].shape[-2]
+        ones = q.new_ones((*self.lead, Nq, 1), dtype=torch.float32)
+        self.mean = self.times(ones, transpose=True) / Nq  # (..., Nk, 1)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """(M - 1 mean^T) x"""
+        return self.times(x) - self.mean.mT @ x
+
+    def centred_transposed(self, y: Tensor) -> Tensor:
+        """(M - 1 mean^T)^T y"""
+        return self.times(y, transpose=True) - self.mean * y.sum(-2, keepdim=True)
 
 
 def _orthonormal(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amflow_kernels.api import am_flow_pair, check_frames, check_options
-from amflow_kernels.ops import check_impl
+from amflow_kernels.api import am_flow_pair
+from amflow_kernels.dispatch import check_impl
+from amflow_kernels.problem import MapPairs, check_frames, check_options
 
 __all__ = ["AMFlowStream"]
 
@@ -26,29 +27,14 @@ class AMFlowStream:
 
     Args:
         lag: distance in frames of the two maps that are compared, at least 1.
-        scale, temperature, head_reduction, center, impl: as in `am_flow`.
+        impl: as in `am_flow`.
+        options: `scale`, `temperature`, `head_reduction` and `center`, as in `am_flow`.
     """
 
-    def __init__(
-        self,
-        *,
-        scale: float | None = None,
-        lag: int = 1,
-        temperature: float = 1.0,
-        head_reduction: str = "none",
-        center: bool = False,
-        impl: str | None = None,
-    ) -> None:
-        if not isinstance(lag, int) or isinstance(lag, bool):
-            raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
-        if lag < 1:
-            raise ValueError(f"lag: expected at least 1, got {lag}")
-        check_options(torch.empty(0, 1), scale, temperature, head_reduction, center, None)
+    def __init__(self, *, lag: int = 1, impl: str | None = None, **options: Any) -> None:
+        check_options(lag=lag, **options)
         check_impl(impl, None)
-        self._options: dict[str, Any] = {
-            "scale": scale, "temperature": temperature, "head_reduction": head_reduction, "center": center,
-            "impl": impl,
-        }  # fmt: skip
+        self._options: dict[str, Any] = {"impl": impl, **options}
         self._frames: deque[tuple[Tensor, Tensor]] = deque(maxlen=lag)
 
     @torch.no_grad()
@@ -83,7 +69,7 @@ class AMFlowStream:
                 )
         q_frame, k_frame = (x.unsqueeze(1) if isinstance(x, Tensor) else x for x in (q, k))
         check_frames(q_frame, k_frame, "q", "k")
-        check_options(q, **self._options)
+        check_impl(self._options["impl"], MapPairs(q_frame, k_frame, q_b=q_frame, k_b=k_frame))
         for name, value, last in zip(("q", "k"), (q, k), self._frames[-1] if self._frames else (), strict=False):
             for what in ("shape", "dtype", "device"):
                 now, before = getattr(value, what), getattr(last, what)

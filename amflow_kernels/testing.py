@@ -9,14 +9,17 @@ how far any implementation may be from the oracle, and `assert_flow`, `assert_ce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from amflow_kernels.api import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair
 from amflow_kernels.impl import reference
+from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 LAYOUTS = ("contiguous", "fused_qkv", "offset", "tokens_first", "shared_keys")
 SHARP = 0.3  # temperatures below it amplify errors of the maps more than `flow_budget` grants at large logits
@@ -24,6 +27,9 @@ EPS = 2.0**-23  # of float32
 TIE = 4e-6  # maps closer than this, relatively, have a difference whose sign no float32 computation can know
 
 _HEADS = 2  # dimension of the heads in (B, T, heads, ...)
+_REFERENCE = reference.Reference()
+
+AnyProblem = TypeVar("AnyProblem", Problem, MatmulProblem)
 
 
 def make_qk(
@@ -155,135 +161,96 @@ def make_features(
     raise ValueError(f"layout: expected contiguous, offset, tokens_first or shared, got {layout!r}")
 
 
-def flow_shape(q: Tensor, k: Tensor, *, lag: int, head_reduction: str) -> tuple[int, ...]:
-    """Shape of the flow; lag is 0 for the pair form."""
-    groups = q.shape[2:-2] if head_reduction == "none" else q.shape[3:-2]
-    return (q.shape[0], q.shape[1] - lag, *groups, k.shape[-2])
+def run(problem: MapPairs, impl: str | None = None) -> Tensor:
+    """The public function that a problem is a call of."""
+    options: dict[str, Any] = {"scale": problem.scale, "temperature": problem.temperature, "impl": impl}
+    if not problem.pair:
+        options["lag"] = problem.lag
+    function: Callable[..., Tensor]
+    if isinstance(problem, MatmulProblem):
+        options |= {"transpose": problem.transpose, "softmax": problem.softmax}
+        function = am_flow_matmul_pair if problem.pair else am_flow_matmul
+    else:
+        assert isinstance(problem, Problem)
+        options |= {"head_reduction": problem.head_reduction, "center": problem.center}
+        options |= {"lse_a": problem.lse, "lse_b": problem.lse_b} if problem.pair else {"lse": problem.lse}
+        function = am_flow_pair if problem.pair else am_flow
+    return function(*inputs_of(problem), **options)
 
 
-def oracle_flow(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
-) -> Tensor:
-    """The exact flow: the reference in float64. With q_b and k_b it is the pair form and `lag` is not used."""
+def inputs_of(problem: MapPairs) -> tuple[Tensor, ...]:
+    """The differentiable tensors of a problem: q, k, in pair form q_b, k_b, and features x."""
+    features = (problem.x,) if isinstance(problem, MatmulProblem) else ()
+    return tuple(x for x in (*problem.frames, *features) if x is not None)
+
+
+def with_inputs(problem: AnyProblem, inputs: Sequence[Tensor]) -> AnyProblem:
+    """The same problem of other tensors, in the order of `inputs_of`."""
+    names = [
+        "q",
+        "k",
+        *(["q_b", "k_b"] if problem.pair else []),
+        *(["x"] if isinstance(problem, MatmulProblem) else []),
+    ]
+    changes: dict[str, Any] = dict(zip(names, inputs, strict=True))
+    return replace(problem, **changes)
+
+
+def oracle_flow(problem: Problem) -> Tensor:
+    """The exact flow, centred if the problem says so: the reference in float64."""
     with torch.no_grad():
-        q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-        return reference.am_flow(q, k, q_b, k_b, _scale(q, scale), lag, temperature, head_reduction, center)
+        return _REFERENCE.forward(_double(problem))[0]
 
 
-def oracle_grads(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-) -> tuple[Tensor, ...]:
+def oracle_grads(problem: Problem, dflow: Tensor) -> tuple[Tensor, ...]:
     """The exact gradients of q, k (and q_b, k_b) for dflow = dL/dflow: autograd through the reference in float64."""
-    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    inputs = [x.requires_grad_() for x in (q, k, q_b, k_b) if x is not None]
-    flow = reference.am_flow(q, k, q_b, k_b, _scale(q, scale), lag, temperature, head_reduction, True)
-    return torch.autograd.grad(flow, inputs, dflow.double())
+    problem = _double(replace(problem, center=True))
+    inputs = [x.requires_grad_() for x in inputs_of(problem)]
+    return torch.autograd.grad(_REFERENCE.forward(problem)[0], inputs, dflow.double())
 
 
-def grad_tie(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-) -> tuple[Tensor, ...]:
+def grad_tie(problem: Problem, dflow: Tensor) -> tuple[Tensor, ...]:
     """How far ties can move the gradients of q, k (and q_b, k_b), elementwise: an upper bound, as large as they are.
 
     The gradient holds the sign of A[t] - A[t + lag] (of the head-averaged maps for "mean_map"). Where the two agree to
     `TIE` no float32 computation can know it, and a wrong sign moves that entry's share of the gradient by up to
     twice its size. This is that share, built from |dlogits|, |q| and |k| so that no two entries cancel.
     """
-    return _absolute_grads(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, ties_only=True)
+    return _absolute_grads(problem, dflow, ties_only=True)
 
 
-def grad_magnitude(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-) -> tuple[Tensor, ...]:
+def grad_magnitude(problem: Problem, dflow: Tensor) -> tuple[Tensor, ...]:
     """The gradients as if nothing in them cancelled, the measure of error where the exact gradient is zero.
 
     That is so for two keys (both move by the same amount, so the flow is constant) and for a dflow that is constant
     over the keys, such as that of ``flow.sum()`` (the flow sums to Nq whatever the input).
     """
-    return _absolute_grads(dflow, q, k, q_b, k_b, scale, lag, temperature, head_reduction, ties_only=False)
+    return _absolute_grads(problem, dflow, ties_only=False)
 
 
-def _absolute_grads(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float | None,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    *,
-    ties_only: bool,
-) -> tuple[Tensor, ...]:
-    scale = _scale(q, scale)
-    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
+def _absolute_grads(problem: Problem, dflow: Tensor, *, ties_only: bool) -> tuple[Tensor, ...]:
+    problem = _double(problem)
+    A_a, A_b = reference.pair_maps(problem)
     g = dflow.double()
     M_a, M_b = A_a, A_b
-    if head_reduction != "none":
-        g = g.unsqueeze(_HEADS) / q.shape[_HEADS]
-    if head_reduction == "mean_map":
+    if problem.head_reduction != "none":
+        g = g.unsqueeze(_HEADS) / problem.heads
+    if problem.head_reduction == "mean_map":
         M_a, M_b = A_a.mean(_HEADS, keepdim=True), A_b.mean(_HEADS, keepdim=True)
     M = (M_a - M_b).abs()
-    P = torch.softmax(M / temperature, dim=-1)
+    P = torch.softmax(M / problem.temperature, dim=-1)
     g = g.unsqueeze(-2)
     if ties_only:
         dM = 2 * (torch.maximum(M_a, M_b) * TIE >= M) * P * (g - (P * g).sum(-1, keepdim=True)).abs()
     else:
         dM = P * (g.abs() + (P * g.abs()).sum(-1, keepdim=True))
-    dM = (dM / temperature).expand_as(A_a)
-    return _absolute_maps_backward(q, k, q_b, k_b, scale, lag, dM, ties_only=ties_only)
+    dM = (dM / problem.temperature).expand_as(A_a)
+    return _absolute_maps_backward(problem, dM, ties_only=ties_only)
 
 
-def _absolute_maps_backward(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    dM: Tensor,
-    *,
-    ties_only: bool,
-) -> tuple[Tensor, ...]:
-    """What gradients dM of |A[t] - A[t + lag]|, none of them negative, make of dq, dk (dq_b, dk_b) at most."""
+def _absolute_maps_backward(problem: MapPairs, dM: Tensor, *, ties_only: bool) -> tuple[Tensor, ...]:
+    """Upper bounds of dq, dk (dq_b, dk_b) for gradients dM >= 0 of |A[t] - A[t + lag]|."""
+    scale = problem.logit_scale
 
     def map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor]:
         rho = (A * dA).sum(-1, keepdim=True)
@@ -292,140 +259,92 @@ def _absolute_maps_backward(
         dlogits = abs(scale) * A * (dA + rho)
         return dlogits @ k.abs(), dlogits.mT @ q.abs()
 
+    q, k, q_b, k_b = problem.frames
     A = reference.attention_maps(q, k, scale)
     if q_b is not None and k_b is not None:
         A_b = reference.attention_maps(q_b, k_b, scale)
         return *map_backward(q, k, A, dM), *map_backward(q_b, k_b, A_b, dM)
     dA = torch.zeros_like(A)
-    dA[:, :-lag] += dM
-    dA[:, lag:] += dM
+    dA[:, : -problem.lag] += dM
+    dA[:, problem.lag :] += dM
     return map_backward(q, k, A, dA)
 
 
-def oracle_matmul(
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    transpose: bool = False,
-    softmax: bool = False,
-) -> Tensor:
+def oracle_matmul(problem: MatmulProblem) -> Tensor:
     """The exact motion operator times x: the reference in float64."""
     with torch.no_grad():
-        q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-        x = x.detach().double()
-        return reference.am_flow_matmul(q, k, q_b, k_b, x, _scale(q, scale), lag, temperature, transpose, softmax)
+        return _REFERENCE.matmul(_double(problem))
 
 
-def oracle_matmul_grads(
-    dy: Tensor,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    transpose: bool = False,
-    softmax: bool = False,
-) -> tuple[Tensor, ...]:
+def oracle_matmul_grads(problem: MatmulProblem, dy: Tensor) -> tuple[Tensor, ...]:
     """The exact gradients of q, k (and q_b, k_b) for dy = dL/dy: autograd through the reference in float64.
 
-    That of x is the transposed product with dy: `oracle_matmul` and `matmul_budget` know all of it.
+    The gradient of x is the transposed product with dy, for which `oracle_matmul` and `matmul_budget` serve.
     """
-    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    inputs = [f.requires_grad_() for f in (q, k, q_b, k_b) if f is not None]
-    x = x.detach().double()
-    y = reference.am_flow_matmul(q, k, q_b, k_b, x, _scale(q, scale), lag, temperature, transpose, softmax)
-    return torch.autograd.grad(y, inputs, dy.double())
+    problem = _double(problem)
+    inputs = [f.requires_grad_() for f in problem.frames if f is not None]
+    return torch.autograd.grad(_REFERENCE.matmul(problem), inputs, dy.double())
 
 
-def matmul_tie(
-    dy: Tensor,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    transpose: bool = False,
-    softmax: bool = False,
-    ties_only: bool = True,
-) -> tuple[Tensor, ...]:
-    """What `grad_tie` is for a flow: how far ties can move the gradients of q, k (and q_b, k_b), elementwise.
+def matmul_tie(problem: MatmulProblem, dy: Tensor) -> tuple[Tensor, ...]:
+    """`grad_tie` for the motion operator: how far ties can move the gradients of q, k (and q_b, k_b), elementwise."""
+    return _absolute_matmul_grads(problem, dy, ties_only=True)
 
-    With ties_only=False what `grad_magnitude` is: the gradients as if nothing in them cancelled.
-    """
-    scale = _scale(q, scale)
-    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
-    u, v = (x.double(), dy.double()) if transpose else (dy.double(), x.double())
+
+def matmul_magnitude(problem: MatmulProblem, dy: Tensor) -> tuple[Tensor, ...]:
+    """`grad_magnitude` for the motion operator: its gradients as if nothing in them cancelled."""
+    return _absolute_matmul_grads(problem, dy, ties_only=False)
+
+
+def _absolute_matmul_grads(problem: MatmulProblem, dy: Tensor, *, ties_only: bool) -> tuple[Tensor, ...]:
+    problem, dy = _double(problem), dy.double()
+    A_a, A_b = reference.pair_maps(problem)
+    u, v = (problem.x, dy) if problem.transpose else (dy, problem.x)
     dM = u @ v.mT if ties_only else u.abs() @ v.abs().mT
     M = (A_a - A_b).abs()
-    if softmax:
-        P = torch.softmax(M / temperature, dim=-1)
+    if problem.softmax:
+        P = torch.softmax(M / problem.temperature, dim=-1)
         rowsum = (P * dM).sum(-1, keepdim=True)
-        dM = P * ((dM - rowsum) if ties_only else (dM + rowsum)) / temperature
+        dM = P * ((dM - rowsum) if ties_only else (dM + rowsum)) / problem.temperature
     if ties_only:
         dM = 2 * (torch.maximum(A_a, A_b) * TIE >= M) * dM.abs()
-    return _absolute_maps_backward(q, k, q_b, k_b, scale, lag, dM, ties_only=ties_only)
+    return _absolute_maps_backward(problem, dM, ties_only=ties_only)
 
 
-def matmul_budget(
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None = None,
-    k_b: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    transpose: bool = False,
-    softmax: bool = False,
-) -> Tensor:
+def matmul_budget(problem: MatmulProblem) -> Tensor:
     """Largest error that every element of the motion operator times x may have, whatever the dtypes of the input.
 
     An element of the result is a sum over n entries of the operator times x. To first order, in units of `EPS`:
 
     - a logit is off by L = |scale| |q|.|k|, its terms as if none cancelled, and its exponential by 1 + L, relatively;
     - an entry of A, divided by the row's sum, by dA = A ((1 + L) + rowsum(A (1 + L)));
-    - an entry of M by dM = dA[t] + dA[t + lag], however small M is: that is what frames that hardly differ amount to;
+    - an entry of M by dM = dA[t] + dA[t + lag], however small M is: an absolute error, even where frames hardly differ;
     - P = w (1 + e) by P (dM + rowsum(P dM)) / temperature, and by the four roundings of w, w x and the last sum;
-    - a chain of n additions by a random walk of n steps, which leaves sqrt(n) / 2 of the sum of |M x| or |w e x|, four
-      standard deviations, behind once in 10^4 times. That the terms w x add none is what P = w (1 + e) is for.
+    - a chain of n additions by a random walk of n steps, which is more than sqrt(n) / 2 of the sum of |M x| or |w e x|,
+      four standard deviations, once in 10^4 times. P = w (1 + e) is split so that the terms w x add no such error.
     """
-    scale = _scale(q, scale)
-    q, k, q_b, k_b = _to_double(q, k, q_b, k_b)
-    n = x.shape[-2]
+    problem = _double(problem)
+    scale, n = problem.logit_scale, problem.x.shape[-2]
 
     def map_error(q: Tensor, k: Tensor) -> Tensor:
         A = reference.attention_maps(q, k, scale)
         relative = 1 + abs(scale) * (q.abs() @ k.abs().mT)
         return A * (relative + (A * relative).sum(-1, keepdim=True))
 
+    q, k, q_b, k_b = problem.frames
     dA = map_error(q, k)
-    dA_a, dA_b = (dA[:, :-lag], dA[:, lag:]) if q_b is None or k_b is None else (dA, map_error(q_b, k_b))
-    A_a, A_b = _pair_maps(q, k, q_b, k_b, scale, lag)
-    M, dM = (A_a - A_b).abs(), dA_a + dA_b
-    if softmax:
-        e = torch.expm1(M / temperature)
+    dA_a, dA_b = dA[:, : problem.P], dA[:, problem.shift :]
+    dM = dA_a + (dA_b if q_b is None or k_b is None else map_error(q_b, k_b))
+    A_a, A_b = reference.pair_maps(problem)
+    M = (A_a - A_b).abs()
+    if problem.softmax:
+        e = torch.expm1(M / problem.temperature)
         w = 1 / (1 + e).sum(-1, keepdim=True)
         P = w * (1 + e)
-        error = P * (2 + (dM + (P * dM).sum(-1, keepdim=True)) / temperature) + n**0.5 / 2 * w * e
+        error = P * (2 + (dM + (P * dM).sum(-1, keepdim=True)) / problem.temperature) + n**0.5 / 2 * w * e
     else:
         error = dM + n**0.5 / 2 * M
-    return EPS * ((error.mT if transpose else error) @ x.detach().double().abs())
+    return EPS * ((error.mT if problem.transpose else error) @ problem.x.abs())
 
 
 def flow_budget(Nq: int, Nk: int, temperature: float = 1.0) -> float:
@@ -545,23 +464,6 @@ def _assert_like(flow: Tensor, exact: Tensor) -> None:
     assert flow.is_contiguous(), f"flow has strides {flow.stride()}"
 
 
-def _pair_maps(
-    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int
-) -> tuple[Tensor, Tensor]:
-    A = reference.attention_maps(q, k, scale)
-    if q_b is None or k_b is None:
-        return A[:, :-lag], A[:, lag:]
-    return A, reference.attention_maps(q_b, k_b, scale)
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _to_double(
-    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    q, k = q.detach().double(), k.detach().double()
-    if q_b is None or k_b is None:
-        return q, k, None, None
-    return q, k, q_b.detach().double(), k_b.detach().double()
+def _double(problem: AnyProblem) -> AnyProblem:
+    """The same problem in float64 and detached."""
+    return with_inputs(problem, [x.detach().double() for x in inputs_of(problem)])

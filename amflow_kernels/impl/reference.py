@@ -15,28 +15,88 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amflow_kernels.impl.base import Implementation, nothing_saved
+from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
+
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype everything is computed and returned in: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Reference(Implementation):
+    """Eager PyTorch for every device and dtype. The forwards are differentiable by autograd, too."""
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """flow = P^T 1 of every pair of frames."""
+        with torch.autocast(problem.q.device.type, enabled=False):
+            A_a, A_b = pair_maps(problem)
+            if problem.head_reduction == "mean_map":
+                A_a, A_b = A_a.mean(HEADS), A_b.mean(HEADS)
+            e, ebar, w = _row_weights(A_a, A_b, problem.temperature)
+            flow = (w * (e - ebar)).sum(dim=-2)  # flow - Nq / Nk: sums to 0, keeps full relative precision
+            if problem.head_reduction == "mean":
+                flow = flow.mean(HEADS)
+            return flow if problem.center else flow + problem.Nq / problem.Nk, nothing_saved(problem)
+
+    def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        """The gradients written out as in docs/maths.md.
+
+        They do not depend on `center`: the two results differ by a constant.
+        """
+        with torch.autocast(problem.q.device.type, enabled=False):
+            A_a, A_b = pair_maps(problem)
+            g = dflow.to(A_a.dtype)
+            if problem.head_reduction != "none":
+                g = g.unsqueeze(HEADS) / problem.heads
+            if problem.head_reduction == "mean_map":
+                M_a, M_b = A_a.mean(HEADS, keepdim=True), A_b.mean(HEADS, keepdim=True)
+            else:
+                M_a, M_b = A_a, A_b
+            e, _, w = _row_weights(M_a, M_b, problem.temperature)
+            P = w * (1 + e)
+            g = g.unsqueeze(-2)  # (B, P, *G, 1, Nk)
+            delta = (P * g).sum(-1, keepdim=True)
+            S_dM = torch.sign(M_a - M_b) * P * (g - delta) / problem.temperature
+            return _maps_backward(problem, A_a, A_b, S_dM, needs)
+
+    def matmul(self, problem: MatmulProblem) -> Tensor:
+        """M x or M^T x, or with `softmax` P x or P^T x, of every pair of frames."""
+        return _product(problem, problem.x, problem.transpose)
+
+    def matmul_backward(self, problem: MatmulProblem, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        """The gradients written out as in docs/maths.md; that of x is the transposed product with dy."""
+        q, x = problem.q, problem.x
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dq_b, dk_b, dx = (q.new_empty(0) for _ in needs)
+            if needs[4]:
+                dx = _product(problem, dy, not problem.transpose).to(x.dtype)
+            if any(needs[:4]):
+                A_a, A_b = pair_maps(problem)
+                u, v = (x, dy) if problem.transpose else (dy, x)  # of the queries, of the keys
+                u, v = u.to(A_a.dtype), v.to(A_a.dtype)
+                if problem.softmax:  # a constant in a column of v has no effect: without it equal v give exactly 0
+                    e, _, w = _row_weights(A_a, A_b, problem.temperature)
+                    P, G = w * (1 + e), u @ (v - v.mean(-2, keepdim=True)).mT
+                    dM = P * (G - (P * G).sum(-1, keepdim=True)) / problem.temperature
+                else:
+                    dM = u @ v.mT
+                dq, dk, dq_b, dk_b = _maps_backward(problem, A_a, A_b, torch.sign(A_a - A_b) * dM, needs[:4])
+        return dq, dk, dq_b, dk_b, dx
+
+    def describe(self, problem: MapPairs | None = None) -> list[str]:
+        return []
 
 
 def attention_maps(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """A = softmax_keys(scale * q k^T), (B, T, *G, Nq, Nk)."""
-    dtype = compute_dtype(q.dtype)
+    """A = softmax_keys(scale * q k^T), (B, T, *G, Nq, Nk), in float32, or in float64 for float64 inputs."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.softmax(scale * (q.to(dtype) @ k.to(dtype).mT), dim=-1)
 
 
-def _frame_maps(
-    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int
-) -> tuple[Tensor, Tensor]:
-    """The maps A[t] and A[t + lag] of every pair, each (B, P, *G, Nq, Nk)."""
-    A = attention_maps(q, k, scale)
-    if q_b is None or k_b is None:
-        return A[:, :-lag], A[:, lag:]
-    return A, attention_maps(q_b, k_b, scale)
+def pair_maps(problem: MapPairs) -> tuple[Tensor, Tensor]:
+    """The two maps of every pair of frames, each (B, P, *G, Nq, Nk)."""
+    A = attention_maps(problem.q, problem.k, problem.logit_scale)
+    if problem.q_b is None or problem.k_b is None:
+        return A[:, : -problem.lag], A[:, problem.lag :]
+    return A, attention_maps(problem.q_b, problem.k_b, problem.logit_scale)
 
 
 def _row_weights(A_a: Tensor, A_b: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,76 +106,27 @@ def _row_weights(A_a: Tensor, A_b: Tensor, temperature: float) -> tuple[Tensor, 
     return e, ebar, 1 / (e.shape[-1] * (1 + ebar))
 
 
-def am_flow(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    center: bool,
-) -> Tensor:
-    """flow = P^T 1 of every frame pair, (B, P, *G, Nk); differentiable by autograd. Options as in `am_flow`."""
-    with torch.autocast(q.device.type, enabled=False):
-        A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
-        if head_reduction == "mean_map":
-            A_a, A_b = A_a.mean(HEADS), A_b.mean(HEADS)
-        e, ebar, w = _row_weights(A_a, A_b, temperature)
-        flow = (w * (e - ebar)).sum(dim=-2)  # flow - Nq / Nk: sums to 0, keeps full relative precision
-        if head_reduction == "mean":
-            flow = flow.mean(HEADS)
-        return flow if center else flow + q.shape[-2] / k.shape[-2]
-
-
-def am_flow_backward(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dq_b, dk_b for dflow = dL/dflow, written out as in docs/maths.md; empty where `needs` is False.
-
-    The gradient does not depend on `center`: the two results differ by a constant.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
-        heads = q.shape[HEADS]
-        g = dflow.to(A_a.dtype)
-        if head_reduction != "none":
-            g = g.unsqueeze(HEADS) / heads
-        if head_reduction == "mean_map":
-            M_a, M_b = A_a.mean(HEADS, keepdim=True), A_b.mean(HEADS, keepdim=True)
-        else:
-            M_a, M_b = A_a, A_b
-        e, _, w = _row_weights(M_a, M_b, temperature)
-        P = w * (1 + e)
-        g = g.unsqueeze(-2)  # (B, P, *G, 1, Nk)
-        delta = (P * g).sum(-1, keepdim=True)
-        S_dM = torch.sign(M_a - M_b) * P * (g - delta) / temperature
-        return _maps_backward(q, k, q_b, k_b, A_a, A_b, S_dM, scale, lag, needs)
+def _product(problem: MatmulProblem, x: Tensor, transpose: bool) -> Tensor:
+    """The operator, or its transpose, times x."""
+    with torch.autocast(problem.q.device.type, enabled=False):
+        A_a, A_b = pair_maps(problem)
+        x = x.to(A_a.dtype)
+        if not problem.softmax:
+            M = (A_a - A_b).abs()
+            return M.mT @ x if transpose else M @ x
+        # P = w (1 + e): the 1 gives nearly all of the result, and is summed in float64, without rounding errors.
+        e, _, w = _row_weights(A_a, A_b, problem.temperature)
+        terms = w * x if transpose else x
+        total = terms.sum(-2, keepdim=True, dtype=torch.float64).to(x.dtype)
+        return total + e.mT @ terms if transpose else w * (total + e @ terms)
 
 
 def _maps_backward(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    A_a: Tensor,
-    A_b: Tensor,
-    S_dM: Tensor,
-    scale: float,
-    lag: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: MapPairs, A_a: Tensor, A_b: Tensor, S_dM: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
     """dq, dk, dq_b, dk_b, where every pair sends S * dM to its first map and -S * dM to its second."""
+    q, k, q_b, k_b = problem.frames
+    scale, lag = problem.logit_scale, problem.lag
     if q_b is not None and k_b is not None:
         grads = (*_map_backward(q, k, A_a, S_dM, scale), *_map_backward(q_b, k_b, A_b, -S_dM, scale))
     else:
@@ -123,10 +134,8 @@ def _maps_backward(
         dA = torch.zeros_like(A)
         dA[:, :-lag] += S_dM
         dA[:, lag:] -= S_dM
-        empty = q.new_empty(0)
-        grads = (*_map_backward(q, k, A, dA, scale), empty, empty)
-    dq, dk, dq_b, dk_b = (grad if needed else q.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
-    return dq, dk, dq_b, dk_b
+        grads = (*_map_backward(q, k, A, dA, scale), q.new_empty(0), q.new_empty(0))
+    return tuple(grad if needed else q.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
 
 
 def _map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -134,67 +143,3 @@ def _map_backward(q: Tensor, k: Tensor, A: Tensor, dA: Tensor, scale: float) -> 
     dq = scale * (dlogits @ k.to(A.dtype))
     dk = scale * (dlogits.mT @ q.to(A.dtype))
     return dq.to(q.dtype), dk.to(k.dtype)
-
-
-def am_flow_matmul(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    x: Tensor,
-    scale: float,
-    lag: int,
-    temperature: float,
-    transpose: bool,
-    softmax: bool,
-) -> Tensor:
-    """M x or M^T x, or with `softmax` P x or P^T x, of every frame pair; differentiable by autograd.
-
-    x is (B, P, *G, Nk, C) and the result (B, P, *G, Nq, C), the other way round if transposed.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
-        x = x.to(A_a.dtype)
-        if not softmax:
-            M = (A_a - A_b).abs()
-            return M.mT @ x if transpose else M @ x
-        # P = w (1 + e): what the 1 gives is nearly all of the result, and summed up without rounding errors.
-        e, _, w = _row_weights(A_a, A_b, temperature)
-        terms = w * x if transpose else x
-        total = terms.sum(-2, keepdim=True, dtype=torch.float64).to(x.dtype)
-        return total + e.mT @ terms if transpose else w * (total + e @ terms)
-
-
-def am_flow_matmul_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    x: Tensor,
-    scale: float,
-    lag: int,
-    temperature: float,
-    transpose: bool,
-    softmax: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dq_b, dk_b, dx for dy = dL/dy, written out as in docs/maths.md; empty where `needs` is False."""
-    with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dq_b, dk_b, dx = (q.new_empty(0) for _ in needs)
-        if needs[4]:
-            dx = am_flow_matmul(q, k, q_b, k_b, dy, scale, lag, temperature, not transpose, softmax).to(x.dtype)
-        if any(needs[:4]):
-            A_a, A_b = _frame_maps(q, k, q_b, k_b, scale, lag)
-            u, v = (x, dy) if transpose else (dy, x)  # of the queries, of the keys
-            u, v = u.to(A_a.dtype), v.to(A_a.dtype)
-            if softmax:  # a constant in a column of v has no effect: without it v that are equal give exactly 0
-                e, _, w = _row_weights(A_a, A_b, temperature)
-                P, G = w * (1 + e), u @ (v - v.mean(-2, keepdim=True)).mT
-                dM = P * (G - (P * G).sum(-1, keepdim=True)) / temperature
-            else:
-                dM = u @ v.mT
-            dq, dk, dq_b, dk_b = _maps_backward(
-                q, k, q_b, k_b, A_a, A_b, torch.sign(A_a - A_b) * dM, scale, lag, needs[:4]
-            )
-    return dq, dk, dq_b, dk_b, dx

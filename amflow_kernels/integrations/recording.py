@@ -14,33 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from amflow_kernels import api
 from amflow_kernels.api import am_flow
 from amflow_kernels.attention import attention, autocast
-from amflow_kernels.ops import check_impl
+from amflow_kernels.dispatch import check_impl
+from amflow_kernels.problem import Problem, check_options
 
 NOT_RUN = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
 OPTIONS = ("lag", "temperature", "head_reduction", "center", "impl")  # of am_flow; the scale is the model's own
 # Called with q, k, v of the attention call. Returns the attention's output to replace the call, or None to leave it.
 OnAttention = Callable[[Tensor, Tensor, Tensor], "Tensor | None"]
-
-
-def check_options(
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
-    impl: str | None = None,
-) -> None:
-    """SHIM: to be replaced by `from amflow_kernels.problem import check_options`, which means the same."""
-    if not isinstance(lag, int) or isinstance(lag, bool):
-        raise TypeError(f"lag: expected an int, got {type(lag).__name__}")
-    if lag < 1:
-        raise ValueError(f"lag: expected at least 1, got {lag}")
-    api.check_options(torch.empty(0, 1), scale, temperature, head_reduction, center, None)
-    check_impl(impl, None)
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,9 @@ class FlowRecorder:
         for name in options:
             if name not in OPTIONS:
                 raise TypeError(f"record_am_flow() got an unexpected keyword argument {name!r}")
-        check_options(**options)
+        impl = options.get("impl")
+        check_options(**{name: value for name, value in options.items() if name != "impl"})
+        check_impl(impl, None)
         if not isinstance(num_frames, int) or isinstance(num_frames, bool):
             raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
         lag = options.get("lag", 1)
@@ -102,7 +86,7 @@ class FlowRecorder:
             raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
         self.num_frames = num_frames
         self.replace_attention = replace_attention
-        self.options = options
+        self.options, self.lag, self.impl = options, lag, impl
         self.flows: dict[int, BlockFlow] = {}
 
     def record(
@@ -130,7 +114,7 @@ class FlowRecorder:
         q_frames, k_frames, v_frames = (x.unflatten(0, (-1, self.num_frames)) for x in (q, k, v))
         out = lse = None
         if replaces:
-            out, lse = attention(q_frames, k_frames, v_frames, q.shape[-1] ** -0.5, self.options.get("impl"))
+            out, lse = attention(Problem(q_frames, k_frames, lag=self.lag), v_frames, self.impl)
             out = out.flatten(0, 1)
         if not recompute:
             with _hidden_from_checkpoints():

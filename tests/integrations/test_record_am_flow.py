@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import BlockFlow, record_am_flow, record_qk
+from amflow_kernels.problem import Problem
 
 T = 3
 
@@ -336,7 +337,7 @@ def test_models_of_full_size_keep_the_error_budget(name: str, size: int) -> None
         model(x)
     for index, flow in flows.items():
         q, k = (part.unflatten(0, (1, 2)) for part in qk[index])
-        exact = tt.oracle_flow(q, k, center=True).flatten(3).sort().values + q.shape[-2] / k.shape[-2]
+        exact = tt.oracle_flow(Problem(q, k, center=True)).flatten(3).sort().values + q.shape[-2] / k.shape[-2]
         assert (q.shape[-1] ** -0.5 * q @ k.mT).std() <= 6  # the range of the budget
         assert exact.std() > 1e-4
         assert (in_order(flow) - exact).abs().max() <= tt.flow_budget(q.shape[-2], k.shape[-2], 1.0)

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.transformers import BlockFlow, record_am_flow
+from amflow_kernels.problem import Problem
 
 T = 3
 TINY = {
@@ -167,7 +168,7 @@ def test_a_model_of_full_size_keeps_the_error_budget() -> None:
         model(x)
     assert len(flows) == 12
     for (q, k), flow in zip(q_k, flows.values(), strict=True):
-        exact = tt.oracle_flow(q[None], k[None], center=True)
+        exact = tt.oracle_flow(Problem(q[None], k[None], center=True))
         assert exact.std() > 1e-4
         assert (q.shape[-1] ** -0.5 * q @ k.mT).std() <= 6  # the range of the budget
         tt.assert_flow(torch.cat((flow.prefix, flow.grid.flatten(-2)), -1), exact, 197)

@@ -1,12 +1,16 @@
-"""Handles of the Triton kernels. Triton itself is imported by the first call that needs it."""
+"""The Triton kernels. Triton itself is imported by the first call that needs it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation
+from amflow_kernels.impl.gpu import saved_sizes
+from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 
 def interpreted() -> bool:
@@ -14,70 +18,71 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable() -> str | None:
-    """Why the kernels can't run in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    return None
+class Triton(Implementation):
+    """Triton kernels for CUDA tensors, or in Triton's interpreter for CPU tensors."""
+
+    devices = ("cuda", "cpu") if interpreted() else ("cuda",)
+    dtypes = FUSED_DTYPES
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        return None
+
+    def uses_lse(self, problem: MapPairs) -> bool:
+        """The tiled forward has a pass for row statistics, which log-sum-exps spare."""
+        from amflow_kernels.impl.triton import configs
+
+        device = configs.Device.of(problem.q.device)
+        return configs.strip(problem.Nk, problem.D, problem.q.dtype, device) is None
+
+    def saved_size(self, problem: Problem) -> int:
+        return sum(saved_sizes(problem))
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        from amflow_kernels.impl.triton import launch
+
+        return launch.am_flow(problem)
+
+    def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        from amflow_kernels.impl.triton import launch
+
+        return launch.am_flow_backward(problem, dflow, saved, needs)
+
+    def matmul(self, problem: MatmulProblem) -> Tensor:
+        from amflow_kernels.impl.triton import launch
+
+        return launch.am_flow_matmul(problem)
+
+    def matmul_backward(self, problem: MatmulProblem, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        from amflow_kernels.impl.triton import launch
+
+        return launch.am_flow_matmul_backward(problem, dy, needs)
+
+    def describe(self, problem: MapPairs | None = None) -> list[str]:
+        why_not = self.unavailable()
+        if why_not is not None:
+            return [f"triton kernels: not available: {why_not}"]
+        if problem is not None:
+            return [_describe_launch(problem)]
+        import triton
+
+        return [f"triton kernels: Triton {triton.__version__}" + (", interpreted" if interpreted() else "")]
 
 
-def am_flow(*arguments: Any) -> Tensor:
-    """As `launch.am_flow`."""
-    from amflow_kernels.impl.triton import launch
-
-    return launch.am_flow(*arguments)
-
-
-def am_flow_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `launch.am_flow_backward`."""
-    from amflow_kernels.impl.triton import launch
-
-    return launch.am_flow_backward(*arguments)
-
-
-def am_flow_matmul(*arguments: Any) -> Tensor:
-    """As `launch.am_flow_matmul`."""
-    from amflow_kernels.impl.triton import launch
-
-    return launch.am_flow_matmul(*arguments)
-
-
-def am_flow_matmul_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `launch.am_flow_matmul_backward`."""
-    from amflow_kernels.impl.triton import launch
-
-    return launch.am_flow_matmul_backward(*arguments)
-
-
-def uses_lse(q: Tensor, k: Tensor) -> bool:
-    """Whether the forward has a pass for row statistics, which log-sum-exps spare."""
+def _describe_launch(problem: MapPairs) -> str:
+    """How the forward and the backward of a problem without a head reduction are launched."""
     from amflow_kernels.impl.triton import configs
 
-    return configs.strip(k.shape[-2], q.shape[-1], q.dtype, configs.Device.of(q.device)) is None
-
-
-def describe() -> list[str]:
-    """What `explain` says of the Triton kernels."""
-    why_not = unavailable()
-    if why_not is not None:
-        return [f"triton kernels: not available: {why_not}"]
-    import triton
-
-    return [f"triton kernels: Triton {triton.__version__}" + (", interpreted" if interpreted() else "")]
-
-
-def describe_launch(q: Tensor, k: Tensor) -> str:
-    """What `explain` says of the launches for q and k, without a head reduction."""
-    from amflow_kernels.impl.triton import configs
-
-    device, Nq, Nk, D = configs.Device.of(q.device), q.shape[-2], k.shape[-2], q.shape[-1]
-    strip = configs.strip(Nk, D, q.dtype, device)
+    Nq, Nk, D, dtype = problem.Nq, problem.Nk, problem.D, problem.q.dtype
+    device = configs.Device.of(problem.q.device)
+    strip = configs.strip(Nk, D, dtype, device)
     if strip is not None:
-        told = f"one pass, strips of {strip.rows} rows and {strip.KEY_TILES} x {strip.BLOCK_N} + {strip.REST} keys"
+        forward = f"one pass, strips of {strip.rows} rows and {strip.KEY_TILES} x {strip.BLOCK_N} + {strip.REST} keys"
     else:
-        tiles = (configs.config(name, D, q.dtype, device) for name in ("rows", "weights", "fwd"))
-        told = "three passes, tiles of " + ", ".join(f"{tile.BLOCK_M} x {tile.BLOCK_N}" for tile in tiles)
-    fits = (("bwd_strip_q", Nk), ("bwd_strip_k", Nq))
-    by_strips = all(configs.gradient_strip(kernel, n, D, q.dtype) is not None for kernel, n in fits)
+        tiles = (configs.config(name, D, dtype, device) for name in ("rows", "weights", "fwd"))
+        forward = "three passes, tiles of " + ", ".join(f"{tile.BLOCK_M} x {tile.BLOCK_N}" for tile in tiles)
+    kernels = (("bwd_strip_q", Nk), ("bwd_strip_k", Nq))
+    by_strips = all(configs.gradient_strip(kernel, n, D, dtype) is not None for kernel, n in kernels)
     backward = "two passes by strips" if by_strips else "three passes by tiles"
-    return f"forward in {told}; backward in {backward}; configurations for sm_{device.sm}"
+    return f"forward in {forward}; backward in {backward}; configurations for sm_{device.sm}"

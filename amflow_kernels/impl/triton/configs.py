@@ -6,6 +6,7 @@ Chosen from what the compiler makes of them (docs/compile_report.md), not measur
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Device:
         """A GPU as its driver describes it; for the interpreter on a CPU an H100, but with one multiprocessor."""
         if device.type != "cuda":
             return Device(90, 232448, 1)
-        found = torch.cuda.get_device_properties(device)
+        found: Any = torch.cuda.get_device_properties(device)
         return Device(
             architecture(found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count
         )

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amflow_kernels.impl.gpu import empty_gradients, less_mean, saved_sizes
+from amflow_kernels.impl.base import empty_gradients
+from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
+from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 LARGEST_FEATURES = 64  # columns of x that one program multiplies
@@ -27,29 +29,20 @@ TINY = torch.finfo(torch.float32).tiny
 class _Problem:
     """One call's arguments in the form that the kernels take."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_b: Tensor | None,
-        k_b: Tensor | None,
-        scale: float,
-        lag: int,
-        temperature: float,
-        head_reduction: str,
-        saved: Tensor,
-    ) -> None:
+    def __init__(self, problem: MapPairs, saved: Tensor) -> None:
+        q, k, q_b, k_b = problem.frames
+        scale = problem.logit_scale
         self.B, self.T, self.H = q.shape[:3]
         self.G = q.shape[3] if q.dim() == 6 else 1
-        self.Nq, self.Nk, self.D = q.shape[-2], k.shape[-2], q.shape[-1]
-        self.P = self.T - lag
+        self.Nq, self.Nk, self.D = problem.Nq, problem.Nk, problem.D
+        self.P = problem.P
         self.scale = scale
-        self.mean_map = head_reduction == "mean_map"
+        self.mean_map = isinstance(problem, Problem) and problem.head_reduction == "mean_map"
         self.Z = 1 if self.mean_map else self.H
         self.q = q
-        self.pair = q_b is not None
-        self.step = self.P if self.pair else lag
-        *statistics, self.e_sum = saved.split(saved_sizes(q, self.pair, lag, head_reduction))
+        self.pair = problem.pair
+        self.step = self.P if self.pair else problem.lag
+        *statistics, self.e_sum = saved.split(saved_sizes(problem))
         tensors = [q, k]
         self.first = self.second = self._frames(q, k, *statistics[:2])
         if q_b is not None and k_b is not None:
@@ -57,7 +50,16 @@ class _Problem:
             self.second = self._frames(q_b, k_b, *statistics[2:])
         scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would make NaN of -inf
         self.pairs = Pairs(
-            self.P, lag, self.step, self.Z, self.H, self.G, self.Nq, self.Nk, scale_log2, 1 / temperature
+            self.P,
+            problem.shift,
+            self.step,
+            self.Z,
+            self.H,
+            self.G,
+            self.Nq,
+            self.Nk,
+            scale_log2,
+            1 / problem.temperature,
         )
         self.device = configs.Device.of(q.device)
         self.common = {
@@ -68,7 +70,7 @@ class _Problem:
             "enable_fp_fusion": True,  # of products into sums: where bits matter, kernels say so (`maps.product`)
         }
         self.product = {**self.common, "PRECISION": _precision(q)}
-        self.options = {"MEAN_MAP": self.mean_map, "SHARP": temperature < 1}
+        self.options = {"MEAN_MAP": self.mean_map, "SHARP": problem.temperature < 1}
 
     def _frames(self, q: Tensor, k: Tensor, row_max: Tensor, row_norm: Tensor) -> Frames:
         return Frames(q, k, _strides(q), _strides(k), row_max, row_norm, self.T)
@@ -195,101 +197,60 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[st
     kernel[(programs,)](*arguments, **options)
 
 
-def am_flow(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    center: bool,
-    lse: Tensor | None,
-    lse_b: Tensor | None,
-    saved: Tensor,
-) -> Tensor:
-    pb = _Problem(q, k, q_b, k_b, scale, lag, temperature, head_reduction, saved)
-    base = 0.0 if center else pb.Nq / pb.Nk
-    mean = head_reduction == "mean"
-    shape = (pb.B, pb.P, *([] if pb.mean_map else [pb.H]), *q.shape[3:-2], pb.Nk)
-    flow = torch.empty(shape, dtype=torch.float32, device=q.device)
-    with _on(q):
-        config = None if pb.mean_map else configs.strip(pb.Nk, pb.D, q.dtype, pb.device)
+def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The flow, and the statistics that its backward takes."""
+    saved = new_saved(problem)
+    pb = _Problem(problem, saved)
+    base = 0.0 if problem.center else pb.Nq / pb.Nk
+    mean = problem.head_reduction == "mean"
+    shape = (pb.B, pb.P, *([] if pb.mean_map else [pb.H]), *pb.q.shape[3:-2], pb.Nk)
+    flow = torch.empty(shape, dtype=torch.float32, device=pb.q.device)
+    with _on(pb.q):
+        config = None if pb.mean_map else configs.strip(pb.Nk, pb.D, pb.q.dtype, pb.device)
         if config is not None:
             pb.strip_forward(config, flow, 0.0 if mean else base)
         else:
-            pb.tiled_forward(lse, lse_b, flow, 0.0 if mean else base)
-    return flow.mean(HEADS).add_(base) if mean else flow
+            pb.tiled_forward(problem.lse, problem.lse_b, flow, 0.0 if mean else base)
+    return flow.mean(HEADS).add_(base) if mean else flow, saved
 
 
-def am_flow_backward(
-    dflow: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    scale: float,
-    lag: int,
-    temperature: float,
-    head_reduction: str,
-    needs: Sequence[bool],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pb = _Problem(q, k, q_b, k_b, scale, lag, temperature, head_reduction, saved)
-    dq, dk, dq_b, dk_b = empty_gradients((q, k, q_b, k_b), needs)
-    g = less_mean(dflow)
-    if head_reduction == "mean":
+def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """dq, dk, dq_b, dk_b; without elements where `needs` is False."""
+    pb = _Problem(problem, saved)
+    q = problem.q
+    dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
+    g = subtract_mean(dflow)
+    if problem.head_reduction == "mean":
         g = (g / pb.H).unsqueeze(HEADS).expand(pb.B, pb.P, pb.H, *g.shape[2:])
     elif pb.mean_map:
         g = g.unsqueeze(HEADS)
     if q.dim() == 5:
         g = g.unsqueeze(-2)
     with _on(q):
-        if _strips_backward(pb, g, scale, (dq, dk, dq_b, dk_b)):
+        if _strips_backward(pb, g, pb.scale, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
         rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
         d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
-        _tiled_backward(pb, d, scale, (dq, dk, dq_b, dk_b), FLOW)
+        _tiled_backward(pb, d, pb.scale, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
 
 
-def am_flow_matmul(
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    x: Tensor,
-    scale: float,
-    lag: int,
-    temperature: float,
-    transpose: bool,
-    softmax: bool,
-) -> Tensor:
-    pb = _matmul_problem(q, k, q_b, k_b, scale, lag, temperature)
-    with _on(q):
+def am_flow_matmul(problem: MatmulProblem) -> Tensor:
+    """The motion operator times x."""
+    pb = _matmul_problem(problem)
+    with _on(pb.q):
         pb.row_statistics(None, None)
-        return pb.times(x, transpose, softmax, pb.weights() if softmax else None)
+        w = pb.weights() if problem.softmax else None
+        return pb.times(problem.x, problem.transpose, problem.softmax, w)
 
 
-def am_flow_matmul_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_b: Tensor | None,
-    k_b: Tensor | None,
-    x: Tensor,
-    scale: float,
-    lag: int,
-    temperature: float,
-    transpose: bool,
-    softmax: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pb = _matmul_problem(q, k, q_b, k_b, scale, lag, temperature)
-    dq, dk, dq_b, dk_b = empty_gradients((q, k, q_b, k_b), needs[:4])
+def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """dq, dk, dq_b, dk_b, dx; without elements where `needs` is False."""
+    pb = _matmul_problem(problem)
+    x, transpose, softmax = problem.x, problem.transpose, problem.softmax
+    dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs[:4])
     dx = x.new_empty(0)
-    with _on(q):
+    with _on(pb.q):
         pb.row_statistics(None, None)
         w = pb.weights() if softmax else None
         if needs[4]:
@@ -300,17 +261,15 @@ def am_flow_matmul_backward(
             if softmax:  # a constant in a column has no effect: without it v that are equal for all keys give exactly 0
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
             u, v = u.float().contiguous(), v.contiguous()
-            rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
+            rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=pb.q.device)
             d = backward.Gradient(u, (0, 0, 0, 0), u, v, *rows)
-            _tiled_backward(pb, d, scale, (dq, dk, dq_b, dk_b), {"C": x.shape[-1], "SOFTMAX": softmax})
+            _tiled_backward(pb, d, pb.scale, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
     return dq, dk, dq_b, dk_b, dx
 
 
-def _matmul_problem(
-    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, scale: float, lag: int, temperature: float
-) -> _Problem:
-    saved = q.new_empty(sum(saved_sizes(q, q_b is not None, lag, "none")), dtype=torch.float32)
-    return _Problem(q, k, q_b, k_b, scale, lag, temperature, "none", saved)
+def _matmul_problem(problem: MatmulProblem) -> _Problem:
+    saved = problem.q.new_empty(sum(saved_sizes(problem)), dtype=torch.float32)
+    return _Problem(problem, saved)
 
 
 def _tiled_backward(

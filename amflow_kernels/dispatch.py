@@ -1,0 +1,140 @@
+"""Which implementation runs, and why."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amflow_kernels.impl.base import Implementation
+from amflow_kernels.impl.cpu import Cpu
+from amflow_kernels.impl.cuda import Cuda
+from amflow_kernels.impl.reference import Reference
+from amflow_kernels.impl.triton import Triton
+from amflow_kernels.problem import MapPairs, Problem
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": Reference(),
+    "cpu": Cpu(),
+    "triton": Triton(),
+    "cuda": Cuda(),
+}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, for impl=None
+_LAST_RESORT = "reference"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs for a problem, and why."""
+
+    name: str
+    reason: str
+    fallback: bool  # a fused kernel was expected here and could not be had
+
+
+def check_impl(impl: str | None, problem: MapPairs | None) -> None:
+    """Raises ValueError unless `impl` is None, or names an implementation that can take such a problem."""
+    if impl is None:
+        return
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected None or one of {tuple(IMPLEMENTATIONS)}, got {impl!r}")
+    reason = IMPLEMENTATIONS[impl].unsupported(problem) if problem is not None else None
+    if reason:
+        raise ValueError(f"impl={impl!r}: {reason}")
+
+
+def choose(problem: MapPairs, impl: str | None) -> Choice:
+    """The implementation for a problem. Raises RuntimeError if the one asked for can't run here."""
+    if impl is not None:
+        why_not = IMPLEMENTATIONS[impl].unavailable()
+        if why_not:
+            raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
+        return Choice(impl, "asked for", fallback=False)
+    device, dtype = problem.q.device.type, problem.q.dtype
+    reasons: list[str] = []
+    for name in _PREFERENCE.get(device, ()):
+        candidate = IMPLEMENTATIONS[name]
+        why_not = candidate.unsupported(problem) or candidate.not_chosen(problem) or candidate.unavailable()
+        if why_not is None:
+            return Choice(name, "; ".join([f"fused kernel for {device} and {dtype}", *reasons]), fallback=False)
+        reasons.append(f"{name}: {why_not}")
+    if dtype == torch.float64:
+        return Choice(_LAST_RESORT, "float64 is computed by the reference", fallback=False)
+    reasons = reasons or [f"no fused kernel for {device}"]
+    return Choice(_LAST_RESORT, "; ".join(reasons), fallback=True)
+
+
+_warned: set[str] = set()
+
+
+def implementation(problem: MapPairs, impl: str | None) -> Implementation:
+    """The implementation that runs for a problem. Warns where it is the reference for want of a fused kernel."""
+    choice = choose(problem, impl)
+    if choice.fallback and choice.reason not in _warned:
+        _warned.add(choice.reason)
+        warnings.warn(
+            "amflow_kernels: no fused kernel here, the eager reference runs and forms the attention maps "
+            f"({choice.reason}). impl='reference' asks for it without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return IMPLEMENTATIONS[choice.name]
+
+
+def backward_implementation(problem: MapPairs, impl: str | None) -> Implementation:
+    """The implementation of the backward of what `implementation` gives."""
+    chosen = implementation(problem, impl)
+    return chosen if chosen.backward_by is None else IMPLEMENTATIONS[chosen.backward_by]
+
+
+def saved_size(problem: Problem, impl: str | None) -> int:
+    """Elements of what a forward saves. Traced code must know it: it does not depend on what is available here."""
+    if impl is not None:
+        return IMPLEMENTATIONS[impl].saved_size(problem)
+    candidates = (IMPLEMENTATIONS[name] for name in _PREFERENCE.get(problem.q.device.type, ()))
+    return max((c.saved_size(problem) for c in candidates if c.unsupported(problem) is None), default=0)
+
+
+def uses_lse(problem: MapPairs, impl: str | None) -> bool:
+    """Whether the forward would be faster with the rows' log-sum-exps. Traced code can't tell: no."""
+    return not torch.compiler.is_compiling() and IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs and why; `print` it. `impl` and `reason` are None unless tensors were given."""
+
+    impl: str | None
+    reason: str | None
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | None = None) -> Explanation:
+    """Which implementation runs for q and k, and why; without tensors, what is available on this machine.
+
+    Builds the native library if it was not built yet. Raises what `am_flow` would raise for such q and k, or if `impl`
+    can't run.
+    """
+    check_impl(impl, None)
+    lines: list[str] = []
+    choice = None
+    if q is not None:
+        problem = MapPairs(q, q if k is None else k)
+        check_impl(impl, problem)
+        choice = choose(problem, impl)
+        lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
+        lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
+        lines += IMPLEMENTATIONS[choice.name].describe(problem)
+    lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for each in IMPLEMENTATIONS.values():
+        lines += each.describe()
+    return Explanation(choice.name if choice else None, choice.reason if choice else None, tuple(lines))
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
