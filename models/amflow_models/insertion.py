@@ -1,4 +1,4 @@
-"""Adapters into a model: where which kind goes, and more of them later."""
+"""Inserting adapters into a model: which block gets which kind, and more AM flow later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from amflow_models.blocks import AdaptedBlock, AdapterOptions, find_blocks
+from amflow_kernels.integrations.blocks import find_blocks, select_blocks
+from amflow_models.blocks import AdaptedBlock, AdapterOptions
 from amflow_models.errors import check_known
 
 PLACEMENTS = ("none", "first_last", "all", "third_stage")
@@ -17,12 +18,12 @@ PLACEMENTS = ("none", "first_last", "all", "third_stage")
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `add_adapters` did to a model.
+    """The adapters of a model and its trainable parameters.
 
     Attributes:
-        temporal: blocks with a temporal processing adapter, from 0.
-        ordinary: blocks with an ordinary adapter.
-        trainable: name and number of elements of each parameter that trains.
+        temporal: indices of the blocks with a temporal processing adapter, from 0.
+        ordinary: indices of the blocks with an ordinary adapter.
+        trainable: {name: number of elements} of the trainable parameters.
         total: number of elements of all parameters.
     """
 
@@ -36,24 +37,25 @@ class AdapterReport:
         for name, count in self.trainable.items():
             part = next((p for p in ("unit", "gate", "align", "adapter") if f".{p}." in f".{name}"), name)
             parts[part] = parts.get(part, 0) + count
-        trains = sum(parts.values())
+        trainable = sum(parts.values())
         return "\n".join([
             f"temporal adapters in blocks {_ranges(self.temporal)}, ordinary in {_ranges(self.ordinary)}",
-            f"trainable: {trains:,} of {self.total:,} parameters ({trains / self.total:.1%})",
+            f"trainable: {trainable:,} of {self.total:,} parameters ({trainable / self.total:.1%})",
             *(f"  {part:<10}{count:>12,}" for part, count in parts.items()),
         ])  # fmt: skip
 
 
 def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
-    """The indices of the blocks that a placement names, from 0.
+    """The sorted indices of the blocks in a placement, from 0.
 
     Args:
-        blocks: ``"none"``; ``"first_last"`` (the paper's for Toyota Smarthome); ``"all"`` (AM/12 on a ViT-B);
+        model: the model, as `add_adapters` takes it.
+        blocks: ``"none"``; ``"first_last"`` (the paper's placement for Toyota Smarthome); ``"all"`` (AM/12 on a ViT-B);
             ``"third_stage"``, for hierarchical backbones (our reading of AM/16 on Hiera-B: blocks 5 to 20); or indices.
 
     Raises:
-        TypeError: neither a name nor whole numbers.
-        ValueError: no such placement or block, or no stages.
+        TypeError: `blocks` is neither a name nor whole numbers, or the model has no list of blocks.
+        ValueError: an unknown placement, an index out of range, or ``"third_stage"`` of a model without stages.
     """
     path, block_list = find_blocks(model)
     count = len(block_list)
@@ -69,10 +71,7 @@ def placement(model: nn.Module, blocks: str | Iterable[int]) -> tuple[int, ...]:
         chosen = [index(block) for block in iter(blocks)]
     except TypeError:
         raise TypeError(f"blocks: expected the name of a placement or whole numbers, got {blocks!r}") from None
-    for number in chosen:
-        if number not in range(count):
-            raise ValueError(f"blocks: expected indices from 0 to {count - 1}, got {number}")
-    return tuple(sorted(set(chosen)))
+    return tuple(select_blocks(chosen, count))
 
 
 def add_adapters(
@@ -86,24 +85,24 @@ def add_adapters(
 ) -> AdapterReport:
     """Freezes a model and puts an adapter into each of its transformer blocks, in place.
 
-    The model's output does not change by a bit until the adapters are trained. It takes frames folded into the batch,
-    those of a clip side by side.
+    Until the adapters are trained, not a bit of the model's output changes. The model takes frames folded into the
+    batch, (B * T, ...), the frames of a clip side by side.
 
     Args:
-        model: anything with a list of transformer blocks (called blocks, layers, layer or resblocks). Those with AM
+        model: any model with a list of transformer blocks (called blocks, layers, layer or resblocks). Blocks with AM
             flow must call ``scaled_dot_product_attention`` once, without a mask.
         num_frames: T, frames of a clip.
-        blocks: which get AM flow and a temporal unit, see `placement`.
-        others: whether the others get an ordinary adapter.
+        blocks: the blocks that get AM flow and a temporal unit, see `placement`.
+        others: whether the other blocks get an ordinary adapter.
         verbose: print the report.
         options: the other attributes of `AdapterOptions`.
 
     Returns:
-        The report, which prints the trainable parameters.
+        The report, whose text lists the trainable parameters.
 
     Raises:
-        TypeError: no list of blocks or several, or blocks without a LayerNorm or linear layers.
-        ValueError: an unknown placement or option (the nearest known one is named), or a model with adapters.
+        TypeError: the model has no list of blocks or several, or blocks without a LayerNorm or linear layers.
+        ValueError: an unknown placement or option (the nearest known one is named), or the model has adapters already.
     """
     for option in options:
         check_known("option", option, [field.name for field in fields(AdapterOptions)])
@@ -113,13 +112,13 @@ def add_adapters(
     if any(isinstance(block, AdaptedBlock) for block in block_list):
         raise ValueError("model: has adapters already; grow_am_flow gives more blocks AM flow")
     adapted = {
-        place: AdaptedBlock(block, settings, temporal=place in chosen, name=f"{path}.{place}")
-        for place, block in enumerate(block_list)
-        if others or place in chosen
+        number: AdaptedBlock(block, settings, temporal=number in chosen, name=f"{path}.{number}")
+        for number, block in enumerate(block_list)
+        if others or number in chosen
     }
     model.requires_grad_(False)
-    for place, block in adapted.items():
-        block_list[place] = block.train(block.block.training)
+    for number, block in adapted.items():
+        block_list[number] = block.train(block.block.training)
     report = report_of(model)
     if verbose:
         print(report)
@@ -127,28 +126,32 @@ def add_adapters(
 
 
 def grow_am_flow(model: nn.Module, blocks: str | Iterable[int] = "all", *, verbose: bool = True) -> AdapterReport:
-    """Gives more blocks of an adapted model AM flow and a temporal unit, in place: staged training.
+    """Gives more blocks of an adapted model AM flow and a temporal unit, in place, for staged training.
 
-    Some backbones do not converge with AM flow in all blocks at once (supplement E): train with a few first and last
-    ones, then grow. What is trained stays as it is, bit for bit, and what is new starts at identity, so the output does
-    not change.
+    Some backbones do not converge with AM flow in all blocks at once (supplement E of the paper): train with a few
+    first and last blocks, then grow. Trained parameters do not change by a bit, and new parts start as the identity, so
+    the output does not change.
 
     Args:
-        model: as `add_adapters` left it, trained or not.
-        blocks: which are to have AM flow, besides those that do; see `placement`.
+        model: a model with adapters, trained or not.
+        blocks: the blocks that get AM flow, besides those that have it; see `placement`.
+        verbose: print the report.
+
+    Returns:
+        The report of the grown model.
 
     Raises:
-        ValueError: the model has no adapters, or there is no such placement.
+        ValueError: the model has no adapters, or an unknown placement or block.
     """
     path, block_list = find_blocks(model)
-    grown = [block for block in block_list if isinstance(block, AdaptedBlock)]
-    if not grown:
+    adapted = [block for block in block_list if isinstance(block, AdaptedBlock)]
+    if not adapted:
         raise ValueError("model: expected one that add_adapters was called on, found no adapters")
-    for place in placement(model, blocks):
-        block: Any = block_list[place]
+    for number in placement(model, blocks):
+        block: Any = block_list[number]
         if not isinstance(block, AdaptedBlock):
-            block = AdaptedBlock(block, grown[0].options, temporal=False, name=f"{path}.{place}")
-            block_list[place] = block.train(block.block.training)
+            block = AdaptedBlock(block, adapted[0].options, temporal=False, name=f"{path}.{number}")
+            block_list[number] = block.train(block.block.training)
         if not block.temporal:
             block.make_temporal(at_identity=True)
     report = report_of(model)
@@ -158,11 +161,11 @@ def grow_am_flow(model: nn.Module, blocks: str | Iterable[int] = "all", *, verbo
 
 
 def report_of(model: nn.Module) -> AdapterReport:
-    """What trains in a model with adapters."""
-    found = [(i, b.temporal) for i, b in enumerate(find_blocks(model)[1]) if isinstance(b, AdaptedBlock)]
+    """The report of a model with adapters."""
+    adapted = [(i, b.temporal) for i, b in enumerate(find_blocks(model)[1]) if isinstance(b, AdaptedBlock)]
     return AdapterReport(
-        tuple(place for place, temporal in found if temporal),
-        tuple(place for place, temporal in found if not temporal),
+        tuple(number for number, temporal in adapted if temporal),
+        tuple(number for number, temporal in adapted if not temporal),
         {name: p.numel() for name, p in model.named_parameters() if p.requires_grad},
         sum(p.numel() for p in model.parameters()),
     )

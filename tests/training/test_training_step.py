@@ -1,4 +1,4 @@
-"""The benchmark of a training step: every model it compares runs, and is what its label says."""
+"""The benchmark of a training step runs for every model that it compares."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from benchmarks import training_step
 
 
 @pytest.mark.parametrize("name", training_step.MODELS)
-def test_calls(name: str) -> None:
-    """Inference gives logits, a step nothing; twice, since the optimizer has a state after the first."""
+def test_inference_gives_logits_and_steps_can_repeat(name: str) -> None:
+    """A step runs twice, since the optimizer has a state only after the first."""
     logits = training_step.prepare(name, "inference", 28, 2)()
     assert logits.shape == (1, training_step.CLASSES)
     step = training_step.prepare(name, "training step", 28, 2)
     assert step() is step() is None
 
 
-def test_table() -> None:
+def test_the_table_has_a_row_for_each_model() -> None:
     rows = [
         {"model": "am_flow", "kind": kind, "median": 0.5, "to_constant": 1.1, "bytes": 2e6}
         for kind in training_step.KINDS

@@ -1,4 +1,4 @@
-"""What was trained, in a file: adapters and head, without the frozen backbone."""
+"""Trained parameters in a file: adapters and head, without the frozen backbone."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from torch.distributed.tensor import DTensor
 
 from amflow_models.blocks import AdaptedBlock
 
-WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel, in names
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before names
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that require a gradient, by the name they have in the model itself.
+    """The parameters that require a gradient, by their names in the model without wrappers.
 
-    Those that processes hold a part of each are put together: all of these must call this.
+    Sharded parameters are gathered, so all processes must call this.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no parameter requires a gradient.
     """
-    state = {own_name(name): _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    state = {unwrapped_name(name): _gathered(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not state:
         raise ValueError(f"model: expected one with parameters that train, found none in {type(model).__name__}")
     return state
 
 
 def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes the parameters of a model that require a gradient to a safetensors file, and what its adapters are like.
+    """Writes the trainable parameters of a model and the options of its adapters to a safetensors file.
 
     Args:
-        state: what `trained_state` gave; None calls it.
+        model: the model.
+        path: the file.
+        state: the result of `trained_state`; None calls it.
 
     Raises:
-        ValueError: nothing in the model trains.
+        ValueError: no parameter of the model requires a gradient.
     """
     save_file(
         trained_state(model) if state is None else state, path, metadata={"adapters": json.dumps(_options(model))}
@@ -47,16 +49,16 @@ def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tens
 
 
 def load_trained(model: nn.Module, path: str | Path) -> None:
-    """Reads what `save_trained` wrote into a model made in the same way.
+    """Reads a file of `save_trained` into a model that was built with the same options.
 
     Raises:
-        ValueError: the file is not of this model: all missing and unexpected names, other shapes and other options are
-            listed; or it can't be read. The model is as it was then.
+        ValueError: the file can't be read, or does not fit the model: all missing and unexpected names, different
+            shapes and different options are listed. The model is unchanged then.
     """
-    own = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    own = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with safe_open(path, "pt") as file:
-            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
             options = json.loads((file.metadata() or {}).get("adapters", "null"))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
@@ -76,28 +78,29 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{path}: does not hold what trains in this {type(model).__name__}. {told}")
+        message = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"{path}: does not hold what trains in this {type(model).__name__}. {message}")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(loaded[name])
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
+def _gathered(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).contiguous()
 
 
-def own_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         name = name.removeprefix(wrapper)
     return name
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
-    """What the results depend on besides parameters and their names."""
+    """The adapter options that results depend on besides the parameters and their names."""
     options = next((block.options for block in model.modules() if isinstance(block, AdaptedBlock)), None)
     if options is None:
         return {}
-    named = asdict(options) | {"activation": options.activation.__name__}
-    del named["impl"]
-    return named
+    saved = asdict(options) | {"activation": options.activation.__name__}
+    del saved["impl"]
+    return saved

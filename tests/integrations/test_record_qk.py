@@ -1,59 +1,33 @@
-"""`record_qk`: q and k are those that the layer's attention uses, and the model does not notice."""
+"""`record_qk`: the recorded q and k are those that the layer's attention uses, and the model is unaffected."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import timm
 import torch
+from small_models import HEAD_DIM, HEADS, TINY, VITS, images, is_untouched, make, small
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
 from amflow_kernels import am_flow
 from amflow_kernels.integrations.timm import record_qk
 
-HEADS, HEAD_DIM = 3, 16
-TINY = {"pretrained": False, "num_classes": 0, "depth": 3, "embed_dim": 48, "num_heads": HEADS, "img_size": 56}
-MODELS = {
-    "plain": ("vit_small_patch14_dinov2", TINY),
-    "registers": ("vit_small_patch14_reg4_dinov2", TINY),
-    "qk_norm": ("vit_small_patch14_dinov2", {**TINY, "qk_norm": True}),
-    "eva02": ("eva02_tiny_patch14_224", TINY),  # rotary embedding, separate biases
-    "dinov3": ("vit_small_patch16_dinov3", {**TINY, "img_size": 64}),  # rotary embedding, registers
-}
 
-
-def make(model_name: str, noise: float = 0.2, **options: object) -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model(model_name, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # fresh layers attend almost evenly, and their norms do nothing
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture(params=MODELS)
-def vit(request: pytest.FixtureRequest) -> nn.Module:
-    model_name, options = MODELS[request.param]
-    return make(model_name, **options)
+@pytest.fixture(params=VITS)
+def vit(request: pytest.FixtureRequest) -> Any:
+    return small(request.param)
 
 
 @pytest.fixture
-def plain() -> nn.Module:
-    return make("vit_small_patch14_dinov2", **TINY)
-
-
-def images(vit: nn.Module, count: int = 4) -> Tensor:
-    size = vit.patch_embed.img_size[0]
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def is_untouched(vit: nn.Module) -> bool:
-    return not any("forward" in module.__dict__ for module in vit.modules())
+def plain() -> Any:
+    return small("plain")
 
 
 @torch.no_grad()
-def test_output_is_bitwise_unchanged(vit: nn.Module) -> None:
-    x = images(vit)
+def test_recording_changes_no_bit_of_the_output(vit: Any) -> None:
+    x = images(vit, 4)
     expected = vit(x)
     with record_qk(vit):
         assert torch.equal(vit(x), expected)
@@ -62,14 +36,14 @@ def test_output_is_bitwise_unchanged(vit: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_q_and_k_are_what_the_attention_uses(vit: nn.Module) -> None:
+def test_q_and_k_are_what_the_attention_uses(vit: Any) -> None:
     """softmax(q k^T) v is what enters the output projection, with v computed from the layer's own weights."""
     layer_in, projection_in = [], []
     for block in vit.blocks:
         block.attn.register_forward_pre_hook(lambda module, args: layer_in.append(args[0]))
         block.attn.proj.register_forward_pre_hook(lambda module, args: projection_in.append(args[0]))
     with record_qk(vit) as qk:
-        vit(images(vit))
+        vit(images(vit, 4))
     assert list(qk) == [0, 1, 2]
     for block, x, expected, (q, k) in zip(vit.blocks, layer_in, projection_in, qk.values(), strict=True):
         bias = block.attn.qkv.bias
@@ -82,25 +56,25 @@ def test_q_and_k_are_what_the_attention_uses(vit: nn.Module) -> None:
         torch.testing.assert_close(
             (maps @ v.double()).transpose(1, 2).flatten(2), expected.double(), rtol=1e-5, atol=1e-5
         )
-        assert maps.std() > 1e-2  # else any q and k would have passed
+        assert maps.std() > 1e-2  # with uniform maps any q and k would pass
 
 
 @torch.no_grad()
-def test_q_and_k_are_after_the_norm() -> None:
+def test_q_and_k_are_recorded_after_their_norm() -> None:
     vit = make("vit_small_patch14_dinov2", **{**TINY, "qk_norm": True})
     normed = []
     vit.blocks[1].attn.q_norm.register_forward_hook(lambda module, args, out: normed.append(out))
     vit.blocks[1].attn.k_norm.register_forward_hook(lambda module, args, out: normed.append(out))
     with record_qk(vit, blocks=[1]) as qk:
-        vit(images(vit))
+        vit(images(vit, 4))
     assert qk[1][0] is normed[0]
     assert qk[1][1] is normed[1]
 
 
 @torch.no_grad()
-def test_am_flow_of_the_recorded_views(plain: nn.Module) -> None:
+def test_recorded_q_and_k_are_views_that_am_flow_takes(plain: Any) -> None:
     with record_qk(plain, blocks=[2]) as qk:
-        plain(images(plain, count=6))
+        plain(images(plain, 6))
     q, k = (x.unflatten(0, (2, 3)) for x in qk[2])
     assert q._base is not None  # a view of the fused qkv, not a copy
     flow = am_flow(q, k)
@@ -109,17 +83,17 @@ def test_am_flow_of_the_recorded_views(plain: nn.Module) -> None:
     torch.testing.assert_close(flow.double(), expected, rtol=0, atol=5e-7)
 
 
-def test_gradients_flow_through_the_recorded_tensors(plain: nn.Module) -> None:
+def test_gradients_flow_through_the_recorded_tensors(plain: Any) -> None:
     with record_qk(plain, blocks=[2]) as qk:
-        plain(images(plain))
+        plain(images(plain, 4))
     q, k = (x.unflatten(0, (1, 4)) for x in qk[2])
     am_flow(q, k, impl="reference").square().sum().backward()
     assert plain.blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
 @torch.no_grad()
-def test_selected_blocks_only_and_the_last_forward_counts(plain: nn.Module) -> None:
-    x = images(plain)
+def test_only_selected_blocks_are_recorded_and_a_second_forward_replaces_them(plain: Any) -> None:
+    x = images(plain, 4)
     with record_qk(plain, blocks=(2, 0)) as qk:
         assert qk == {}
         plain(x)
@@ -131,9 +105,9 @@ def test_selected_blocks_only_and_the_last_forward_counts(plain: nn.Module) -> N
 
 
 @torch.no_grad()
-def test_a_block_that_is_itself_the_attention_layer() -> None:
+def test_a_block_may_be_its_own_attention_layer() -> None:
     vit = make("vit_small_patch14_dinov2", **TINY, block_fn=ParallelScalingBlock)
-    x = images(vit)
+    x = images(vit, 4)
     expected = vit(x)
     with record_qk(vit) as qk:
         assert torch.equal(vit(x), expected)
@@ -141,7 +115,7 @@ def test_a_block_that_is_itself_the_attention_layer() -> None:
 
 
 @torch.no_grad()
-def test_nested_recordings_and_an_existing_forward_are_restored(plain: nn.Module) -> None:
+def test_nested_recordings_restore_an_existing_forward(plain: Any) -> None:
     attn = plain.blocks[1].attn
     calls = []
     original = attn.forward
@@ -153,7 +127,7 @@ def test_nested_recordings_and_an_existing_forward_are_restored(plain: nn.Module
     attn.forward = own_forward
     with record_qk(plain) as outer:
         with record_qk(plain, blocks=[1]) as inner:
-            plain(images(plain))
+            plain(images(plain, 4))
         assert inner[1][0] is outer[1][0]
     assert attn.forward is own_forward
     assert len(calls) == 1
@@ -161,15 +135,15 @@ def test_nested_recordings_and_an_existing_forward_are_restored(plain: nn.Module
     assert is_untouched(plain)
 
 
-def test_model_is_restored_after_an_exception_in_the_block(plain: nn.Module) -> None:
+def test_model_is_restored_after_an_exception_in_the_block(plain: Any) -> None:
     with pytest.raises(KeyError, match="mine"), record_qk(plain):  # and not "no q and k seen"
         raise KeyError("mine")
     assert is_untouched(plain)
 
 
 @torch.no_grad()
-def test_model_is_restored_after_an_exception_in_the_forward(plain: nn.Module) -> None:
-    x = images(plain)
+def test_model_is_restored_after_an_exception_in_the_forward(plain: Any) -> None:
+    x = images(plain, 4)
     expected = plain(x)
 
     def fail(module: nn.Module, args: object) -> None:
@@ -184,7 +158,7 @@ def test_model_is_restored_after_an_exception_in_the_forward(plain: nn.Module) -
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mixer_s32_224"])
-def test_model_without_attention_blocks(name: str) -> None:
+def test_models_without_attention_blocks_are_refused(name: str) -> None:
     model = timm.create_model(name, pretrained=False, num_classes=0)
     with (
         pytest.raises(TypeError, match=r"model: expected a timm vision transformer.*(ResNet|MlpMixer)"),
@@ -194,7 +168,7 @@ def test_model_without_attention_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("block", [3, -1, 12])
-def test_unknown_block(plain: nn.Module, block: int) -> None:
+def test_block_indices_out_of_range_are_refused(plain: Any, block: int) -> None:
     with pytest.raises(ValueError, match=rf"blocks: expected indices from 0 to 2, got {block}"):  # noqa: SIM117
         with record_qk(plain, blocks=[0, block]):
             pass
@@ -202,18 +176,18 @@ def test_unknown_block(plain: nn.Module, block: int) -> None:
 
 
 @torch.no_grad()
-def test_a_block_that_did_not_run(plain: nn.Module) -> None:
+def test_a_block_that_did_not_run_raises(plain: Any) -> None:
     with pytest.raises(RuntimeError, match=r"no q and k seen in blocks\.1\.attn, blocks\.2\.attn"), record_qk(plain):
-        plain.forward_intermediates(images(plain), indices=[0], stop_early=True)
+        plain.forward_intermediates(images(plain, 4), indices=[0], stop_early=True)
     assert is_untouched(plain)
 
 
-def test_layer_that_is_not_fused(plain: nn.Module) -> None:
+def test_a_layer_with_fused_attention_switched_off_raises(plain: Any) -> None:
     plain.blocks[1].attn.fused_attn = False
     with pytest.raises(RuntimeError, match=r"blocks\.1\.attn.*`fused_attn` to True"), record_qk(plain):
         pass
-    with record_qk(plain, blocks=[0, 2]), torch.no_grad():  # the others can be read
-        plain(images(plain))
+    with record_qk(plain, blocks=[0, 2]), torch.no_grad():  # the other blocks can be read
+        plain(images(plain, 4))
 
 
 @torch.no_grad()
@@ -228,8 +202,8 @@ def test_layer_that_is_not_fused(plain: nn.Module) -> None:
         ),
     ],
 )
-def test_attention_of_another_kind(model_name: str, options: dict[str, object], message: str) -> None:
+def test_attention_with_bias_or_two_calls_raises(model_name: str, options: dict[str, object], message: str) -> None:
     vit = timm.create_model(model_name, **{**TINY, **options}).eval()
     with pytest.raises(RuntimeError, match=message), record_qk(vit):
-        vit(images(vit))
+        vit(images(vit, 4))
     assert is_untouched(vit)

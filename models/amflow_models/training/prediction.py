@@ -1,4 +1,4 @@
-"""A model's predictions for a list of videos."""
+"""Predictions of a model for a list of videos."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from amflow_models.training.loading import EvaluationBatches, loader
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of the videos that could be read, in the list's order.
+    """Predictions for the n videos that could be read, in the list's order.
 
     Attributes:
-        places: of the videos in the list, (n,).
-        probabilities: (n, classes), the mean over a video's views.
-        labels: (n,).
+        indices: indices of the videos in the list, int64 (n,).
+        probabilities: float32 (n, classes), the mean over a video's views.
+        labels: int64 (n,).
         loss: mean cross-entropy of the probabilities.
-        errors: what could not be read, and why.
+        errors: path and reason of each video that could not be read.
     """
 
-    places: Tensor
+    indices: Tensor
     probabilities: Tensor
     labels: Tensor
     loss: float
@@ -42,18 +42,23 @@ class Predictions:
 def predict(
     model: nn.Module, dataset: Any, config: Config, normalise: Images, accelerator: Accelerator, *, bar: bool = False
 ) -> Predictions:
-    """Predictions for every video of a data set; all processes call it and get the same.
+    """Predicts every video of a data set; all processes must call it, and get the same result.
 
     Args:
+        model: the model, on the accelerator's device.
+        dataset: a `VideoDataset` or `SyntheticDataset` for testing.
+        config: the config.
+        normalise: normalises clips for the model.
+        accelerator: the processes and their precision.
         bar: show progress on a terminal.
 
     Raises:
-        ValueError: no video could be read, or, with `data.strict`, one could not; a prediction is no number.
+        ValueError: no video could be read, or with `data.strict` one could not; or the model returned NaN.
     """
     batch, classes = config.evaluation.batch, config.data.num_classes
-    together = max(1, batch // accelerator.num_processes)  # clips that go through the model
+    together = max(1, batch // accelerator.num_processes)  # clips per call of the model
     batches = EvaluationBatches(len(dataset), batch, rank=accelerator.process_index, world=accelerator.num_processes)
-    found = torch.zeros(len(dataset), classes)
+    probabilities = torch.zeros(len(dataset), classes)
     labels = torch.zeros(len(dataset), dtype=torch.int64)
     read = torch.zeros(len(dataset), dtype=torch.bool)
     errors: list[str] = []
@@ -67,9 +72,9 @@ def predict(
         with accelerator.autocast():
             logits = torch.cat([model(normalise(some)).float() for some in clips.split(together)])
         mean = reduce(logits.softmax(-1), "(b v) k -> b k", "mean", v=part["clips"].shape[1])
-        told = (part[name].to(mean.device) for name in ("index", "label", "valid"))
-        places, known, valid, mean = (x.cpu() for x in accelerator.gather((*told, mean)))
-        found[places], labels[places], read[places] = mean, known, valid
+        own = (part[name].to(mean.device) for name in ("index", "label", "valid"))
+        indices, known, valid, mean = (x.cpu() for x in accelerator.gather((*own, mean)))
+        probabilities[indices], labels[indices], read[indices] = mean, known, valid
         errors += part["errors"]
     model.train(training)
     if accelerator.num_processes > 1:
@@ -79,8 +84,11 @@ def predict(
         raise ValueError(errors[0])
     if not read.any():
         raise ValueError(f"none of {len(dataset)} videos could be read; the first: {errors[0]}")
-    probabilities, labels = found[read], labels[read]
-    if not probabilities.isfinite().all():
-        raise ValueError("a prediction is no number: the model's weights or its precision can't be right")
+    indices, probabilities, labels = read.nonzero()[:, 0], probabilities[read], labels[read]
+    bad = indices[~probabilities.isfinite().all(1)].tolist()
+    if bad:
+        raise ValueError(
+            f"the model returned NaN for this clip: {dataset.name(bad[0])}; its weights or its precision can't be right"
+        )
     loss = cross_entropy(probabilities.clamp_min(1e-12).log(), labels).item()
-    return Predictions(read.nonzero()[:, 0], probabilities, labels, loss, errors)
+    return Predictions(indices, probabilities, labels, loss, errors)

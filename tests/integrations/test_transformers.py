@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.transformers import BlockFlow, record_am_flow
+from amflow_kernels.problem import Problem
 
 T = 3
 TINY = {
@@ -35,7 +36,7 @@ def make(name: str, implementation: str = "am_flow", **options: Any) -> Any:
     torch.manual_seed(0)
     model = model_class._from_config(config(**{**TINY, **own, **options}), attn_implementation=implementation).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # fresh layers attend almost evenly
+        for parameter in model.parameters():  # attention of freshly initialised layers is nearly uniform
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
@@ -68,8 +69,8 @@ def spied(name: str, x: Tensor, **options: Any) -> tuple[Tensor, list[tuple[Tens
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", [{}, {"lag": 2, "head_reduction": "mean", "center": True}], ids=str)
-def test_flows_are_of_the_layers_own_q_and_k(name: str, options: dict[str, Any]) -> None:
-    """Prefix tokens apart, the image on its grid; the output is that of "sdpa" to the bit, inside and outside."""
+def test_flows_are_those_of_each_layers_q_and_k(name: str, options: dict[str, Any]) -> None:
+    """Split into prefix and grid; the output is that of "sdpa" to the bit, inside and outside of recording."""
     x = images()
     expected, qk = spied(name, x)
     model = make(name)
@@ -87,7 +88,7 @@ def test_flows_are_of_the_layers_own_q_and_k(name: str, options: dict[str, Any])
 
 
 @torch.no_grad()
-def test_image_that_is_not_square() -> None:
+def test_images_need_not_be_square() -> None:
     model = make("dinov3")
     with record_am_flow(model, num_frames=T, blocks=[1]) as flows:
         model(images(height=56, width=84))
@@ -99,8 +100,7 @@ def loss(out: Any, flows: dict[int, BlockFlow]) -> Tensor:
     return result(out).square().mean() + sum(100 * flow.grid.square().mean() for flow in flows.values())
 
 
-def test_activation_checkpointing() -> None:
-    """Layers that run again in the backward record nothing; gradients agree."""
+def test_recomputation_records_nothing_and_gradients_agree() -> None:
     model = make("dinov2").train()
     grads = []
     for checkpointing in (False, True):
@@ -120,8 +120,8 @@ def test_activation_checkpointing() -> None:
 
 
 @torch.no_grad()
-def test_compiled_before() -> None:
-    """A compiled model is compiled anew when its flows are wanted; the old code serves after that."""
+def test_a_compiled_model_is_compiled_again_for_recording_only() -> None:
+    """Recording compiles other graphs; afterwards the first ones run again."""
     torch._dynamo.reset()
     counters.clear()
     model = make("dinov2")
@@ -142,9 +142,10 @@ def test_compiled_before() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_clip_of_full_size() -> None:
-    """CLIP-B/16 with random weights: every block within the budget, none with hardly any change."""
+def test_a_model_of_full_size_keeps_the_error_budget() -> None:
+    """CLIP-B/16 with random weights: every block changes, and stays within the budget."""
     torch.manual_seed(0)
     q_k = []
 
@@ -167,9 +168,9 @@ def test_clip_of_full_size() -> None:
         model(x)
     assert len(flows) == 12
     for (q, k), flow in zip(q_k, flows.values(), strict=True):
-        exact = tt.oracle_flow(q[None], k[None], center=True)
+        exact = tt.oracle_flow(Problem(q[None], k[None], center=True))
         assert exact.std() > 1e-4
-        assert (q.shape[-1] ** -0.5 * q @ k.mT).std() <= 6  # for which the budget is
+        assert (q.shape[-1] ** -0.5 * q @ k.mT).std() <= 6  # the range of the budget
         tt.assert_flow(torch.cat((flow.prefix, flow.grid.flatten(-2)), -1), exact, 197)
 
 
@@ -178,11 +179,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one frame": ({"num_frames": 1}, ValueError, r"num_frames: expected more than lag = 1"),
     "block": ({"blocks": [0, 3]}, ValueError, r"blocks: expected indices from 0 to 2, got 3"),
     "temperature": ({"temperature": 0.0}, ValueError, r"temperature: expected at least 1/64"),
+    "unknown": ({"centre": True}, TypeError, r"unexpected keyword argument 'centre'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(name: str) -> None:
+def test_bad_arguments_are_refused(name: str) -> None:
     options, error, message = BAD[name]
     model = make("vit")
     with pytest.raises(error, match=message), record_am_flow(model, **{"num_frames": T, **options}):
@@ -190,7 +192,7 @@ def test_bad_arguments(name: str) -> None:
     assert is_untouched(model)
 
 
-def test_other_models_and_implementations() -> None:
+def test_other_models_and_attention_implementations_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"its attention is 'sdpa'; .*attn_implementation='am_flow'"):  # noqa: SIM117
         with record_am_flow(make("vit", "sdpa"), num_frames=T):
             pass
@@ -201,14 +203,14 @@ def test_other_models_and_implementations() -> None:
                 pass
 
 
-def test_dropout_of_attention() -> None:
+def test_attention_with_dropout_is_refused() -> None:
     model = make("vit", attention_probs_dropout_prob=0.1).train()
     with pytest.raises(RuntimeError, match="mask or dropout"), record_am_flow(model, num_frames=T):
         model(images())
     assert is_untouched(model)
 
 
-def test_model_is_restored_after_an_exception_and_must_run() -> None:
+def test_the_model_is_restored_after_an_exception_and_must_run() -> None:
     model = make("vit")
     with pytest.raises(KeyError, match="mine"), record_am_flow(model, num_frames=T):
         raise KeyError("mine")
