@@ -62,9 +62,9 @@ class Library:
 CPU = Library(
     "amflow_native",
     "the CPU kernels, some 20 s",
-    ("bindings.cpp", "cpu"),
+    ("cpu",),
     {
-        "bindings.o": ("bindings.cpp", []),
+        "bindings.o": ("cpu/bindings.cpp", []),
         **{
             f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
             for source in ("am_flow", "matmul")
@@ -96,7 +96,7 @@ def source_dir() -> Path:
     """The C++ sources: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "csrc", package.parent / "csrc"):
-        if (candidate / "bindings.cpp").is_file():
+        if (candidate / "cpu" / "bindings.cpp").is_file():
             return candidate
     raise BuildError(f"the C++ sources are missing from {package}")
 

@@ -13,8 +13,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu/am_flow.h"
-#include "cpu/matmul.h"
+#include "am_flow.h"
+#include "matmul.h"
 
 namespace {
 
