@@ -80,9 +80,9 @@ CUDA = Library(
         "bindings.o": ("cuda/bindings.cpp", []),
         "am_flow.o": ("cuda/am_flow.cu", []),
         **{
-            f"{source}_{number}.o": (f"cuda/{source}.cu", [f"-DAMFLOW_NUMBER={number}"])
+            f"{source}_{dtype}.o": (f"cuda/{source}.cu", [f"-DAMFLOW_DTYPE={dtype}"])
             for source in ("forward", "backward")
-            for number in ("float", "bf16", "f16")
+            for dtype in ("float", "bf16", "f16")
         },
     },
 )
