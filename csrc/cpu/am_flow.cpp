@@ -40,8 +40,8 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
 
 Plan plan_forward(const Problem& pb) {
   Plan plan = plan_common(pb);
-  // Enough items for many threads. The number of groups depends on neither B nor T, so that a pair has the same bits in
-  // any batch or clip.
+  // Enough items for many threads. The number of groups depends on neither B nor T: a pair has the same bits in any
+  // batch or clip.
   plan.groups = min(plan.strips, div_up(128, plan.heads * pb.G));
   plan.items = num_chains(pb, plan) * plan.groups;
   plan.summed_heads = pb.reduction == Reduction::mean ? pb.H : 1;

@@ -3,8 +3,8 @@
 //
 // A strip's M, or e with P = w (1 + e), overwrites its map while that is in the second-level cache, and is multiplied
 // one block of keys at a time. Op v is computed with queries in the lanes, so that v is read in place; each strip
-// computes its own rows. Op^T u is accumulated over the strips of an item, as dk is; if u has few columns, by sums over
-// lanes.
+// computes its own rows. Op^T u is accumulated over the strips of an item, as dk is;
+// if u has few columns, by sums over lanes.
 
 #include "matmul.h"
 

@@ -44,8 +44,8 @@ struct ProductArgs {
   int64_t out_row, out_vector;
   bool add = false;         // to the values in `out`
   float* maxima = nullptr;  // [V] vectors, updated with the columns' maxima (Epilogue::max)
-  // Rows to prefetch, one for each row of b: enough to keep the memory busy, but never so many at once that the CPU
-  // stalls.
+  // Rows to prefetch, one for each row of b: enough to keep the memory busy, but never so
+  // many at once that the CPU stalls.
   const char* prefetch = nullptr;
   int64_t prefetch_row = 0, prefetch_bytes = 0;
 };

@@ -1,5 +1,4 @@
-// Interface of the CUDA kernels, on raw pointers and a stream. Strides count elements; the last dimension is
-// contiguous.
+// Interface of the CUDA kernels, on raw pointers and a stream. Strides count elements; the last dimension has stride 1.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +27,7 @@ struct Frames {
 
 // Pairs of maps (first[p], second[p + shift]) for p < P. Pairs p, p + step, p + 2 step ... form a chain: the second map
 // of one pair is the first map of the next. For a clip, first and second are the same frames and shift = step = lag; in
-// pair form they are two sets, shift = 0 and step = P. Z is 1 with a mean over the maps of all heads (mean_map), else
-// H.
+// pair form they are two sets, shift = 0 and step = P. Z is 1 for mean_map, else H.
 struct Problem {
   Frames first, second;
   Dtype dtype;

@@ -57,8 +57,7 @@ __device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], u
   multiply(acc, a, b0, b1, float{});
 }
 
-// s (16 rows, 8 NT keys) += +-q k^T of one slice; the first slice overwrites s. q and k are the warp's, in shared
-// memory.
+// s (16 rows, 8 NT keys) += +-q k^T of one slice; the first slice overwrites s. q and k are in shared memory.
 template <class X, int NT>
 __device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool first, int steps, bool negate) {
   const uint32_t signs = negate ? SIGNS<X> : 0;

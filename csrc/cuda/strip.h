@@ -1,8 +1,7 @@
 // Whole rows of maps, frame after frame, for the forward and the first kernel of the backward.
 //
 // A block has `groups` x 16 rows and all keys. A group of `warps` warps has 16 of the rows, and each of its warps has
-// NT x 8 of the keys. The rows of two frames' maps are in registers, and each map is computed once per chunk of a
-// chain.
+// NT x 8 of the keys. The rows of two frames' maps are in registers, and each map is computed once per chunk.
 #pragma once
 
 #include "maps.h"

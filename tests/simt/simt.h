@@ -1,5 +1,4 @@
-// Emulates a GPU on the host, for tests: runs the kernels of csrc/cuda lane by lane. Implements the functions of
-// device.h.
+// Emulates a GPU on the host, for tests: runs the kernels of csrc/cuda lane by lane. Implements device.h.
 //
 // Every thread of a block is a fiber, which runs until a shuffle, a matrix product or a barrier and waits there for the
 // other threads of its warp or barrier. These errors abort the launch with a message: lanes of a warp that wait at
@@ -99,8 +98,7 @@ inline void fail(const std::string& what) {
   throw Error(what + " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x) + ")");
 }
 
-// Suspends this thread until all that take part have reached `operation`. `participants` is 0 for the threads of its
-// warp.
+// Suspends this thread until all participants have reached `operation`; `participants` is 0 for a whole warp.
 inline const std::vector<uint32_t>& wait_for(const std::string& operation, std::vector<uint32_t> inputs,
                                              int participants = 0) {
   Fiber& fiber = block->fibers[block->current];
