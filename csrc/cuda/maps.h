@@ -84,23 +84,12 @@ __device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool 
   }
 }
 
-// A matrix (rows, D) in global memory.
-template <class X>
-struct Matrix {
-  const X* x;
-  int64_t stride;
-  int rows, D;
-};
-
-// Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0 beyond D. Rows beyond the
-// last are copies of the last, or (ZERO) 0. The block's threads copy `copy_rows` rows at once, `iterations` times and
-// at most once more.
+// x is a matrix (rows, D). Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0
+// beyond D. Rows beyond the last are copies of the last, or (ZERO) 0. The block's threads copy `copy_rows` rows at
+// once, `iterations` times and at most once more.
 template <class X, bool ZERO>
-__device__ inline void load_slice(Shared to, const Matrix<X>& matrix, int first, int count, int copy_rows,
-                                  int iterations, int d0) {
-  const X* const x = matrix.x;
-  const int64_t stride = matrix.stride;
-  const int rows = matrix.rows, D = matrix.D;
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int copy_rows,
+                                  int iterations, int rows, int d0, int D) {
   constexpr int pieces = SLICE_BYTES / COPY_BYTES, per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
   const int piece = threadIdx.x % pieces, d = d0 + piece * per_copy;
   int n = threadIdx.x / pieces;
