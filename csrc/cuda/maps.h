@@ -84,18 +84,23 @@ __device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool 
   }
 }
 
-// x is a matrix (rows, D). Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0
-// beyond D. Rows beyond the last are copies of the last, or (ZERO) 0. The block's threads copy `copy_rows` rows at
-// once, `iterations` times and at most once more.
+struct RowRange {
+  int first, count;
+};
+
+// x is a matrix (rows, D). Copies the slice from column d0 on of a range of rows to shared memory, with 0 beyond D.
+// Rows beyond the last are copies of the last, or (ZERO) 0. The block's threads copy `copy_rows` rows at once,
+// `iterations` times and at most once more.
 template <class X, bool ZERO>
-__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int copy_rows,
-                                  int iterations, int rows, int d0, int D) {
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, RowRange range, int copy_rows, int iterations,
+                                  int rows, int d0, int D) {
+  const int first = range.first, count = range.count;
   constexpr int pieces = SLICE_BYTES / COPY_BYTES, per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
   const int piece = threadIdx.x % pieces, d = d0 + piece * per_copy;
   int n = threadIdx.x / pieces;
   to += n * PITCH + piece * COPY_BYTES;
   if (d >= D) {
-    if (d0 + piece / 2 * 2 * per_copy >= D) return;  // no step takes it
+    if (d0 + piece / 2 * 2 * per_copy >= D) return;  // no step of the product reads it
 #pragma unroll 1
     for (; n < count; n += copy_rows, to += copy_rows * PITCH) store_shared(to, {0, 0, 0, 0});
     return;
