@@ -231,7 +231,7 @@ struct Gradient {
         const int d0 = slice * slice_elements<X>;
         if (d0 >= p.D) break;
         const Shared to = OF_ROWS ? row_slice(frame, slice) : column_slice(frame, slice);
-        if (aligned) load_slice<X, true>(to, x, stride, {first, count}, COPY_ROWS, count / COPY_ROWS, rows, d0, p.D);
+        if (aligned) load_slice<X, true>(to, x, stride, first, count, {COPY_ROWS, count / COPY_ROWS}, rows, d0, p.D);
         else load_elements<X, true>(to, x, stride, first, count, rows, d0, p.D);
       }
     }

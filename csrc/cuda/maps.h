@@ -84,17 +84,17 @@ __device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool 
   }
 }
 
-struct RowRange {
-  int first, count;
+// How the threads of a block share the copying of rows: `rows` at once, `iterations` times and at most once more.
+struct CopyRounds {
+  int rows, iterations;
 };
 
-// x is a matrix (rows, D). Copies the slice from column d0 on of a range of rows to shared memory, with 0 beyond D.
-// Rows beyond the last are copies of the last, or (ZERO) 0. The block's threads copy `copy_rows` rows at once,
-// `iterations` times and at most once more.
+// x is a matrix (rows, D). Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0
+// beyond D. Rows beyond the last are copies of the last, or (ZERO) 0.
 template <class X, bool ZERO>
-__device__ inline void load_slice(Shared to, const X* x, int64_t stride, RowRange range, int copy_rows, int iterations,
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, CopyRounds rounds,
                                   int rows, int d0, int D) {
-  const int first = range.first, count = range.count;
+  const int copy_rows = rounds.rows, iterations = rounds.iterations;
   constexpr int pieces = SLICE_BYTES / COPY_BYTES, per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
   const int piece = threadIdx.x % pieces, d = d0 + piece * per_copy;
   int n = threadIdx.x / pieces;

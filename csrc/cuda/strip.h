@@ -132,8 +132,8 @@ struct Strip {
     }
     const Shared rows = to + plan.keys * PITCH;
     if (plan.aligned) {
-      load_slice<X, false>(to, k, f.k_stride[4], {0, plan.keys}, plan.copy_rows, plan.key_iterations, p.Nk, d0, p.D);
-      load_slice<X, false>(rows, q, f.q_stride[4], {block * plan.rows, plan.rows}, plan.copy_rows, plan.row_iterations,
+      load_slice<X, false>(to, k, f.k_stride[4], 0, plan.keys, {plan.copy_rows, plan.key_iterations}, p.Nk, d0, p.D);
+      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, {plan.copy_rows, plan.row_iterations},
                            p.Nq, d0, p.D);
     } else {
       load_elements<X, false>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
