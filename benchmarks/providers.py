@@ -129,7 +129,7 @@ PROVIDERS = {
         Provider("ours", "am_flow", lambda shape: am_flow, baseline=None, ours=True),
         Provider("eager", "eager", lambda shape: eager, baseline="ours"),
         Provider("compile", "torch.compile", compiled, baseline="ours", compiles=True),
-        Provider("product", "q k^T alone", product, baseline="ours", directions=(FORWARD,)),
+        Provider("product", "q k^T", product, baseline="ours", directions=(FORWARD,)),
         Provider("sdpa", "SDPA", lambda shape: attention, baseline="ours", operands=("q", "k", "v"), grads=("dout",)),
         Provider("ours_bf16", "am_flow bf16", lambda shape: am_flow, baseline="ours", ours=True, dtype=torch.bfloat16),
         Provider(

@@ -21,7 +21,7 @@ from torch import library
 from amflow_kernels import _build, am_flow, am_flow_matmul, am_flow_pair, explain, ops
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import cuda
-from benchmarks import cuda_report
+from benchmarks.gpu import cuda_report
 
 FACTORS: dict[str, list[Any]] = {
     **matrix.FACTORS,
@@ -379,7 +379,7 @@ def test_compiles(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
     found = cuda_report.rows(built)
-    assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
+    assert not cuda_report.regressions(found, json.loads(cuda_report.RESULT.read_text()))
 
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

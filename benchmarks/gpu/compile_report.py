@@ -1,9 +1,9 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, instructions of the main loops.
+"""Figures of the compiled Triton kernels, without a GPU: registers, spills, instructions of the main loops.
 
-python -m benchmarks.compile_report           writes docs/compile_report.md and benchmarks/results/compile_report.json
-python -m benchmarks.compile_report --check   compiles for sm_90 alone and fails if anything got worse than committed
+python -m benchmarks.gpu.compile_report           writes docs/compile_report.md and results/compile_report.json
+python -m benchmarks.gpu.compile_report --check   compiles only for sm_90; fails if a figure got worse than committed
 
-The host code of `amflow_kernels` runs on tensors without storage, and what it would launch is compiled.
+The host code of `amflow_kernels` runs on tensors without storage, and the kernels that it would launch are compiled.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from triton.compiler import ASTSource
 
 from amflow_kernels.impl.gpu import saved_sizes
 from amflow_kernels.impl.triton import configs, launch
-from benchmarks.report import Table
+from amflow_kernels.problem import Problem
+from benchmarks.result_files import RESULTS, dumps
+from benchmarks.tables import Table
 
-ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "docs" / "compile_report.md"
-RESULT = ROOT / "benchmarks" / "results" / "compile_report.json"
+REPORT = Path(__file__).resolve().parents[2] / "docs" / "compile_report.md"
+RESULT = RESULTS / "compile_report.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 B, T, H, D = 8, 16, 12, 64
 STRIPS, TILED = (64, 197, 257, 400), (577, 1370, 4096)  # N; in float32, all are tiled
-MOST_EXPONENTIALS = 2.3  # of one pass, per map element
-TOLERANCE = 1.05  # over the committed figures, of the same Triton version
+MAX_EXPONENTIALS = 2.3  # in one pass, per map element
+TOLERANCE = 1.05  # factor on the committed figures, which are compared if the version of Triton is the same
 
-# An H100: multiprocessors, clock, instructions of threads that one multiprocessor issues in a cycle, exponentials.
+# An H100: multiprocessors, clock in Hz; per multiprocessor and cycle, thread instructions issued and exponentials.
 PROCESSORS, CLOCK, ISSUED, EXPONENTIALS = 132, 1.7e9, 128, 16
 L2_RATE = 5.5e12  # bytes a second from its L2 to all multiprocessors: assumed
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a program can have
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a program can have, by architecture
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KINDS = {
     "MMA": r"HMMA|HGMMA|QGMMA|UTC\w*MMA",
@@ -55,7 +56,6 @@ KINDS = {
     "fp64": r"D(ADD|MUL|FMA|SETP)\b|MUFU\.\w+64H",
 }
 
-
 MODELLED = ["N", "padded", "issue", "lse given", "L2", "bound", "bound / model"]
 MODELLED += ["backward: padded", "issue", "L2"]
 
@@ -64,33 +64,33 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments,
 
 @contextmanager
 def _recording(architecture: int) -> Iterator[list[Launch]]:
-    """What `launch` would run on a GPU."""
-    found: list[Launch] = []
+    """The launches that `launch` would make on a GPU."""
+    recorded: list[Launch] = []
 
     def record(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append((kernel, arguments, options))
+        recorded.append((kernel, arguments, options))
 
     device = configs.Device(architecture, SHARED[architecture], PROCESSORS)
     with (
         mock.patch.object(launch, "run", record),
         mock.patch.object(configs.Device, "of", return_value=device),
     ):
-        yield found
+        yield recorded
 
 
 def launches(dtype: torch.dtype, N: int, architecture: int) -> list[Launch]:
     """Every kernel launch of a forward and a backward, with its arguments."""
-    q, k = torch.empty(2, B, T, H, N, D, dtype=dtype, device="meta")
-    saved = torch.empty(sum(saved_sizes(q, False, 1, "none")), device="meta")
-    with _recording(architecture) as found:
-        options = (D**-0.5, 1, 1.0, "none")
-        launch.am_flow(q, k, None, None, *options, False, None, None, saved)
-        dflow = torch.empty(B, T - 1, H, N, device="meta")
-        launch.am_flow_backward(dflow, q, k, None, None, *options, [True, True, False, False], saved)
-    return found
+    problem = Problem(*torch.empty(2, B, T, H, N, D, dtype=dtype, device="meta"))
+    saved = torch.empty(sum(saved_sizes(problem)), device="meta")
+    dflow = torch.empty(problem.flow_shape, device="meta")
+    with _recording(architecture) as recorded:
+        launch.am_flow(problem)
+        launch.am_flow_backward(problem, dflow, saved, [True, True, False, False])
+    return recorded
 
 
 def name(kernel: Any) -> str:
+    """As the report names a kernel."""
     return str(kernel.__name__).removeprefix("am_flow_").removesuffix("_kernel")
 
 
@@ -153,12 +153,12 @@ def compile_launch(
 
 
 def cuobjdump(flag: str, file: str) -> str:
-    """What it says of a compiled file."""
+    """The output of NVIDIA's disassembler for a compiled file."""
     return subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True).stdout
 
 
 def main_loop(code: str, innermost: bool = True) -> list[str]:
-    """Names of the instructions in the longest innermost loop, or in the longest with all loops that are in it."""
+    """Names of the instructions in the longest innermost loop, or in the longest loop of all, inner ones included."""
     pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code, re.M)]
     loops = []
@@ -174,35 +174,42 @@ def main_loop(code: str, innermost: bool = True) -> list[str]:
 
 def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for every kernel, dtype and architecture."""
-    found = []
+    table = []
     for architecture, dtype in itertools.product(architectures, DTYPES):
         key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
         for N in (*STRIPS, TILED[0]):
             for kernel, args, options in launches(dtype, N, architecture):
                 if N in TILED or "strip" in name(kernel):
-                    found.append({**key, **compile_launch(kernel, args, options, N, architecture)})
-                    print(*found[-1].values(), file=sys.stderr)
-    return found
+                    table.append({**key, **compile_launch(kernel, args, options, N, architecture)})
+                    print(*table[-1].values(), file=sys.stderr)
+    return table
 
 
-def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
-    """What must not be."""
+def regressions(table: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
+    """Spills, float64 arithmetic, too many exponentials, and figures that got worse than the committed ones."""
     reasons = []
-    before = {(r["sm"], r["dtype"], r["kernel"]): r for r in committed["rows"]} if committed else {}
-    for row in found:
+    before = {(row["sm"], row["dtype"], row["kernel"]): row for row in committed["rows"]}
+    for row in table:
         where = f"{row['kernel']} {row['dtype']} sm_{row['sm']}"
         if row["stack"] or row["local"]:
             reasons.append(f"{where}: spills ({row['stack']} bytes of stack)")
         if row["fp64"]:
-            reasons.append(f"{where}: float64 arithmetic, from a constant that is no float32")
-        if not row["kernel"].startswith("bwd") and row["ex2"] > MOST_EXPONENTIALS:
+            reasons.append(f"{where}: float64 arithmetic, from a constant that float32 can't represent")
+        if not row["kernel"].startswith("bwd") and row["ex2"] > MAX_EXPONENTIALS:
             reasons.append(f"{where}: {row['ex2']:.2f} exponentials per element")
         old = before.get((row["sm"], row["dtype"], row["kernel"]))
         if old and committed["triton"] == triton.__version__:
-            for figure in ("registers", "stack", "shared bytes", "all", *KINDS):
-                if row[figure] > TOLERANCE * old[figure]:
-                    reasons.append(f"{where}: {figure} went from {old[figure]:.4g} to {row[figure]:.4g}")
+            reasons += [f"{where}: {change}" for change in increases(row, old, "registers", "shared bytes")]
     return reasons
+
+
+def increases(row: dict[str, Any], old: dict[str, Any], *figures: str) -> list[str]:
+    """Which of the figures, stack and instructions of a kernel exceed those of the committed report."""
+    return [
+        f"{figure} went from {old[figure]:.4g} to {row[figure]:.4g}"
+        for figure in (*figures, "stack", "all", *KINDS)
+        if row[figure] > TOLERANCE * old[figure]
+    ]
 
 
 def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
@@ -229,9 +236,9 @@ def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[f
     return maps * work * busy, maps * read * D * 2 / L2_RATE, lines * across / N**2 - 1
 
 
-def model(found: list[dict[str, Any]]) -> list[list[str]]:
+def model(table: list[dict[str, Any]]) -> list[list[str]]:
     """Modelled microseconds of the bfloat16 forward and backward on an H100, against the forward's bound."""
-    figures = {r["kernel"]: r for r in found if (r["sm"], r["dtype"]) == (90, "bfloat16")}
+    figures = {r["kernel"]: r for r in table if (r["sm"], r["dtype"]) == (90, "bfloat16")}
     lines = []
     for N in sorted((*STRIPS, *TILED)):
         costs: dict[str, list[tuple[float, float, float]]] = {"forward": [], "backward": [], "rows": [(0.0, 0.0, 0.0)]}
@@ -252,48 +259,57 @@ def model(found: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def write(found: list[dict[str, Any]]) -> None:
-    """The committed report and its data."""
-    RESULT.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+def page(results: dict[str, Any]) -> str:
+    """docs/compile_report.md from the data."""
+    table = results["rows"]
     heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
-    table = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in found]
-    REPORT.write_text(f"""# What the compiler makes of the Triton kernels
+    cells = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in table]
+    return f"""# Compile report of the Triton kernels
 
-Written by `python -m benchmarks.compile_report` with Triton {triton.__version__}; nothing here was measured, and the
-kernels are **not yet run on a GPU**. The launches are those of clips of (B, T, heads, D) = {B, T, H, D}, for the
-kernels in tiles with N = {TILED[0]}.
+Written by `python -m benchmarks.gpu.compile_report` with Triton {results["triton"]}. Nothing here was measured, and the
+kernels have **not yet run on a GPU**. The launches are those of clips of (B, T, heads, D) = {B, T, H, D}; the figures
+of the kernels that work in tiles are for N = {TILED[0]}.
 
-Registers of a thread; bytes of stack (spills) and of shared memory of a program; programs that fit on a multiprocessor;
-then instructions of the main loop for each element of the map that it makes: all, matrix (one such instruction does
-many multiply-adds of many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory (spills),
-float64 arithmetic (a mistake).
-Where a loop has branches, all of them are counted: bwd_dq and bwd_dk make up to three maps of a frame and its
-neighbours.
+Registers per thread; bytes of stack (spills) and of shared memory per program; programs that fit on a multiprocessor;
+then instructions of the main loop for each element of the map that it computes: all of them, matrix instructions (one
+does many multiply-adds for many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory
+(spills), float64 arithmetic (a mistake). Where a loop has branches, all of them are counted: bwd_dq and bwd_dk compute
+up to three maps, of a frame and its neighbours.
 
-{Table("Kernels", heads, table, []).markdown()}
-Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds. Issue: each pass
-at its instructions issued or its exponentials, whichever takes longer ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g}
-GHz, {ISSUED} instructions of threads and {EXPONENTIALS} exponentials a cycle); the forward is one pass by strips up
-to N = 512 and three by tiles, the backward two by strips up to N = 320 and three by tiles. lse given: without the
-pass that a log-sum-exp from the attention call saves. L2: what the programs read of q and k, at {L2_RATE / 1e12:g}
-TB/s (assumed; what the first-level cache saves is not counted). Latency is left out. Bound: two exponentials for each
-element of each map, all in the special-function units; then that over the larger of the two. Padded: the work on what
-only fills up tiles, over that on the maps. The longest rows are made three times, with five exponentials for each
-element: 40% of the bound is the most that three passes can reach.
+{Table("Kernels", heads, cells, []).markdown()}
+Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds, by a model that
+counts instructions and leaves latency out. The forward is one pass by strips up to N = 512 and three by tiles beyond,
+the backward two by strips up to N = 320 and three by tiles beyond.
 
-{Table("Modelled times", MODELLED, model(found), []).markdown()}
-""")
+- *Padded*: the work on padding, relative to that on the maps.
+- *Issue*: each pass takes as long as its instructions or its exponentials, whichever is longer ({PROCESSORS}
+  multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} thread instructions and {EXPONENTIALS} exponentials per cycle).
+- *lse given*: the same without the pass that the log-sum-exps of an attention call save.
+- *L2*: what the programs read of q and k, at {L2_RATE / 1e12:g} TB/s (assumed; hits in the first-level cache are not
+  subtracted).
+- *Bound*: two exponentials for each element of each map, all in the special-function units; *bound / model* divides it
+  by the larger of issue and L2. The longest rows are computed three times, with five exponentials for each element, so
+  three passes reach at most 40% of the bound.
+
+{Table("Modelled times", MODELLED, model(table), []).markdown()}
+"""
 
 
 def main() -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if sm_90 got worse than the committed report")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="fail if a figure of sm_90 is worse than committed")
     if not parser.parse_args().check:
-        write(rows(ARCHITECTURES))
+        results = {"triton": triton.__version__, "rows": rows(ARCHITECTURES)}
+        RESULT.write_text(dumps(results))
+        REPORT.write_text(page(results))
         return 0
-    reasons = problems(rows((90,)), json.loads(RESULT.read_text()))
-    print("\n".join(reasons) or "compile report: no spills, nothing worse than committed")
+    reasons = regressions(rows((90,)), json.loads(RESULT.read_text()))
+    print("\n".join(reasons) or "compile report: no spills, no figure worse than committed")
     return 1 if reasons else 0
 
 
