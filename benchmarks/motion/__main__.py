@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         out = args.out or RESULTS / f"motion_{args.setting}.json"
         workers = args.workers or (1 if args.device == "cuda" else os.cpu_count() or 1)
-        run(SETTINGS[args.setting], out, args.tasks, args.arms, workers, args.device)
+        setting = SETTINGS[args.setting]
+        setting = replace(setting, precision=args.precision or setting.precision)
+        run(setting, out, args.tasks, args.arms, workers, args.device)
         print(report.markdown(json.loads(out.read_text())))
 
 
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=None, help="runs at a time (default: 1 on a GPU, else one per core)"
     )
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    runs.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="(default: that of the setting)")
     runs.add_argument("--out", type=Path, default=None, metavar="JSON")
     tables = commands.add_parser("report", help="print the table of results, and draw a plot of them")
     tables.add_argument("results", type=Path)
