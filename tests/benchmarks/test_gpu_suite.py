@@ -53,7 +53,9 @@ def test_cases_cover_every_way_in_which_the_triton_forward_is_launched() -> None
     [
         checks.Case((17, 17), 16, dtype=torch.float32),
         checks.Case((33, 33), 16, dtype=torch.float16, pair=True, layout="offset"),
-        checks.Case((2, 2), 8, dtype=torch.float32, options={"head_reduction": "mean_map"}),
+        pytest.param(
+            checks.Case((2, 2), 8, dtype=torch.float32, options={"head_reduction": "mean_map"}), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
