@@ -1,1 +1,1 @@
-"""What concerns GPUs: `suite` runs on one; `compile_report` and `cuda_report` compile for one and need none."""
+"""Measurements of the GPU kernels: `suite` needs a GPU; `compile_report` and `cuda_report` only compile for one."""

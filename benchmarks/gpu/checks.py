@@ -58,9 +58,17 @@ class Case:
     def problem(self, device: str) -> Problem:
         """The call of `am_flow` or `am_flow_pair` that this case is."""
         q, k = tt.make_qk(
-            1, self.T, self.groups, *self.tokens, self.D, dtype=self.dtype, layout=self.layout,
-            frame_step=self.frame_step, logit_std=self.logit_std, device=device,
-        )  # fmt: skip
+            1,
+            self.T,
+            self.groups,
+            *self.tokens,
+            self.D,
+            dtype=self.dtype,
+            frame_step=self.frame_step,
+            logit_std=self.logit_std,
+            layout=self.layout,
+            device=device,
+        )
         if self.pair:
             return Problem(q[:, :-1], k[:, :-1], q_b=q[:, 1:], k_b=k[:, 1:], **self.options)
         lse = torch.logsumexp(self.D**-0.5 * (q.double() @ k.double().mT), -1).float() if self.lse else None
