@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -92,7 +93,8 @@ def launches(dtype: torch.dtype, N: int, architecture: int) -> list[Launch]:
 def flat(options: dict[str, Any]) -> dict[str, Any]:
     """Options by name, with the fields of `CONST` and `TILING` among them."""
     fields = {**options["CONST"]._asdict(), **options["TILING"]._asdict()}
-    return {**{name: field.value for name, field in fields.items()}, **options}
+    plain = {name: field.value if isinstance(field, tl.constexpr) else field for name, field in fields.items()}
+    return {**plain, **options}
 
 
 def name(kernel: Any) -> str:
