@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from amflow_kernels import _build
-from benchmarks.gpu import compile_report as triton_report
+from benchmarks.gpu import triton_report
 from benchmarks.result_files import RESULTS, dumps
 from benchmarks.tables import Table
 
@@ -134,7 +134,7 @@ Written by `python -m benchmarks.gpu.cuda_report` with nvcc {results["nvcc"]} fo
 and the kernels have **not yet run on a GPU**.
 
 Registers per thread, bytes of stack (spills), then instructions of the main loop for each element of the maps that it
-computes, as in [the report on Triton's kernels](compile_report.md). All branches of a loop are counted, and inner loops
+computes, as in [the report on Triton's kernels](triton_report.md). All branches of a loop are counted, and inner loops
 once: more than is executed where branches handle keys beyond the last, unaligned rows, or temperatures below 1. The
 gradient kernels have most of these, and compute a map, its neighbours and their products in one loop.
 

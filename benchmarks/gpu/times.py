@@ -29,7 +29,7 @@ from benchmarks.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The clip of the bounds in docs/compile_report.md, then the same model at other resolutions, and few frames.
+# The clip of the bounds in docs/triton_report.md, then the same model at other resolutions, and few frames.
 SHAPES = (
     Shape(8, 16, 12, 257, 64),
     Shape(8, 16, 12, 197, 64),

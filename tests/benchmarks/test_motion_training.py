@@ -17,6 +17,7 @@ from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 from benchmarks.motion.train import SETTINGS, SLOW, _backbone, train
 
+pytestmark = pytest.mark.demo
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = SETTINGS["smoke"]
 FAST = ("probe_all", "constant_long", "am_flow_aligned", "lstm")  # a probe, more steps, few tasks, not tested

@@ -65,11 +65,11 @@ def test_the_page_on_precision_is_made_from_its_committed_data() -> None:
     assert precision.page(json.loads(precision.RESULT.read_text())) == precision.PAGE.read_text()
 
 
-def test_the_compile_report_is_made_from_its_committed_data() -> None:
+def test_the_triton_report_is_made_from_its_committed_data() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from benchmarks.gpu import compile_report
+    from benchmarks.gpu import triton_report
 
-    assert compile_report.page(json.loads(compile_report.RESULT.read_text())) == compile_report.REPORT.read_text()
+    assert triton_report.page(json.loads(triton_report.RESULT.read_text())) == triton_report.REPORT.read_text()
 
 
 def test_the_cuda_report_lists_its_committed_kernels() -> None:

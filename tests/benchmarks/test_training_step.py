@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import training_step
 
-
 FAST = ("backbone", "am_flow")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,14 +49,24 @@ def _marks(subject: Subject) -> list[pytest.MarkDecorator]:
     return marks.get(subject.name, [])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out combinations that an implementation does not take: dtypes, large shapes."""
+    """Leaves out combinations that an implementation does not take: dtypes, large shapes.
+
+    Where an implementation runs slowly here, all but a few combinations of each rule are marked slow.
+    """
     kept, left_out = [], []
+    combinations: Counter[tuple[Any, Subject]] = Counter()
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         subject = parameters.get("subject")
         taken = not isinstance(subject, Subject) or subject.takes(parameters)
         (kept if taken else left_out).append(item)
+        if taken and isinstance(subject, Subject) and not {"flow_case", "matmul_case"} & parameters.keys():
+            rule = (item.function, subject)
+            if subject.plain_combinations is not None and combinations[rule] >= subject.plain_combinations:
+                item.add_marker(pytest.mark.slow)
+            combinations[rule] += 1
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept

@@ -1,5 +1,5 @@
-// The one file that knows torch: its stable ABI, so that one binary loads on every torch from 2.11 on.
-// Registers amflow_native::*, without autograd and without checks: amflow_kernels/api.py has made them.
+// Registers amflow_native::*. The only file of the CPU kernels that uses torch, through the stable ABI: one binary
+// loads in every torch from 2.11 on. The ops have no autograd and make no checks: amflow_kernels/problem.py makes them.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,8 +13,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu/am_flow.h"
-#include "cpu/matmul.h"
+#include "am_flow.h"
+#include "matmul.h"
 
 namespace {
 
@@ -46,14 +46,14 @@ amflow::Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// Strides of batch, frame, head, window, token; without windows there is one.
+// Strides of batch, frame, head, window and token. Without a window dimension there is one window.
 void set_strides(const Tensor& x, int64_t* stride) {
   const bool windows = x.dim() == 6;
   const int64_t dims[5] = {0, 1, 2, 3, x.dim() - 2};
   for (int i = 0; i < 5; ++i) stride[i] = i == 3 && !windows ? 0 : x.stride(dims[i]);
 }
 
-Frames frames_of(const Tensor& q, const Tensor& k) {
+Frames make_frames(const Tensor& q, const Tensor& k) {
   Frames frames;
   frames.q = q.data_ptr();
   frames.k = k.data_ptr();
@@ -62,14 +62,13 @@ Frames frames_of(const Tensor& q, const Tensor& k) {
   return frames;
 }
 
-Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, const OptionalTensor& k_b,
-                   double scale, int64_t lag, double temperature, int64_t reduction) {
+Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, const OptionalTensor& k_b, double scale,
+                   int64_t lag, double temperature) {
   Problem pb{};
-  pb.frames[0] = frames_of(q, k);
-  pb.pair = q_b.has_value();
-  if (pb.pair) pb.frames[1] = frames_of(*q_b, *k_b);
+  pb.frames[0] = make_frames(q, k);
+  pb.pair_form = q_b.has_value();
+  if (pb.pair_form) pb.frames[1] = make_frames(*q_b, *k_b);
   pb.dtype = dtype_of(q);
-  pb.reduction = static_cast<amflow::Reduction>(reduction);
   pb.B = q.size(0), pb.T = q.size(1), pb.H = q.size(2), pb.G = q.dim() == 6 ? q.size(3) : 1;
   pb.Nq = q.size(q.dim() - 2), pb.Nk = k.size(k.dim() - 2), pb.D = q.size(q.dim() - 1);
   pb.lag = lag;
@@ -91,7 +90,7 @@ Buffer allocate(int64_t floats) {
   return Buffer(p);
 }
 
-// work(worker, index) for every index below n; idle workers take the next index.
+// Calls work(worker, index) for every index below n; a worker that is idle takes the next index.
 template <class Work>
 void for_each(int64_t n, int64_t workers, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -101,31 +100,32 @@ void for_each(int64_t n, int64_t workers, const Work& work) {
   });
 }
 
-// Runs every item, and finishes it when the places before it in its sum are finished.
+// Runs every item, and finishes it after all items with a lower position in the same sum.
 template <class Problem>
 void execute(const Problem& pb, const Pass<Problem>& pass) {
   const Plan plan = pass.plan(pb);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = plan.items < threads ? plan.items : threads;
-  const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two share a cache line
+  const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two workers share a cache line
   const Buffer scratch = allocate(workers * stride), sums = allocate(plan.sums * plan.sum_floats);
   const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[plan.sums]());
   for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
     float* const memory = scratch.get() + worker * stride;
     pass.run(pb, plan, item, memory);
-    // Items are handed out in order, so those that this one waits for are being worked on.
-    const amflow::Turn turn = pass.turn(pb, plan, item);
-    std::atomic<int64_t>& place = finished[turn.sum];
-    for (int64_t n; (n = place.load(std::memory_order_acquire)) != turn.place;) place.wait(n);
-    pass.finish(pb, plan, item, memory, sums.get() + turn.sum * plan.sum_floats);
-    place.store(turn.place + 1, std::memory_order_release);
-    place.notify_all();
+    // Items start in order, so the items that this one waits for are already running.
+    const amflow::ReductionSlot slot = pass.slot(pb, plan, item);
+    std::atomic<int64_t>& count = finished[slot.sum];
+    for (int64_t n; (n = count.load(std::memory_order_acquire)) != slot.position;) count.wait(n);
+    pass.finish(pb, plan, item, memory, sums.get() + slot.sum * plan.sum_floats);
+    count.store(slot.position + 1, std::memory_order_release);
+    count.notify_all();
   });
 }
 
 void am_flow(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag,
              double temperature, int64_t reduction, bool center, int64_t vector_bits) {
-  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
+  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature);
+  pb.reduction = static_cast<amflow::Reduction>(reduction);
   pb.center = center;
   pb.flow = static_cast<float*>(flow.data_ptr());
   execute(pb, kernels(vector_bits).forward);
@@ -141,7 +141,8 @@ void set_gradients(Problem& pb, Tensor& dq, Tensor& dk, Tensor& dq_b, Tensor& dk
 void am_flow_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tensor q, Tensor k,
                       OptionalTensor q_b, OptionalTensor k_b, double scale, int64_t lag, double temperature,
                       int64_t reduction, int64_t vector_bits) {
-  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature, reduction);
+  Problem pb = problem_of(q, k, q_b, k_b, scale, lag, temperature);
+  pb.reduction = static_cast<amflow::Reduction>(reduction);
   pb.dflow = static_cast<const float*>(dflow.data_ptr());
   set_gradients(pb, dq, dk, dq_b, dk_b);
   execute(pb, kernels(vector_bits).backward);
@@ -165,7 +166,7 @@ MatmulProblem matmul_problem_of(const Problem& frames, const Tensor& x, Tensor& 
 
 void am_flow_matmul(Tensor y, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor k_b, Tensor x, double scale,
                     int64_t lag, double temperature, bool transpose, bool softmax, int64_t vector_bits) {
-  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature, 0);
+  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature);
   MatmulProblem pb = matmul_problem_of(frames, x, y, softmax, transpose);
   (transpose ? pb.u : pb.v) = rows_of(x);
   execute(pb, matmul_kernels(vector_bits).forward);
@@ -174,7 +175,7 @@ void am_flow_matmul(Tensor y, Tensor q, Tensor k, OptionalTensor q_b, OptionalTe
 void am_flow_matmul_backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dx, Tensor dy, Tensor q, Tensor k,
                              OptionalTensor q_b, OptionalTensor k_b, Tensor x, double scale, int64_t lag,
                              double temperature, bool transpose, bool softmax, int64_t vector_bits) {
-  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature, 0);
+  const Problem frames = problem_of(q, k, q_b, k_b, scale, lag, temperature);
   MatmulProblem pb = matmul_problem_of(frames, x, dx, softmax, !transpose);
   (transpose ? pb.u : pb.v) = rows_of(x);
   (transpose ? pb.v : pb.u) = rows_of(dy);
@@ -186,21 +187,21 @@ std::string isa_name(int64_t vector_bits) { return kernels(vector_bits).name; }
 
 }  // namespace
 
+// The arguments of `problem_of`, as every schema has them.
+#define AMFLOW_FRAMES "Tensor q, Tensor k, Tensor? q_b, Tensor? k_b"
+#define AMFLOW_OPTIONS "float scale, int lag, float temperature"
+
 STABLE_TORCH_LIBRARY(amflow_native, m) {
-  m.def(
-      "am_flow(Tensor(a!) flow, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, "
-      "int reduction, bool center, int vector_bits) -> ()");
-  m.def(
-      "am_flow_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor q, "
-      "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int vector_bits) "
-      "-> ()");
-  m.def(
-      "am_flow_matmul(Tensor(a!) y, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, "
-      "float temperature, bool transpose, bool softmax, int vector_bits) -> ()");
+  m.def("am_flow(Tensor(a!) flow, " AMFLOW_FRAMES ", " AMFLOW_OPTIONS
+        ", int reduction, bool center, int vector_bits) -> ()");
+  m.def("am_flow_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, " AMFLOW_FRAMES
+        ", " AMFLOW_OPTIONS ", int reduction, int vector_bits) -> ()");
+  m.def("am_flow_matmul(Tensor(a!) y, " AMFLOW_FRAMES ", Tensor x, " AMFLOW_OPTIONS
+        ", bool transpose, bool softmax, int vector_bits) -> ()");
   m.def(
       "am_flow_matmul_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor(e!) dx, "
-      "Tensor dy, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, Tensor x, float scale, int lag, float temperature, "
-      "bool transpose, bool softmax, int vector_bits) -> ()");
+      "Tensor dy, " AMFLOW_FRAMES ", Tensor x, " AMFLOW_OPTIONS
+      ", bool transpose, bool softmax, int vector_bits) -> ()");
   m.def("isa(int vector_bits) -> str");
 }
 

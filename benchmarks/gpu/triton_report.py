@@ -1,7 +1,7 @@
 """Figures of the compiled Triton kernels, without a GPU: registers, spills, instructions of the main loops.
 
-python -m benchmarks.gpu.compile_report           writes docs/compile_report.md and results/compile_report.json
-python -m benchmarks.gpu.compile_report --check   compiles only for sm_90; fails if a figure got worse than committed
+python -m benchmarks.gpu.triton_report           writes docs/triton_report.md and results/triton_report.json
+python -m benchmarks.gpu.triton_report --check   compiles only for sm_90; fails if a figure got worse than committed
 
 The host code of `amflow_kernels` runs on tensors without storage, and the kernels that it would launch are compiled.
 """
@@ -33,8 +33,8 @@ from amflow_kernels.problem import Problem
 from benchmarks.result_files import RESULTS, dumps
 from benchmarks.tables import Table
 
-REPORT = Path(__file__).resolve().parents[2] / "docs" / "compile_report.md"
-RESULT = RESULTS / "compile_report.json"
+REPORT = Path(__file__).resolve().parents[2] / "docs" / "triton_report.md"
+RESULT = RESULTS / "triton_report.json"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 B, T, H, D = 8, 16, 12, 64
@@ -272,13 +272,13 @@ def model(table: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/compile_report.md from the data."""
+    """docs/triton_report.md from the data."""
     table = results["rows"]
     heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
     cells = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in table]
     return f"""# Compile report of the Triton kernels
 
-Written by `python -m benchmarks.gpu.compile_report` with Triton {results["triton"]}. Nothing here was measured, and the
+Written by `python -m benchmarks.gpu.triton_report` with Triton {results["triton"]}. Nothing here was measured, and the
 kernels have **not yet run on a GPU**. The launches are those of clips of (B, T, heads, D) = {B, T, H, D}; the figures
 of the kernels that work in tiles are for N = {TILED[0]}.
 
@@ -310,7 +310,7 @@ the backward two by strips up to N = 320 and three by tiles beyond.
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.compile_report",
+        prog="python -m benchmarks.gpu.triton_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
