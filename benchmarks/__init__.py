@@ -1,6 +1,6 @@
 """Measurements of this library.
 
-Time and memory beside the peers in `providers.py`, on a CPU:
+Time and memory compared with the peers in `providers.py`, on a CPU:
     pytest benchmarks/                             prints tables; --bench-results JSON saves a summary
     python -m benchmarks.plot JSON -o PNG          plots a summary
 

@@ -1,4 +1,4 @@
-"""Peak working memory of one call, in a process of its own, allocations of native code included.
+"""Peak working memory of one call in a separate process, allocations of native code included.
 
 python -m benchmarks.memory ours 1x4x6x1370x64 forward
 """

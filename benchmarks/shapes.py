@@ -41,7 +41,7 @@ TYPICAL = (Shape(1, 8, 12, 257, 64), Shape(2, 16, 12, 197, 64), Shape(1, 8, 12, 
 
 # Regimes in which there is less to gain, or a peer wins.
 HARD = {
-    Shape(1, 8, 12, 49, 256): "short rows and wide heads: the maps are small beside q and k, so little is saved",
+    Shape(1, 8, 12, 49, 256): "short rows and wide heads: the maps are small compared with q and k, so little is saved",
     Shape(2, 16, 6, 197, 16): "narrow heads: softmaxes, which the product lacks, take most of the time",
     Shape(1, 2, 3, 50, 64): "a tiny clip: mostly call overhead",
 }

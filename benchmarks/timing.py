@@ -45,7 +45,7 @@ def measure(function: str, shape: Shape, direction: str, seconds: float) -> Seri
 
 
 def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Durations of every call, from rounds that run each once in an order drawn anew.
+    """Durations of every call, from rounds that run each once in a new random order.
 
     A call too short for the clock is repeated, and its duration is the mean.
     """
@@ -90,7 +90,7 @@ def cache_bytes() -> int:
 
 
 def _rotation(shape: Shape, dtype: torch.dtype, device: str, direction: str) -> Iterator[Inputs]:
-    """Sets of inputs, one after the other: so many that q and k of each have left the cache when it is used again."""
+    """Sets of inputs in rotation, enough of them that q and k of each leave the cache before its next use."""
     first = make_inputs(shape, dtype, device, direction)
     sets = ceil(2 * cache_bytes() / (first.q.nbytes + first.k.nbytes))
     return cycle([first, *(make_inputs(shape, dtype, device, direction) for _ in range(sets))])

@@ -59,7 +59,7 @@ def prepare(name: str, kind: str, size: int, frames: int) -> Callable[[], object
 
 
 def memory(name: str, kind: str, size: int, frames: int) -> int:
-    """Peak bytes of one call besides the model, in a process of its own."""
+    """Peak bytes of one call besides the model, measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--probe", name, kind, str(size), str(frames)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if done.returncode:

@@ -191,7 +191,7 @@ def _flow_and_grads(q: Tensor, k: Tensor, impl: str) -> list[Tensor]:
 
 @contextmanager
 def _processors(q: Tensor, processors: int) -> Iterator[None]:
-    """Launches see a GPU with so many multiprocessors, by which they choose the size of chunks."""
+    """Makes launches see this number of multiprocessors, by which they choose the size of chunks."""
     device = configs.Device.of(q.device)
     _, *others = cuda._device(q)
     with (

@@ -101,7 +101,7 @@ def regressions(table: list[dict[str, Any]], committed: dict[str, Any]) -> list[
 
 
 def model(table: list[dict[str, Any]], growth: int) -> list[list[str]]:
-    """Modelled microseconds of the bfloat16 forward on an H100, as in the report on Triton's kernels, beside theirs."""
+    """Modelled microseconds of the bfloat16 forward on an H100, as in the report on Triton's kernels, and theirs."""
     B, T, H, D = triton_report.B, triton_report.T, triton_report.H, triton_report.D
     figures = {row["kernel"]: row for row in table if row["dtype"] == "bfloat16"}
     committed = json.loads(triton_report.RESULT.read_text())["rows"]

@@ -1,4 +1,4 @@
-"""Times and memory on a GPU: of the first call of a process, and of `am_flow` beside its peers."""
+"""Time and memory on a GPU: of the first call of a process, and of `am_flow` compared with its peers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def first_call() -> dict[str, Any]:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """GPU seconds of every call, from rounds that run each once, in an order drawn anew."""
+    """GPU seconds of every call, from rounds that run each once in a new random order."""
     for call in calls.values():
         for _ in range(3):
             call()
@@ -186,7 +186,7 @@ def timings(shape: Shape, direction: str, speed: dict[str, float], built: bool) 
 
 
 def _call(peer: Peer, shape: Shape, backward: bool) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """A call on the next of several sets of inputs: so many that none is still in the cache when it is used again."""
+    """A call on the next of several sets of inputs, enough of them that none stays in the cache until its next use."""
     inputs = _rotation(shape, peer.dtype, backward)
     flow = peer.operands == 2
     dtype = torch.float32 if flow else peer.dtype

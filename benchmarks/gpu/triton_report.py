@@ -106,8 +106,31 @@ def compile_launch(
     kernel: Any, args: tuple[Any, ...], options: dict[str, Any], N: int, architecture: int
 ) -> dict[str, Any]:
     """Figures of one kernel as it would be launched, compiled for sm_{architecture}."""
+    compiled = compile_kernel(kernel, args, options, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    threads, shared = options["num_warps"] * 32, compiled.metadata.shared
+    loop = main_loop(code)
+    elements = loop_elements(name(kernel), flat(options), N)
+    counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
+    return {
+        "kernel": f"{name(kernel)}, N = {N}" if "strip" in name(kernel) else name(kernel),
+        "registers": registers,
+        "stack": stack,
+        "shared bytes": shared,
+        "programs": min(65536 // (registers * threads), 2048 // threads, (227 << 10) // max(1, shared)),
+        "all": len(loop) * threads / elements,
+        **{kind: count * threads / elements for kind, count in counts.items()},
+    }
+
+
+def compile_kernel(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: int) -> Any:
+    """The kernel compiled as Triton's launcher would, which derives types and constants from the arguments."""
     constants = {option: value for option, value in options.items() if option in kernel.arg_names}
-    ones: dict[tuple[int, ...], int | None] = {}  # the launcher makes constants of integers that are 1, and of None
+    fixed: dict[tuple[int, ...], int | None] = {}  # integers that are 1, and None, become constants
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def typed(value: Any, path: tuple[int, ...]) -> Any:
@@ -116,52 +139,31 @@ def compile_launch(
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, float):
             return "fp32"
-        if value is None:
-            ones[path] = value
+        if value is None or (isinstance(value, int) and value == 1):
+            fixed[path] = value
             return "constexpr"
-        if isinstance(value, int) and value == 1:
-            ones[path] = 1
-            return "constexpr"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:  # as the launcher finds of PyTorch's own tensors
+        if isinstance(value, torch.Tensor) or value % 16 == 0:  # tensors that PyTorch allocates are aligned
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
-            names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-            return "*" + names[value.dtype]
+            return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[value.dtype]
         return "i32" if value < 2**31 else "i64"
 
     named = zip(kernel.arg_names, args, strict=False)
     signature = {argument: typed(value, (n,)) for n, (argument, value) in enumerate(named)}
     signature |= dict.fromkeys(constants, "constexpr")
-    known: dict[Any, Any] = {**constants, **ones}
-    compiled = triton.compile(
+    known: dict[Any, Any] = {**constants, **fixed}
+    return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
         options={option: value for option, value in options.items() if option not in constants},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    threads = options["num_warps"] * 32
-    loop = main_loop(code)
-    # Elements of the map that one round of the loop makes, without those that only fill up a strip's last tile.
-    fields, strip = flat(options), "strip" in name(kernel)
-    M, K = fields["BLOCK_M"], fields["BLOCK_N"]
-    owned = {"strip": M * fields["ROW_TILES"], "bwd_strip_q": M, "bwd_strip_k": K}
-    elements = owned[name(kernel)] * N if strip else M * K
-    counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
-    return {
-        "kernel": f"{name(kernel)}, N = {N}" if strip else name(kernel),
-        "registers": registers,
-        "stack": stack,
-        "shared bytes": compiled.metadata.shared,
-        "programs": min(
-            65536 // (registers * threads), 2048 // threads, (227 << 10) // max(1, compiled.metadata.shared)
-        ),
-        "all": len(loop) * threads / elements,
-        **{kind: count * threads / elements for kind, count in counts.items()},
-    }
+
+
+def loop_elements(kernel: str, o: dict[str, Any], N: int) -> int:
+    """Map elements that one round of the main loop computes, without padding in the last tile of a strip."""
+    M, K = o["BLOCK_M"], o["BLOCK_N"]
+    strips = {"strip": M * o["ROW_TILES"], "bwd_strip_q": M, "bwd_strip_k": K}
+    return strips[kernel] * N if kernel in strips else M * K
 
 
 def cuobjdump(flag: str, file: str) -> str:
@@ -225,7 +227,7 @@ def increases(row: dict[str, Any], old: dict[str, Any], *figures: str) -> list[s
 
 
 def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
-    """Modelled seconds of a launch by instructions or exponentials, by what it reads of q and k; what it pads."""
+    """Modelled seconds of a launch by its instructions or exponentials and by its reads of q and k, and its padding."""
     o, blocks = flat(o), 1
     M, K = o["BLOCK_M"], o["BLOCK_N"]
     if "strip" in kernel:
@@ -233,7 +235,7 @@ def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[f
         blocks = -(-N // owned)
         lines = blocks * owned - (owned - 16 if o.get("TAIL") else 0)
         across = o["TILES"] * (M if kernel == "bwd_strip_k" else K) + o["REST"]
-        work = lines * N  # the figures of strips are for elements of the map alone
+        work = lines * N  # the figures of strips count only elements of the map, no padding
         read = lines + blocks * across * (1 if kernel == "strip" else 2)
     else:
         owned, inner = (K, M) if kernel in ("fwd", "bwd_dk") else (M, K)

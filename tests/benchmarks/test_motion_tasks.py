@@ -76,8 +76,8 @@ def test_each_block_has_every_class_once_in_random_order(task: str) -> None:
     classes = len(TASKS[task].classes)
     labels = torch.tensor([scene.label for scene in scenes(task)]).view(-1, classes)
     assert torch.equal(labels.sort(1).values, torch.arange(classes).expand_as(labels))
-    for place in range(classes):
-        counts = labels[:, place].bincount(minlength=classes)
+    for position in range(classes):
+        counts = labels[:, position].bincount(minlength=classes)
         assert chi2_contingency([counts.tolist(), [len(labels) // classes] * classes]).pvalue > 1e-4
 
 
@@ -138,13 +138,13 @@ def test_pixels_move_as_the_class_says() -> None:
         for scene in scenes(task)[:14]:
             ground = render(replace(scene, digits=(), states=scene.states[:, :3]), 98)
             objects = (render(scene, 98) != ground).any(1)
-            for half, digit, places in zip(
+            for half, digit, positions in zip(
                 objects.chunk(len(scene.digits), -1),
                 scene.digits,
                 scene.states[:, 3:].split(2, 1),
                 strict=True,
             ):
-                for seen, (y, x) in zip(half, places.tolist(), strict=True):
+                for seen, (y, x) in zip(half, positions.tolist(), strict=True):
                     box = seen.roll((-y, -x), (0, 1))
                     assert box[: digit.side, : digit.side].any()
                     assert not box[digit.side :].any()
@@ -284,8 +284,8 @@ def test_a_frame_is_a_function_of_its_state() -> None:
         for scene in scenes(task)[:14]:
             clip = render(scene, 98)
             for t in range(FRAMES):
-                alone = replace(scene, states=scene.states[t : t + 1], label=-1)
-                assert torch.equal(render(alone, 98)[0], clip[t])
+                single = replace(scene, states=scene.states[t : t + 1], label=-1)
+                assert torch.equal(render(single, 98)[0], clip[t])
 
 
 # Information in the pixels.
