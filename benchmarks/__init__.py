@@ -1,1 +1,14 @@
-"""Benchmarks: `pytest benchmarks/` times this library against its peers; see `providers.py` for what is compared."""
+"""Measurements of this library.
+
+Time and memory compared with the peers in `providers.py`, on a CPU:
+    pytest benchmarks/                             prints tables; --bench-results JSON saves a summary
+    python -m benchmarks.plot JSON -o PNG          plots a summary
+
+Other commands:
+    python -m benchmarks.precision                 errors of float32, 16-bit and the centred form: docs/precision.md
+    python -m benchmarks.training_step             the cost of adapters in training and inference
+    python -m benchmarks.motion                    accuracy of adapters on tasks that only motion can solve
+    python -m benchmarks.gpu.suite                 correctness, time and memory on a GPU
+    python -m benchmarks.gpu.triton_report        figures of the compiled Triton kernels: docs/triton_report.md
+    python -m benchmarks.gpu.cuda_report           figures of the compiled CUDA kernels: docs/cuda_report.md
+"""

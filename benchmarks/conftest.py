@@ -1,17 +1,19 @@
-"""Options, the interleaved rows, and what is printed and saved at the end of a session."""
+"""Options, the interleaved rows, and the tables and the file at the end of a session."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.utils import get_commit_info
 
-from benchmarks import report
+from benchmarks import result_files, tables
 from benchmarks.machine import machine
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import ReplayClock, Series, measure
@@ -25,9 +27,12 @@ MEMORY = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("amflow benchmarks")
-    told = "time for the rounds of one function, shape and direction (default 4)"
-    group.addoption("--bench-seconds", type=float, default=4.0, help=told)
+    seconds = "time for the rounds of one function, shape and direction (default 4)"
+    group.addoption("--bench-seconds", type=float, default=4.0, help=seconds)
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's own)")
+    group.addoption(
+        "--bench-results", type=Path, default=None, metavar="JSON", help="file for a summary of the session"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def series(request: pytest.FixtureRequest) -> Callable[[str, str, str], Series]:
-    """A function and its peers at one shape and direction, measured when the first of their rows is asked for."""
+    """A function and its peers at one shape and direction, measured when the first of their rows is requested."""
     seconds = request.config.getoption("--bench-seconds")
     return cache(lambda function, shape, direction: measure(function, SHAPES[shape], direction, seconds))
 
@@ -47,7 +52,7 @@ def series(request: pytest.FixtureRequest) -> Callable[[str, str, str], Series]:
 def time_row(
     request: pytest.FixtureRequest, benchmark: BenchmarkFixture, series: Callable[[str, str, str], Series]
 ) -> TimeRow:
-    """Hand the durations that one provider had in the interleaved rounds to pytest-benchmark."""
+    """Hands the durations of one provider in the interleaved rounds to pytest-benchmark."""
 
     def row(function: str, shape: str, direction: str, provider: str) -> None:
         measured = series(function, shape, direction)
@@ -55,7 +60,8 @@ def time_row(
         benchmark.group = f"{function} {direction} {shape}"
         benchmark.extra_info.update(info)
         benchmark.pedantic(CLOCK.player(durations), rounds=len(durations))
-        request.config.stash[TIMES].append({**info, "median": median(durations), "rounds": len(durations)})
+        figures = {"median": median(durations), "min": min(durations), "max": max(durations), "rounds": len(durations)}
+        request.config.stash[TIMES].append({**info, **figures})
 
     return row
 
@@ -64,26 +70,16 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
     return machine()
 
 
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    for key in set(commit_info) - {"id", "time", "dirty"}:
-        del commit_info[key]
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Add the memory figures; leave the single durations and the timer's options out."""
-    output_json["memory"] = config.stash[MEMORY]
-    for row in output_json["benchmarks"]:
-        row.pop("options", None)
-        row["stats"].pop("data", None)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    tables = report.tables(config.stash[TIMES], config.stash[MEMORY])
-    if not tables:
+    times, memory, path = config.stash[TIMES], config.stash[MEMORY], config.getoption("--bench-results")
+    if not times and not memory:
         return
     terminalreporter.section("AM flow benchmarks")
-    terminalreporter.write_line(report.caption(machine()))
-    for table in tables:
+    terminalreporter.write_line(tables.caption(machine()))
+    for table in tables.tables(times, memory):
         terminalreporter.write_line("")
         terminalreporter.write_line(table.plain())
+    if path is not None:
+        path.write_text(result_files.dumps(result_files.summary(times, memory, machine(), get_commit_info())))
+        terminalreporter.write_line(f"\nResults: {path}")

@@ -1,4 +1,4 @@
-"""What measurements depend on."""
+"""The machine and the versions on which measurements depend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.timing import cache_bytes
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine itself."""
+    """Processor, threads and versions; nothing that identifies this machine."""
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""Peak working memory of one call, in a process of its own: what native code allocates is seen too.
+"""Peak working memory of one call in a separate process, allocations of native code included.
 
 python -m benchmarks.memory ours 1x4x6x1370x64 forward
 """
@@ -26,7 +26,7 @@ WARM_UP = Shape(1, 2, 2, 33, 64)
 
 
 def measure(provider: Provider, shape: Shape, direction: str, threads: int) -> dict[str, object]:
-    """Run the probe in a fresh process; `bytes` is the peak growth besides inputs and results."""
+    """Runs the probe in a fresh process; `bytes` is the working memory besides inputs and results."""
     command = [sys.executable, "-m", "benchmarks.memory", provider.name, str(shape), direction, "--threads"]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([*command, str(threads)], cwd=root, capture_output=True, text=True, timeout=300)
@@ -36,12 +36,12 @@ def measure(provider: Provider, shape: Shape, direction: str, threads: int) -> d
 
 
 def probe(provider: Provider, shape: Shape, direction: str) -> dict[str, object]:
-    """Peak of resident memory during one call, less what was resident before it and less the results."""
+    """Peak resident memory during one call, minus the resident memory before it and minus the results."""
     call = provider.prepare(shape, direction)
-    warm_up = shape if provider.compiles else WARM_UP  # libraries and thread pools; compiled code, where there is any
+    warm_up = shape if provider.compiles else WARM_UP  # loads libraries, starts thread pools, compiles
     call(make_inputs(warm_up, provider.dtype, provider.device, direction))
     inputs = make_inputs(shape, provider.dtype, provider.device, direction)
-    grown, method, results = peak_growth(lambda: call(inputs))
+    growth, method, results = peak_growth(lambda: call(inputs))
     result_bytes = sum(result.nbytes for result in results)
     return {
         "shape": str(shape),
@@ -49,15 +49,14 @@ def probe(provider: Provider, shape: Shape, direction: str) -> dict[str, object]
         "label": provider.label,
         "direction": direction,
         "dtype": str(provider.dtype).removeprefix("torch."),
-        "bytes": max(0, grown - result_bytes),
+        "bytes": max(0, growth - result_bytes),
         "result_bytes": result_bytes,
         "method": method,
     }
 
 
 def peak_growth(call: Callable[[], Result]) -> tuple[int, str, Result]:
-    """By how many bytes a call raises the peak of resident memory above what was resident before, how that was found
-    out, and what the call returns."""
+    """Growth of peak resident memory during a call in bytes, the source of this figure, and the result of the call."""
     gc.collect()
     _return_free_memory()
     peak_was_reset = _reset_peak()
@@ -68,7 +67,7 @@ def peak_growth(call: Callable[[], Result]) -> tuple[int, str, Result]:
 
 
 def _return_free_memory() -> None:
-    """Give freed heap back to the system, or its reuse would hide memory that the call takes."""
+    """Returns freed heap to the system: reusing it would hide memory that the call takes."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
@@ -76,7 +75,7 @@ def _return_free_memory() -> None:
 
 
 def _reset_peak() -> bool:
-    """Lower the recorded peak to what is resident now (Linux)."""
+    """Resets the recorded peak to the current resident memory (Linux). False where that is impossible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return True
@@ -92,12 +91,12 @@ def _status(field: str) -> int:
 
 
 def _max_rss() -> int:
-    """Peak resident memory since the process began: sees a call only where it exceeds all before it."""
+    """Peak resident memory since the process started, which a call raises only if it exceeds all earlier peaks."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
-    """Print the figures of one probe as a line of JSON."""
+    """Prints the figures of one probe as a line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("provider", choices=list(PROVIDERS))
     parser.add_argument("shape", choices=list(SHAPES))

@@ -1,4 +1,4 @@
-"""One picture and the markdown tables of a benchmark's JSON.
+"""A plot of a saved session of the suite, and its tables in Markdown.
 
 python -m benchmarks.plot benchmarks/results/FILE.json -o docs/benchmarks_cpu.png
 """
@@ -12,14 +12,16 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from benchmarks.report import Row, caption, load, tables, unique
+from benchmarks.result_files import Row, load
+from benchmarks.shapes import NOTES
+from benchmarks.tables import caption, tables, unique
 
-# Okabe & Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442")
 
 
 def draw(times: list[Row], machine: Row, output: Path) -> None:
-    """Bars of each peer's time relative to am_flow's, by shape, one panel for each direction."""
+    """Bars of each peer's time relative to that of am_flow, by shape, one panel for each direction."""
     times = [row for row in times if row["function"] == "am_flow"]
     labels = {row["provider"]: row["label"] for row in times}
     peers = {
@@ -51,14 +53,12 @@ def _panel(axis: Axes, direction: str, rows: list[Row], colours: dict[str, str])
         if row["provider"] not in shown:
             continue
         x = shapes.index(row["shape"]) + (shown.index(row["provider"]) - (len(shown) - 1) / 2) * width
-        # Bars start at 1: those that go up are slower than ours, those that go down are faster.
+        # Bars start at 1: those that go up are slower than am_flow, those that go down are faster.
         axis.bar(x, row["ratio"] - 1, width, bottom=1, color=colours[row["provider"]])
         text = f"{row['ratio']:.1f}" if row["ratio"] >= 9.95 else f"{row['ratio']:.2g}"
-        above = row["ratio"] >= 1
-        axis.annotate(
-            text, (x, row["ratio"]), xytext=(0, 2 if above else -2), textcoords="offset points", rotation=90,
-            fontsize=7, ha="center", va="bottom" if above else "top",
-        )  # fmt: skip
+        offset, align = ((0, 2), "bottom") if row["ratio"] >= 1 else ((0, -2), "top")
+        label = axis.annotate(text, (x, row["ratio"]), offset, textcoords="offset points", ha="center", va=align)
+        label.set(rotation=90, fontsize=7)
     axis.axhline(1, color="black", linewidth=1)
     axis.set_yscale("log")
     axis.margins(y=0.15)
@@ -71,17 +71,16 @@ def _panel(axis: Axes, direction: str, rows: list[Row], colours: dict[str, str])
 
 
 def _tick(shape: str, rows: list[Row]) -> str:
-    first = next(row for row in rows if row["shape"] == shape)
     ours = [row for row in rows if row["shape"] == shape and row["provider"] == "ours"]
     time = f"\n{ours[0]['median'] * 1e3:.3g} ms" if ours else ""
-    return shape + ("*" if "note" in first else "") + time
+    return shape + ("*" if shape in NOTES else "") + time
 
 
 def main() -> None:
-    """Draw the picture and print the tables."""
+    """Draws the plot and prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the picture to write")
+    parser.add_argument("json", type=Path, help="file that --bench-results wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
     times, memory, machine = load(args.json)
     draw(times, machine, args.output)

@@ -1,12 +1,13 @@
-"""What float32, the centred form and 16-bit inputs mean for AM flow, measured: writes docs/precision.md and its data.
+"""Measures what float32, the centred form and 16-bit inputs mean for AM flow; writes docs/precision.md and its data.
 
 python -m benchmarks.precision
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.offline import clip_path, dinov2_vit_small, read_frames
-from benchmarks.report import Table
+from amflow_kernels.problem import Problem
+from benchmarks.result_files import RESULTS, Row, dumps
+from benchmarks.tables import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "precision.md"
-RESULT = ROOT / "benchmarks" / "results" / "precision.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "precision.md"
+RESULT = RESULTS / "precision.json"
 CLIPS = (("bikes", 224, 8), ("bikes", 518, 3), ("carphone_pristine", 224, 8))  # clip, pixels, frames
 STEPS = (1.0, 0.2, 1e-2, 1e-3, 1e-4)  # standard deviations by which synthetic frames differ
 
@@ -32,42 +34,47 @@ def eager_in(dtype: torch.dtype, q: Tensor, k: Tensor) -> Tensor:
 
 
 def relative(error: Tensor, signal: Tensor) -> float:
+    """L2 norm of the error over that of the signal."""
     return (error.norm() / signal.norm()).item()
 
 
-def clip_row(clip: str, size: int, frames: int) -> dict[str, float | str | int]:
-    """One row: the worst block of DINOv2 ViT-S/14 for each figure, the median block for the signal."""
+def clip_row(clip: str, size: int, frames: int) -> Row:
+    """One row: the worst block of DINOv2 ViT-S/14 for each error, the median block for the signal."""
     vit = dinov2_vit_small(size)
     with torch.no_grad(), record_qk(vit) as qk:
         vit(read_frames(clip_path(clip), frames, 2, size))
-    found: dict[str, list[float]] = {}
-    for q, k in ((q.unsqueeze(0), k.unsqueeze(0)) for q, k in qk.values()):
-        exact = am_flow(q.double(), k.double(), center=True)
-        q16, k16 = q.bfloat16(), k.bfloat16()
-        exact16 = am_flow(q16.double(), k16.double(), center=True)
-        for name, error, signal in (
-            ("am_flow, center=True", am_flow(q, k, center=True) - exact, exact),
-            ("am_flow", am_flow(q, k) - 1 - exact, exact),
-            ("eager float32", eager_in(torch.float32, q, k) - 1 - exact, exact),
-            ("am_flow of bfloat16 q, k", am_flow(q16, k16, center=True) - exact16, exact16),
-            ("rounding q, k to bfloat16", exact16 - exact, exact),
-            ("eager bfloat16", eager_in(torch.bfloat16, q, k).double() - 1 - exact, exact),
-        ):
-            found.setdefault(name, []).append(relative(error.double(), signal))
-        found.setdefault("signal", []).append(exact.std(-1).mean().item())
-    signals = sorted(found.pop("signal"))
-    worst: dict[str, float | str | int] = {name: max(values) for name, values in found.items()}
+    blocks = [block_errors(q.unsqueeze(0), k.unsqueeze(0)) for q, k in qk.values()]
+    signals = sorted(block.pop("signal") for block in blocks)
+    worst = {name: max(block[name] for block in blocks) for name in blocks[0]}
     return {"clip": clip, "pixels": size, "signal": signals[len(signals) // 2], **worst}
 
 
-def step_row(step: float) -> dict[str, float]:
-    """One row of synthetic frames, float32, 257 tokens: errors of the centred flow, and the share of ties."""
-    q, k = tt.make_qk(1, 4, (2,), 257, 257, 64, frame_step=step, logit_std=2.0)
-    exact = tt.oracle_flow(q, k, center=True)
+def block_errors(q: Tensor, k: Tensor) -> dict[str, float]:
+    """Relative errors in one block, and the signal: the standard deviation of the flow over tokens."""
+    exact = am_flow(q.double(), k.double(), center=True)
+    q16, k16 = q.bfloat16(), k.bfloat16()
+    exact16 = am_flow(q16.double(), k16.double(), center=True)
+    errors = {
+        "am_flow, center=True": am_flow(q, k, center=True) - exact,
+        "am_flow": am_flow(q, k) - 1 - exact,
+        "eager float32": eager_in(torch.float32, q, k) - 1 - exact,
+        "am_flow of bfloat16 q, k": am_flow(q16, k16, center=True) - exact16,
+        "rounding q, k to bfloat16": exact16 - exact,
+        "eager bfloat16": eager_in(torch.bfloat16, q, k).double() - 1 - exact,
+    }
+    signals = {"am_flow of bfloat16 q, k": exact16}
+    rows = {name: relative(error.double(), signals.get(name, exact)) for name, error in errors.items()}
+    return {"signal": exact.std(-1).mean().item(), **rows}
+
+
+def step_row(step: float) -> Row:
+    """One row of synthetic frames, float32, 257 tokens: errors of the centred flow and of the gradient."""
+    problem = Problem(*tt.make_qk(1, 4, (2,), 257, 257, 64, frame_step=step, logit_std=2.0))
+    exact = tt.oracle_flow(replace(problem, center=True))
     dflow = tt.make_dflow(exact.shape)
-    q, k = q.requires_grad_(), k.requires_grad_()
+    oracle = tt.oracle_grads(problem, dflow)
+    q, k = problem.q.requires_grad_(), problem.k.requires_grad_()
     grads = torch.autograd.grad(am_flow(q, k), (q, k), dflow)
-    oracle = tt.oracle_grads(dflow, q.detach(), k.detach())
     with torch.no_grad():
         return {
             "step": step,
@@ -79,63 +86,66 @@ def step_row(step: float) -> dict[str, float]:
         }
 
 
-def table(title: str, rows: list[dict[str, float | str | int]]) -> Table:
-    def told(name: str, value: float | str | int) -> str:
-        return (
-            f"{value:.1e}"
-            if isinstance(value, float) and name != "step"
-            else f"{value:g}"
-            if name == "step"
-            else str(value)
-        )
+def table(title: str, rows: list[Row]) -> Table:
+    """Errors with two digits, steps as they are."""
 
-    return Table(title, list(rows[0]), [[told(name, row[name]) for name in row] for row in rows], [])
+    def cell(name: str, value: float | str | int) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:g}" if name == "step" else f"{value:.1e}"
+
+    return Table(title, list(rows[0]), [[cell(name, row[name]) for name in row] for row in rows], [])
 
 
-def main() -> None:
-    """The command."""
-    clips = [clip_row(*clip) for clip in CLIPS]
-    steps: list[dict[str, float | str | int]] = [{**step_row(step)} for step in STEPS]
-    RESULT.write_text(json.dumps({"torch": torch.__version__, "clips": clips, "steps": steps}, indent=1) + "\n")
-    PAGE.write_text(f"""# Precision
+def page(results: dict[str, Any]) -> str:
+    """docs/precision.md from the data."""
+    return f"""# Precision
 
-Written by `python -m benchmarks.precision` with torch {torch.__version__} and the CPU kernels. Errors are relative
-to the signal: the L2 norm of what is wrong over that of flow - 1, both against float64 on the same q and k, the
-worst of 12 blocks.
+Written by `python -m benchmarks.precision` with torch {results["torch"]} and the CPU kernels. Errors are relative
+to the signal: the L2 norm of the error divided by that of flow - 1. Both are taken against float64 on the same q and
+k, and each figure is that of the worst of 12 blocks.
 
-## AM flow is 1 and something tiny
+## AM flow is 1 plus a tiny change
 
 Attention hardly changes from one frame to the next, and the flow of a token is 1 plus that change. In the median
-block of DINOv2 ViT-S/14 its standard deviation over tokens (the column *signal*) is a few 1e-3 here. Numbers near 1
-have steps of 6e-8 in float32 and 4e-3 or 8e-3 in bfloat16. Hence:
+block of DINOv2 ViT-S/14, the standard deviation of the flow over tokens (the column *signal*) is a few 1e-3 here.
+Numbers near 1 are spaced by 6e-8 in float32 and by 4e-3 or 8e-3 in bfloat16. Hence:
 
 - **The result is float32, whatever the input, under any autocast.** Computed in bfloat16, more than half of the
   signal is wrong: see *eager bfloat16*.
-- **`center=True` gives flow - 1 (in general flow - Nq / Nk) without the cancellation**, with e = expm1(M /
-  temperature) and sums of deviations ([the maths](maths.md)). Subtracting 1 afterwards costs up to a digit and a
-  half, the more the stiller the clip.
-- **bfloat16 q and k are fine as inputs**: *am_flow of bfloat16 q, k* is the error on the very inputs given. What
-  rounding the model's q and k to bfloat16 does to the flow is the column after it. It is a property of the model's
-  arithmetic, and no kernel can undo it.
+- **`center=True` gives flow - 1 (in general flow - Nq / Nk) without cancellation**, by e = expm1(M / temperature) and
+  sums of deviations ([the maths](maths.md)). Subtracting 1 afterwards loses up to a digit and a half; the stiller the
+  clip, the more.
+- **bfloat16 q and k are fine as inputs**: *am_flow of bfloat16 q, k* is the error for the given inputs. The next column
+  shows how rounding the model's q and k to bfloat16 changes the flow. This comes from the model's arithmetic, and no
+  kernel can undo it.
 
-{table("Real clips, DINOv2 ViT-S/14", clips).markdown()}
+{table("Real clips, DINOv2 ViT-S/14", results["clips"]).markdown()}
 
-## The stiller, the harder
+## The stiller the clip, the harder
 
 Synthetic float32 frames that differ by *step* standard deviations, 257 tokens. The gradient's error grows as well:
 where A[t] and A[t+1] agree to within rounding, the sign of their difference is noise in any finite precision, and so
-is that share of the gradient.
+is their share of the gradient.
 
-{table("Frames that differ little", steps).markdown()}
+{table("Frames that differ little", results["steps"]).markdown()}
 
-## What is promised
+## Error budgets
 
 `amflow_kernels/testing.py` states the budgets, and the tests hold every implementation to them: the flow within 5e-7
 (logits of standard deviation up to 6, temperature 1), the centred flow within 1e-5 relative at a step of 0.2 and
 1e-3 at a step of 1e-3, gradients within 2e-5 relative plus the share of ties. The reference in eager PyTorch centres
 in the same way.
-""")
-    print(PAGE.read_text())
+"""
+
+
+def main() -> None:
+    """Measures, and writes the page and its data."""
+    clips, steps = [clip_row(*clip) for clip in CLIPS], [step_row(step) for step in STEPS]
+    results = {"torch": torch.__version__, "clips": clips, "steps": steps}
+    RESULT.write_text(dumps(results))
+    PAGE.write_text(page(results))
+    print(page(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one table of what is measured: this library and its peers. A new implementation is one more entry."""
+"""The one table of measured functions: this library and its peers. A new implementation is one more entry."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
-# Products that can't be avoided if the maps are not kept: those of the size of q k^T and those of the size of M x.
-# The map; in the backward the map again, dq and dk. Attention adds A v; dA and dv. The operator adds M x; dM and dx.
+# Matrix products that are unavoidable if the maps are not kept: those of the size of q k^T, those of the size of M x.
+# am_flow needs the map, and for the backward the map again, dq and dk. am_flow_attention adds A v, and dA and dv;
+# am_flow_matmul adds M x, and dM and dx.
 PRODUCTS = {
     ("am_flow", FORWARD): (1, 0),
     ("am_flow", FORWARD_BACKWARD): (4, 0),
@@ -30,9 +31,9 @@ PRODUCTS = {
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: q, k, v (B, T, H, N, D), x (B, T - 1, H, N, C), and the incoming gradients.
+    """One set of inputs: q, k, v (B, T, H, N, D), x (B, T - 1, H, N, C).
 
-    Those are of a flow, of an attention output and of M x.
+    dflow, dout and dy are the incoming gradients of the flow, of the attention output and of M x.
     """
 
     q: Tensor
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, direction: str) -> Inputs:
-    """Random inputs; q, k, v, x require a gradient if the direction has a backward."""
+    """Random inputs; q, k, v and x require a gradient if the direction includes the backward."""
     grad = direction == FORWARD_BACKWARD
     clip, features = tuple(shape), shape.features()
     q, k, v, x = (
@@ -57,23 +58,23 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str, direction: str) -
 
 @dataclass(frozen=True)
 class Provider:
-    """One thing that is measured."""
+    """One measured function."""
 
     name: str
     label: str
-    build: Callable[[Shape], Callable[..., Tensor | tuple[Tensor, ...]]]  # what is called, for inputs of a shape
-    baseline: str | None  # the provider its time is divided by
-    function: str = "am_flow"  # the public function in whose table and rounds it is
+    build: Callable[[Shape], Callable[..., Tensor | tuple[Tensor, ...]]]  # the function for inputs of a shape
+    baseline: str | None  # the provider by whose time its time is divided
+    function: str = "am_flow"  # the public function whose table and rounds it belongs to
     ours: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    operands: tuple[str, ...] = ("q", "k")  # those of the inputs that it takes
+    operands: tuple[str, ...] = ("q", "k")  # the inputs that it takes
     grads: tuple[str, ...] = ("dflow",)  # the incoming gradient of each result
     directions: tuple[str, ...] = DIRECTIONS
-    compiles: bool = False  # it is compiled anew for each shape
+    compiles: bool = False  # it compiles again for each shape
 
     def prepare(self, shape: Shape, direction: str) -> Callable[[Inputs], tuple[Tensor, ...]]:
-        """What is timed: one call that gives the results, and in a backward the gradient of each operand."""
+        """The timed call: it returns the results, and with a backward also the gradient of each operand."""
         function = self.build(shape)
 
         def call(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -91,13 +92,13 @@ class Provider:
 
 
 def motion(q: Tensor, k: Tensor) -> Tensor:
-    """M = |A[t] - A[t + 1]|, as one writes it in eager PyTorch."""
+    """M = |A[t] - A[t + 1]| in eager PyTorch."""
     A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
     return (A[:, :-1] - A[:, 1:]).abs()
 
 
 def eager(q: Tensor, k: Tensor) -> Tensor:
-    """The formula as one writes it in eager PyTorch, differentiated by autograd."""
+    """The formula in eager PyTorch, differentiated by autograd."""
     return torch.softmax(motion(q, k), dim=-1).sum(dim=-2)
 
 
@@ -107,19 +108,19 @@ def eager_matmul(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
 
 
 def compiled(shape: Shape) -> Callable[..., Tensor]:
-    """torch.compile of `eager`, forgetting earlier shapes so that none is generalised or falls back."""
+    """torch.compile of `eager` without the code of earlier shapes, which would lead to dynamic shapes or a fallback."""
     torch.compiler.reset()
     return torch.compile(eager, fullgraph=True, dynamic=False)
 
 
 def product(shape: Shape) -> Callable[..., Tensor]:
-    """q k^T alone, into memory that is there already."""
+    """q k^T only, into memory allocated once."""
     out = torch.empty(*shape[:4], shape.N)
     return lambda q, k: torch.matmul(q, k.mT, out=out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """scaled_dot_product_attention, frames folded into the batch: it is fused for four dimensions only."""
+    """scaled_dot_product_attention with frames folded into the batch: its fused kernels take only four dimensions."""
     return scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view_as(q)
 
 
@@ -129,7 +130,7 @@ PROVIDERS = {
         Provider("ours", "am_flow", lambda shape: am_flow, baseline=None, ours=True),
         Provider("eager", "eager", lambda shape: eager, baseline="ours"),
         Provider("compile", "torch.compile", compiled, baseline="ours", compiles=True),
-        Provider("product", "q k^T alone", product, baseline="ours", directions=(FORWARD,)),
+        Provider("product", "q k^T", product, baseline="ours", directions=(FORWARD,)),
         Provider("sdpa", "SDPA", lambda shape: attention, baseline="ours", operands=("q", "k", "v"), grads=("dout",)),
         Provider("ours_bf16", "am_flow bf16", lambda shape: am_flow, baseline="ours", ours=True, dtype=torch.bfloat16),
         Provider(
@@ -153,7 +154,7 @@ PROVIDERS = {
 
 
 def names(function: str, direction: str) -> list[str]:
-    """The providers measured in the same rounds, in the table's order: a function's own, then what divides them."""
+    """The providers measured in the same rounds: those of a function, then their baselines."""
     own = [p for p in PROVIDERS.values() if p.function == function and direction in p.directions]
     return list(dict.fromkeys([*(p.name for p in own), *(p.baseline for p in own if p.baseline)]))
 

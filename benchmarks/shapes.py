@@ -8,7 +8,7 @@ FEATURES = 64  # C, the features of each token that the motion operator takes
 
 
 class Shape(NamedTuple):
-    """Shape of q, k and v: batch, frames, heads, tokens, head dimension."""
+    """Shape of q, k and v: batch size, frames, heads, tokens, head dimension."""
 
     B: int
     T: int
@@ -36,14 +36,14 @@ class Shape(NamedTuple):
         return 2 * self.B * (self.T - 1) * self.H * self.N * self.N * FEATURES
 
 
-# What image transformers give: ViT-B at 224 px with patches of 14 and of 16, at 384 px, ViT-S/14 at 518 px.
+# Typical image transformers: ViT-B at 224 px with patches of 14 and of 16, at 384 px, ViT-S/14 at 518 px.
 TYPICAL = (Shape(1, 8, 12, 257, 64), Shape(2, 16, 12, 197, 64), Shape(1, 8, 12, 577, 64), Shape(1, 4, 6, 1370, 64))
 
-# Regimes where less is to be gained, or a peer wins.
+# Regimes in which there is less to gain, or a peer wins.
 HARD = {
-    Shape(1, 8, 12, 49, 256): "short rows and wide heads: the maps are small beside q and k, so little is saved",
-    Shape(2, 16, 6, 197, 16): "narrow heads: the softmaxes outweigh the product, which has none of them",
-    Shape(1, 2, 3, 50, 64): "a tiny clip: mostly the cost of a call",
+    Shape(1, 8, 12, 49, 256): "short rows and wide heads: the maps are small compared with q and k, so little is saved",
+    Shape(2, 16, 6, 197, 16): "narrow heads: softmaxes, which the product lacks, take most of the time",
+    Shape(1, 2, 3, 50, 64): "a tiny clip: mostly call overhead",
 }
 
 SHAPES = {str(shape): shape for shape in (*TYPICAL, *HARD)}

@@ -1,4 +1,4 @@
-"""Peak working memory beside inputs and results, each figure from a process of its own."""
+"""Peak working memory besides inputs and results, each figure from its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round calls every provider once, so that drift of the machine hits all of them alike."""
+"""Interleaved timing: every round calls every provider once, so that drift of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import torch
 
 from amflow_kernels import explain
 from benchmarks.providers import PRODUCTS, PROVIDERS, Inputs, Provider, make_inputs, names
-from benchmarks.shapes import NOTES, Shape
+from benchmarks.shapes import Shape
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-MIN_TURN, MAX_REPEATS = 2e-3, 50  # seconds of one provider's turn in a round, calls in it
-PEAK_SIZE = 2048  # a square product large enough to run at the peak
-PRACTICAL = 1.2  # the practical floor over the bound: packing, the second exponential, the sums
+MIN_TURN, MAX_REPEATS = 2e-3, 50  # of one provider in a round: seconds, calls
+PEAK_SIZE = 2048  # of a square matrix product that is large enough to run at the peak
 
 
 class Series(NamedTuple):
-    """The durations of every provider in the same rounds, in seconds, and what is known about each row."""
+    """The durations of every provider in the same rounds, in seconds, and the rest of each row."""
 
     times: dict[str, list[float]]
     info: dict[str, dict[str, Any]]
@@ -46,13 +45,13 @@ def measure(function: str, shape: Shape, direction: str, seconds: float) -> Seri
 
 
 def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Durations of every call, from rounds that run each once in an order drawn anew.
+    """Durations of every call, from rounds that run each once in a new random order.
 
-    A call too short for the clock is repeated within its turn, and the mean of the turn is its duration.
+    A call too short for the clock is repeated, and its duration is the mean.
     """
     for call in calls.values():  # builds, compiles, starts thread pools
         call()
-    repeats = {name: max(1, min(MAX_REPEATS, ceil(MIN_TURN / _turn(call, 1)))) for name, call in calls.items()}
+    repeats = {name: max(1, min(MAX_REPEATS, ceil(MIN_TURN / _mean_duration(call, 1)))) for name, call in calls.items()}
     order = list(calls)
     shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -65,14 +64,14 @@ def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
                 break
             shuffle(order)
             for name in order:
-                times[name].append(_turn(calls[name], repeats[name]))
+                times[name].append(_mean_duration(calls[name], repeats[name]))
     finally:
         gc.enable()
     return times
 
 
-def _turn(call: Callable[[], object], repeats: int) -> float:
-    """Mean seconds of calls in a row; freeing the last result is not counted."""
+def _mean_duration(call: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of consecutive calls; freeing the last result is not counted."""
     start = perf_counter()
     for _ in range(repeats):
         result = call()
@@ -91,7 +90,7 @@ def cache_bytes() -> int:
 
 
 def _rotation(shape: Shape, dtype: torch.dtype, device: str, direction: str) -> Iterator[Inputs]:
-    """Input sets in turn, so many that q and k of one are out of the cache before it is used again."""
+    """Sets of inputs in rotation, enough of them that q and k of each leave the cache before its next use."""
     first = make_inputs(shape, dtype, device, direction)
     sets = ceil(2 * cache_bytes() / (first.q.nbytes + first.k.nbytes))
     return cycle([first, *(make_inputs(shape, dtype, device, direction) for _ in range(sets))])
@@ -119,8 +118,8 @@ def _peak(dtype: torch.dtype, device: str) -> Callable[[], object]:
 def _row(
     provider: Provider, function: str, shape: Shape, direction: str, medians: dict[str, float], inputs: Inputs
 ) -> dict[str, Any]:
-    """What is stored with a row beside its durations; seconds and FLOP/s."""
-    own = provider.function == function  # else it is here for others to be divided by
+    """A row without its durations; seconds and FLOP/s."""
+    own = provider.function == function  # otherwise it serves only as the baseline of others
     baseline = provider.baseline if own else None
     info: dict[str, Any] = {
         "function": function,
@@ -133,7 +132,6 @@ def _row(
         "ours": provider.ours and own,
         "baseline": baseline,
         "ratio": medians[provider.name] / medians[baseline] if baseline else 1.0,
-        "threads": torch.get_num_threads(),
     }
     if info["ours"]:
         peak = 2 * PEAK_SIZE**3 / medians[_peak_name(provider.dtype, provider.device)]
@@ -143,16 +141,12 @@ def _row(
             "impl": explain(inputs.q, inputs.k).impl,
             "peak_flops": peak,
             "bound": bound,
-            "floor": PRACTICAL * bound,
-            "share_of_bound": bound / medians[provider.name],
         }
-    if str(shape) in NOTES:
-        info["note"] = NOTES[str(shape)]
     return info
 
 
 class ReplayClock:
-    """A timer for pytest-benchmark that moves by recorded durations only: it turns them into ordinary rows."""
+    """A timer for pytest-benchmark that advances only by recorded durations, so that those become ordinary rows."""
 
     def __init__(self) -> None:
         self._now = 0.0

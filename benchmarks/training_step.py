@@ -1,4 +1,4 @@
-"""What AM-flow adapters cost: a training step and inference of a frozen backbone with and without them.
+"""The cost of AM-flow adapters: a training step and inference of a frozen backbone with and without them.
 
 python -m benchmarks.training_step
 """
@@ -6,7 +6,6 @@ python -m benchmarks.training_step
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +19,11 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import machine
 from benchmarks.memory import peak_growth
-from benchmarks.report import Table
+from benchmarks.result_files import RESULTS, dumps
+from benchmarks.tables import Table
 from benchmarks.timing import interleave
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 BACKBONE, CLASSES = "vit_small_patch14_dinov2", 10
 KINDS = ("inference", "training step")
 _FLOW: dict[str, Any] = {"blocks": "all", "gate": "am_flow"}
@@ -59,7 +59,7 @@ def prepare(name: str, kind: str, size: int, frames: int) -> Callable[[], object
 
 
 def memory(name: str, kind: str, size: int, frames: int) -> int:
-    """Peak bytes of one call besides the model, in a process of its own."""
+    """Peak bytes of one call besides the model, measured in a separate process."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--probe", name, kind, str(size), str(frames)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -80,35 +80,31 @@ def measure(size: int, frames: int, seconds: float) -> list[dict[str, Any]]:
         times = interleave({name: prepare(name, kind, size, frames) for name in MODELS}, seconds)
         for name, durations in times.items():
             q1, middle, q3 = quantiles(durations, n=4, method="inclusive")
-            # Ratios round by round: a disturbance of the machine hits both.
-            beside = [t / base for t, base in zip(durations, times["constant"], strict=True)]
-            rows.append({
-                "model": name, "kind": kind, "median": middle, "spread": (q3 - q1) / middle, "rounds": len(durations),
-                "to_constant": median(beside), "bytes": memory(name, kind, size, frames),
-            })  # fmt: skip
+            # Ratios within a round: other work on the machine slows both of its calls.
+            ratios = [t / base for t, base in zip(durations, times["constant"], strict=True)]
+            figures = {"median": middle, "spread": (q3 - q1) / middle, "rounds": len(durations)}
+            costs = {"to_constant": median(ratios), "bytes": memory(name, kind, size, frames)}
+            rows.append({"model": name, "kind": kind, **figures, **costs})
     return rows
 
 
 def table(rows: list[dict[str, Any]], kind: str) -> Table:
-    """For a terminal, or a page in Markdown."""
-    cells = [
-        [
-            MODELS[row["model"]][0], f"{1e3 * row['median']:.0f} ms", f"{row['to_constant']:.2f}x",
-            f"{row['bytes'] / 1e6:.0f} MB",
-        ]
-        for row in rows
-        if row["kind"] == kind
-    ]  # fmt: skip
+    """The rows of one kind as a table."""
+    cells = []
+    for row in rows:
+        if row["kind"] == kind:
+            time, ratio, size = f"{1e3 * row['median']:.0f} ms", f"{row['to_constant']:.2f}x", row["bytes"] / 1e6
+            cells.append([MODELS[row["model"]][0], time, ratio, f"{size:.0f} MB"])
     return Table(kind, ["", "time", "to temporal adapters without AM flow", "memory"], cells, [])
 
 
 def main() -> None:
-    """Measures, prints, and writes the figures under benchmarks/results/."""
+    """Measures, prints the figures and saves them under benchmarks/results/."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
-    parser.add_argument("--size", type=int, default=224, help="side of a frame in pixels")
+    parser.add_argument("--size", type=int, default=224, help="width and height of a frame in pixels")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=90, help="time for the rounds of one kind")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training_step_cpu.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "training_step_cpu.json")
     parser.add_argument("--probe", nargs=4, metavar=("MODEL", "KIND", "SIZE", "FRAMES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.probe:
@@ -119,7 +115,7 @@ def main() -> None:
     for kind in KINDS:
         print(table(rows, kind).plain())
     setting = {"backbone": BACKBONE, "size": args.size, "frames": args.frames, "clips": 1}
-    args.out.write_text(json.dumps({"machine": machine(), "setting": setting, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(dumps({"machine": machine(), "setting": setting, "rows": rows}))
 
 
 if __name__ == "__main__":

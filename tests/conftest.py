@@ -1,4 +1,4 @@
-"""What all tests share: cold processes, and a clean state before each test."""
+"""Fixtures of all tests: cold processes, a quicker interpreter of Triton, and a clean state before each test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,33 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def cpu_kernels_run() -> bool:
     """Whether the CPU kernels must run: decided by the CPU alone, so that a broken build can't hide."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` in every call of a device function, half of its time.
+
+    Here it does so for the kernel and the first call from each module, until the launch ends and takes it back.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch_language(function)
+
+    def launch_anew(*args: Any, **options: Any) -> None:
+        patched.clear()
+        launch(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Motion tasks on real pictures, in which single frames tell nothing: `python -m benchmarks.motion --help`."""
+"""Motion tasks on real pictures, in which single frames carry no information: `python -m benchmarks.motion --help`."""

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,8 +20,7 @@ from benchmarks.motion import report, sheet
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 from benchmarks.motion.train import SETTINGS, Setting, train_job
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+from benchmarks.result_files import RESULTS, dumps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,27 +35,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         out = args.out or RESULTS / f"motion_{args.setting}.json"
         workers = args.workers or (1 if args.device == "cuda" else os.cpu_count() or 1)
-        run(SETTINGS[args.setting], out, args.tasks, args.arms, workers, args.device)
+        setting = SETTINGS[args.setting]
+        setting = replace(setting, precision=args.precision or setting.precision)
+        run(setting, out, args.tasks, args.arms, workers, args.device)
         print(report.markdown(json.loads(out.read_text())))
 
 
 def run(
     setting: Setting, out: Path, tasks: Sequence[str], arms: Sequence[str], workers: int, device: str = "cpu"
 ) -> None:
-    """Runs what is not in the file `out` yet; the file is written anew after each run.
+    """Makes the runs that the file `out` does not hold yet, and rewrites the file after each.
 
-    Seeds are outermost, so that what there is of a table that is interrupted can be compared.
+    Seeds are the outermost loop, so that an interrupted table still compares all arms.
 
     Raises:
-        ValueError: the file is of another setting, or another machine.
+        ValueError: the file comes from another setting or another machine.
     """
     table: dict[str, Any] = {"setting": asdict(setting), "machine": _machine(device), "runs": []}
     if out.exists():
-        found = json.loads(out.read_text())
-        for what in ("setting", "machine"):
-            if found[what] != table[what]:
-                raise ValueError(f"{out}: is of another {what}, {found[what]}; this one is {table[what]}")
-        table = found
+        saved = json.loads(out.read_text())
+        for key in ("setting", "machine"):
+            if saved[key] != table[key]:
+                raise ValueError(f"{out}: expected results of {key} {table[key]}, got {saved[key]}")
+        table = saved
     done = {(row["task"], row["arm"], row["seed"]) for row in table["runs"]}
     todo = [job for job in _jobs(setting, tasks, arms) if job not in done]
     print(f"{len(todo)} runs, {workers} at a time: {out}", flush=True)
@@ -64,7 +65,7 @@ def run(
     if workers == 1:
         _store(table, map(one, todo), out)
         return
-    # What the processes call must not be of this file: run as a command, they can't import it.
+    # The processes can't import this module when it runs as a command, so they call a function of another module.
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         _store(table, pool.imap_unordered(one, todo), out)
 
@@ -73,7 +74,7 @@ def _store(table: dict[str, Any], rows: Iterable[dict[str, Any]], out: Path) -> 
     for row in rows:
         table["runs"].append(row)
         part = out.with_suffix(".part")
-        part.write_text(_dumps(table))
+        part.write_text(dumps(table))
         part.replace(out)
         accuracy = " / ".join("-" if row[split] is None else f"{row[split]:.3f}" for split in ("validation", "test"))
         print(f"{row['task']:<16}{row['arm']:<20}seed {row['seed']}  {accuracy}  {row['seconds']:.0f} s", flush=True)
@@ -84,7 +85,7 @@ def _jobs(setting: Setting, tasks: Sequence[str], arms: Sequence[str]) -> Iterat
         spec = ARMS[arm]
         wanted = spec.choice == choice and (spec.tasks is None or task in spec.tasks)
         if wanted and (spec.options is not None or seed == 0):
-            yield task, arm, seed  # a probe has no seed: it is the best of its kind
+            yield task, arm, seed  # a probe needs no seed: its solution does not depend on one
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -92,17 +93,10 @@ def _machine(device: str) -> dict[str, Any]:
     return {"device": device, "name": name, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
-def _dumps(table: dict[str, Any]) -> str:
-    """JSON with a line for each run."""
-    runs = ",\n".join("  " + json.dumps(row) for row in table["runs"])
-    rest = {name: value for name, value in table.items() if name != "runs"}
-    return json.dumps(rest, indent=1)[:-2] + ',\n "runs": [\n' + runs + "\n ]\n}\n"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="train and test; goes on where it was interrupted")
+    runs = commands.add_parser("run", help="train and test; continues an interrupted table")
     runs.add_argument("--setting", choices=SETTINGS, default="cpu")
     runs.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     runs.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -110,11 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=None, help="runs at a time (default: 1 on a GPU, else one per core)"
     )
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    runs.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="(default: that of the setting)")
     runs.add_argument("--out", type=Path, default=None, metavar="JSON")
-    tables = commands.add_parser("report", help="the table, and a plot, of results")
+    tables = commands.add_parser("report", help="print the table of results, and draw a plot of them")
     tables.add_argument("results", type=Path)
     tables.add_argument("--plot", type=Path, default=None, metavar="PNG")
-    sheets = commands.add_parser("sheet", help="a picture of clips of each class")
+    sheets = commands.add_parser("sheet", help="draw a clip of each class")
     sheets.add_argument("output", metavar="PNG")
     return parser
 

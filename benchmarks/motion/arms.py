@@ -1,4 +1,4 @@
-"""What competes: a frozen backbone, and what is trained on top of it."""
+"""The competing models, called arms: a frozen backbone, each with other trainable parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PAN = ("direction_pan", "which_pan")
-TWO = ("direction", "which_pan")  # order over a still background, place over a moving one
+TWO = ("direction", "which_pan")  # order over a still background, position over a moving one
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Arm:
     """One competitor.
 
     Attributes:
-        label: for tables.
-        options: of `VideoClassifier`; None is a linear probe on the frozen backbone.
-        sees: for a probe, the vectors of which frames: "mean", "first", or "all", side by side.
-        budget: how many times the steps of the others.
-        tasks: only these; None is all.
-        choice: there to choose a default by, on the validation split: not tested.
+        label: its name in tables.
+        options: options of `VideoClassifier`; None is a linear probe on the frozen backbone.
+        sees: for a probe, the frames whose vectors it gets: their "mean", the "first", or "all" side by side.
+        budget: factor on the number of steps.
+        tasks: the tasks it runs on; None is all.
+        choice: it only serves to choose a default on the validation split, and is not tested.
     """
 
     label: str

@@ -1,8 +1,8 @@
-"""Pixels of the motion tasks: real photographs, real digits, and frames that are functions of one state alone.
+"""Pixels of the motion tasks: real photographs, real digits, and frames that depend on nothing but their state.
 
-Nothing here knows of classes, and a frame is made from its own state and from what all frames of its clip share. So
-where the states tell nothing of the class, the frames can't. All shifts are whole pixels: what moves is as sharp as
-what stays, and a frame of a zoom is resampled as the same frame of a pan or of a still is.
+Nothing here knows the class. A frame is drawn from its own state and from properties that all frames of its clip share,
+so frames carry no information on the class if states carry none. All shifts are whole pixels, so that moving parts are
+as sharp as still ones, and a frame of a zoom is resampled like the same frame of a pan or of a still clip.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from amflow_kernels.offline import clip_path, iterate_frames
 
 __all__ = ["EVERY", "LEVELS", "ZOOM_RANGE", "Digit", "Scene", "render", "window_side"]
 
-EVERY = 6  # one frame in so many serves as a photograph: neighbours hardly differ
-ZOOM_RANGE = 3.0  # the widest window of the task `camera` is so many times as wide as the narrowest
+EVERY = 6  # every sixth frame of a video serves as a photograph: neighbours hardly differ
+ZOOM_RANGE = 3.0  # width of the widest window of the task `camera` over that of the narrowest
 LEVELS = 1024  # steps of the zoom, equal in the logarithm
 
 
 @dataclass(frozen=True)
 class Digit:
-    """A real handwritten digit as an object: its place is part of the state."""
+    """A real handwritten digit as an object; its position is part of the state."""
 
-    sample: int  # in scikit-learn's `load_digits`, 0 to 1796
+    sample: int  # index in scikit-learn's `load_digits`, 0 to 1796
     side: int  # pixels
     fill: tuple[float, float, float]  # RGB in [0, 1]
-    outline: float  # grey in [0, 1]: dark around light digits and the other way round, to be seen on any background
+    outline: float  # grey in [0, 1]: dark around light digits and light around dark ones, visible on any background
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Scene:
     """A clip before it is drawn. Only the state changes from frame to frame.
 
     The columns of `states`: y and x of the window in the mirrored photograph, its zoom level, then y and x of each
-    digit. Each is a number modulo its `periods`, and so uniform wherever it starts uniform, however far it moves.
+    digit. Each is a number modulo its period, so it stays uniform if it starts uniform, however far it moves.
     """
 
     label: int
-    photograph: tuple[str, int]  # clip and number of the frame in it
-    photograph_side: int  # pixels that its short side is resized to
+    photograph: tuple[str, int]  # video, and number of the frame in it
+    photograph_side: int  # pixels to which its short side is resized
     zooms: bool  # whether windows are resampled, as in `camera`
-    digits: tuple[Digit, ...]  # one: anywhere in the frame; two: in the left and the right half
+    digits: tuple[Digit, ...]  # one moves in the whole frame, two in its left and its right half
     states: Tensor  # int64 (frames, 3 + 2 * len(digits))
     periods: tuple[int, ...]  # of the columns
 
@@ -64,19 +64,19 @@ def render(scene: Scene, size: int) -> Tensor:
     if not scene.digits:
         return video
     sprites = [_sprite(digit) for digit in scene.digits]
-    places = scene.states[:, 3:].unflatten(1, (-1, 2)).tolist()
-    layer = torch.stack([_layer(sprites, yx, size) for yx in places])
+    positions = scene.states[:, 3:].unflatten(1, (-1, 2)).tolist()
+    layer = torch.stack([_layer(sprites, yx, size) for yx in positions])
     return (video * (1 - layer[:, 3:]) + 255 * layer[:, :3]).round().to(torch.uint8)
 
 
 def window_side(level: int, size: int) -> int:
-    """Side in photograph pixels of the window at a zoom level; even, so that a window is symmetric about its place."""
+    """Width of the window at a zoom level, in photograph pixels; even, so that the window is symmetric."""
     return 2 * round(size / 2 * ZOOM_RANGE ** (level / LEVELS))
 
 
 @lru_cache(maxsize=16)
 def _photographs(clip: str, side: int) -> Tensor:
-    """One frame in EVERY of a clip, the central square, uint8 (n, 3, side, side)."""
+    """The central square of every `EVERY`-th frame of a video, uint8 (n, 3, side, side)."""
     images = [(255 * image).round().to(torch.uint8) for _, image in iterate_frames(clip_path(clip), EVERY, side)]
     return torch.stack(images)
 
@@ -88,23 +88,23 @@ def _digit_images() -> Tensor:
 
 
 def _window(photograph: Tensor, y: int, x: int, side: int) -> Tensor:
-    """(3, side, side) about (y, x) of the plane that is tiled with the photograph and its mirror images.
+    """(3, side, side) around (y, x) in the plane that the photograph and its mirror images tile.
 
-    Mirrored, the plane repeats every two sides without a seam: a torus, on which a pan never meets an edge.
+    The plane repeats every two sides without a seam: a torus, on which a pan never meets an edge.
     """
     length = photograph.shape[-1]
     offsets = torch.arange(-(side // 2), side - side // 2)
 
     def mirrored(start: int) -> Tensor:
-        place = (start + offsets) % (2 * length)
-        return torch.minimum(place, 2 * length - 1 - place)
+        index = (start + offsets) % (2 * length)
+        return torch.minimum(index, 2 * length - 1 - index)
 
     return photograph[:, mirrored(y)[:, None], mirrored(x)]
 
 
 def _sprite(digit: Digit) -> Tensor:
     """float32 (4, side, side): RGB times coverage, and coverage."""
-    image = pad(_digit_images()[digit.sample], (1, 1, 1, 1))  # room for the outline
+    image = pad(_digit_images()[digit.sample], (1, 1, 1, 1))  # for the outline
     image = interpolate(image[None, None], digit.side, mode="bicubic", align_corners=False)[0]
     ink = (2 * image - 0.4).clamp(0, 1)  # strokes with narrow edges
     width = max(1, digit.side // 16)
@@ -113,10 +113,10 @@ def _sprite(digit: Digit) -> Tensor:
     return torch.cat((colour * cover, cover))
 
 
-def _layer(sprites: list[Tensor], places: list[list[int]], size: int) -> Tensor:
-    """float32 (4, size, size): each digit in its own part of the frame, around whose edges it wraps."""
+def _layer(sprites: list[Tensor], positions: list[list[int]], size: int) -> Tensor:
+    """float32 (4, size, size): each digit in its own part of the frame, wrapping around at the edges."""
     parts = torch.zeros(len(sprites), 4, size, size // len(sprites))
-    for part, sprite, (y, x) in zip(parts, sprites, places, strict=True):
+    for part, sprite, (y, x) in zip(parts, sprites, positions, strict=True):
         side = sprite.shape[-1]
         part[:, :side, :side] = sprite
         part.copy_(part.roll((y, x), (1, 2)))

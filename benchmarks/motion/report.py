@@ -1,4 +1,4 @@
-"""The table and the plot of motion results."""
+"""Tables and a plot of the results of motion tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 
-# What a default is chosen among, besides the arms that are there for a choice alone.
+# The arms among which a default is chosen, besides those that serve only for this choice.
 RIVALS = ("am_flow", "am_flow_raw", "frame_difference", "constant", "am_flow_serial", "am_flow_aligned")
 
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
@@ -19,9 +19,9 @@ STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365,
 
 
 def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
-    """Mean accuracy and half the width of its 95% interval: over seeds, and at least that over test clips (Wilson's).
+    """Mean accuracy, and half the width of its 95% interval: the wider of that over seeds and that over test clips.
 
-    Seeds that happen to agree, or a single one, would else make the interval too small.
+    The second is Wilson's. Without it, seeds that happen to agree would make the interval too narrow.
     """
     centre = mean(values)
     z = 1.96
@@ -35,16 +35,16 @@ Cell = tuple[float, float, float | None]
 
 
 def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], Cell]:
-    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of what was reached.
+    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of the final accuracy.
 
-    The steps are of the runs that beat chance by more than its interval; None if there is none.
+    The mean of steps is over runs that beat chance by more than the interval of chance; None if there are none.
     """
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table["runs"]:
         if row[split] is not None:
-            found.setdefault((row["arm"], row["task"]), []).append(row)
+            runs.setdefault((row["arm"], row["task"]), []).append(row)
     tested, results = table["setting"][split], {}
-    for key, rows in found.items():
+    for key, rows in runs.items():
         chance = 1 / len(TASKS[key[1]].classes)
         learned = [row["steps_to_90"] for row in rows if row[split] > chance + interval([chance], tested)[1]]
         results[key] = (*interval([row[split] for row in rows], tested), mean(learned) if learned else None)
@@ -52,9 +52,9 @@ def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], C
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Accuracy in percent, its 95% interval, and steps to 90% of the accuracy reached in training.
+    """Accuracy in percent, its 95% interval, and steps to 90% of the final training accuracy.
 
-    One table on the test split, and one on the validation split of what there is a choice of.
+    One table for the test split, and one for the validation split with the arms among which a default is chosen.
     """
     choices = [arm for arm, spec in ARMS.items() if spec.choice]
     tables = {
@@ -90,7 +90,7 @@ def _rows(table: dict[str, Any], results: dict[tuple[str, str], Cell], arms: lis
 
 
 def plot(table: dict[str, Any], path: Path) -> None:
-    """Accuracy of each arm and of its runs, a panel per task."""
+    """Draws the accuracy of each arm and of its runs, one panel per task."""
     from matplotlib.figure import Figure
 
     results = cells(table)
@@ -99,13 +99,13 @@ def plot(table: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(3.2 + 2.1 * len(tasks), 0.8 + 0.3 * len(arms)), layout="constrained")
     panels: Any = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        for place, arm in enumerate(arms):
+        for y, arm in enumerate(arms):
             if (arm, task) in results:
                 centre, half, _ = results[arm, task]
                 colour = "#d55e00" if arm.startswith("am_flow") else "#0072b2"
-                axes.errorbar(100 * centre, place, xerr=100 * half, fmt="|", color=colour, capsize=3, alpha=0.5)
+                axes.errorbar(100 * centre, y, xerr=100 * half, fmt="|", color=colour, capsize=3, alpha=0.5)
                 runs = [100 * row["test"] for row in table["runs"] if row["arm"] == arm and row["task"] == task]
-                axes.plot(runs, [place] * len(runs), "o", color=colour, markersize=4)
+                axes.plot(runs, [y] * len(runs), "o", color=colour, markersize=4)
         axes.axvline(100 / len(TASKS[task].classes), color="0.6", linestyle=":")
         axes.set_title(f"{task}: {len(TASKS[task].classes)} classes", fontsize=10)
         axes.set_xlim(0, 102)

@@ -8,7 +8,7 @@ from benchmarks.motion.tasks import SPLITS, TASKS, make_clips
 
 
 def draw(output: str) -> None:
-    """Rows are classes, of the training split on the left and of the test split on the right; columns are frames."""
+    """Each row is a class, with a clip of the training split on the left and one of the test split on the right."""
     rows = [(task, label) for task in TASKS for label in range(len(TASKS[task].classes))]
     shown = (SPLITS[0], SPLITS[-1])
     clips = {(task, split): make_clips(task, split, len(TASKS[task].classes)) for task in TASKS for split in shown}

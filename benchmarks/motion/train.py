@@ -20,9 +20,9 @@ from amflow_kernels.offline import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS, make_clips
 
-SLOW = {"camera": 2}  # tasks that take so many times the steps, at as much lower a learning rate
+SLOW = {"camera": 2}  # factor by which a task takes more steps, at a learning rate lower by the same factor
 POINTS = 10  # of the curve of a run
-GRADIENT_NORM = 1.0  # clipped to it: the first gradients are large
+MAX_GRADIENT_NORM = 1.0  # the first gradients are large
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Setting:
     """How large everything is.
 
     Attributes:
-        size: side of a frame in pixels.
-        frames: of a clip.
+        size: width and height of a frame in pixels.
+        frames: frames of a clip.
         depth: how many of the backbone's 12 blocks are used.
-        steps, batch, learning_rate: of AdamW, one cycle.
-        train, validation, test: clips; those to train on come in an order drawn anew for each pass over them.
+        steps, batch, learning_rate: of AdamW, with one cycle of the learning rate.
+        train, validation, test: clips of each split; training shuffles them anew for each pass.
         seeds: how many runs of each arm.
+        precision: "bf16" (autocast) or "fp32". CPUs without AVX512_BF16 or AMX multiply bf16 matrices 20 to 35 times
+            slower than fp32 ones.
     """
 
     size: int
@@ -48,10 +50,13 @@ class Setting:
     test: int
     seeds: int
     learning_rate: float = 4e-3
+    precision: str = "bf16"
 
 
 SETTINGS = {
-    "smoke": Setting(size=56, frames=3, depth=2, steps=6, batch=4, train=28, validation=28, test=28, seeds=1),
+    "smoke": Setting(
+        size=56, frames=3, depth=2, steps=6, batch=4, train=28, validation=28, test=28, seeds=1, precision="fp32"
+    ),
     "cpu": Setting(size=70, frames=4, depth=4, steps=150, batch=16, train=4800, validation=280, test=560, seeds=3),
     "gpu": Setting(size=98, frames=8, depth=12, steps=2000, batch=32, train=14000, validation=840, test=1680, seeds=5),
 }
@@ -59,13 +64,15 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        validation, test: accuracy on these splits, after the last step. An arm that is there for a choice has no test.
-        curve: steps, and accuracy on the batches since the last point, each taken before the step that learns from it.
-        steps_to_90: the first of these steps from which on the accuracy is at least 90% of the last one.
-        trainable: parameters.
+        validation, test: accuracy on these splits after the last step. Arms with `choice` are not tested: None.
+        curve: steps, and accuracy on the batches since the previous point, each predicted before the model learns
+            from it.
+        steps_to_90: the first of these steps from which on the accuracy stays at 90% of the last one or more.
+        trainable: number of trainable parameters.
+        seconds: duration of the run.
     """
 
     task: str
@@ -89,14 +96,14 @@ def train(task: str, arm: str, seed: int, setting: Setting, device: str = "cpu")
 
 
 def train_job(job: tuple[str, str, int], setting: Setting, device: str) -> dict[str, Any]:
-    """`train` of (task, arm, seed)."""
+    """`train` for (task, arm, seed)."""
     return train(*job, setting, device)
 
 
 def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> dict[str, Any]:
     steps = setting.steps * ARMS[arm].budget * SLOW.get(task, 1)
     rate = setting.learning_rate / SLOW.get(task, 1)
-    backbone = _backbone(setting, device)  # before the seed: making it draws numbers, copying it none
+    backbone = _backbone(setting, device)  # before seeding: creating one draws random numbers, copying does not
     torch.manual_seed(seed)
     model = VideoClassifier(backbone, len(TASKS[task].classes), setting.frames, **(ARMS[arm].options or {})).to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -105,44 +112,44 @@ def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> 
     clips, labels = _clips(task, "train", setting, device)
     order = _order(len(clips), seed)
     curve: list[tuple[int, float]] = []
-    right = 0
+    correct = 0
     for step in range(1, steps + 1):
         chosen = torch.tensor([next(order) for _ in range(setting.batch)])
-        logits = _logits(model, clips[chosen])
+        logits = _logits(model, clips[chosen], setting)
         loss = cross_entropy(logits, labels[chosen])
         loss.backward()
-        nn.utils.clip_grad_norm_(trainable, GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(trainable, MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        right += int((logits.argmax(1) == labels[chosen]).sum())
+        correct += int((logits.argmax(1) == labels[chosen]).sum())
         every = max(1, steps // POINTS)
         if step % every == 0:
-            curve.append((step, right / (every * setting.batch)))
-            right = 0
+            curve.append((step, correct / (every * setting.batch)))
+            correct = 0
     validation = _accuracy(model, task, "validation", setting, device)
     test = None if ARMS[arm].choice else _accuracy(model, task, "test", setting, device)
     return _result(validation, test, curve, sum(p.numel() for p in trainable))
 
 
 def _order(count: int, seed: int) -> Iterator[int]:
-    """Each clip once, and again."""
+    """Indices of clips without end: every pass has each clip once, in a new order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
 def _probe(task: str, arm: str, setting: Setting, device: str) -> dict[str, Any]:
-    """Logistic regression on the backbone's vectors, standardised; weight decay is chosen on the validation split."""
+    """Logistic regression on standardised vectors of the backbone; the validation split chooses the weight decay."""
     data = {split: _vectors(task, split, setting, device) for split in ("train", "validation", "test")}
     sees = ARMS[arm].sees
 
-    def seen(split: str) -> Tensor:
+    def features(split: str) -> Tensor:
         x = data[split][0]
-        return x.mean(1) if sees == "mean" else x[:, 0] if sees == "first" else x.flatten(1)
+        return {"mean": x.mean(1), "first": x[:, 0], "all": x.flatten(1)}[sees]
 
-    std, mean = torch.std_mean(seen("train"), 0)
-    x = {split: (seen(split) - mean) / (std + 1e-6) for split in data}
+    std, mean = torch.std_mean(features("train"), 0)
+    x = {split: (features(split) - mean) / (std + 1e-6) for split in data}
     classes, best = len(TASKS[task].classes), (-1.0, 0.0)
     for decay in (1e-3, 1e-2, 1e-1, 1.0):
         head = nn.Linear(x["train"].shape[1], classes, device=device)
@@ -166,22 +173,23 @@ def _probe(task: str, arm: str, setting: Setting, device: str) -> dict[str, Any]
 
 def _result(validation: float, test: float | None, curve: list[tuple[int, float]], trainable: int) -> dict[str, Any]:
     last = curve[-1][1]
-    below = [place for place, (_, accuracy) in enumerate(curve) if accuracy < 0.9 * last]
+    below = [point for point, (_, accuracy) in enumerate(curve) if accuracy < 0.9 * last]
     reached = curve[below[-1] + 1 if below else 0][0]
-    return {
-        "validation": validation, "test": test, "curve": curve, "steps_to_90": reached, "trainable": trainable,
-    }  # fmt: skip
+    accuracy = {"validation": validation, "test": test, "curve": curve}
+    return {**accuracy, "steps_to_90": reached, "trainable": trainable}
 
 
 def _backbone(setting: Setting, device: str) -> Any:
-    """A copy of `_pretrained`, to be changed."""
+    """A copy of `_pretrained` that the caller may change."""
     return deepcopy(_pretrained(setting.size, setting.depth)).to(device)
 
 
 @cache
 def _pretrained(size: int, depth: int) -> Any:
-    """The first blocks of DINOv2 ViT-S/14, mean over patches: with the class token alone, the last adapter's temporal
-    unit would see no other token."""
+    """The first blocks of DINOv2 ViT-S/14 with the mean over patches as output.
+
+    If the output were the class token, the temporal unit of the last adapter would have no effect on other tokens.
+    """
     model: Any = create_backbone("vit_small_patch14_dinov2", "offline", size)
     model.blocks = model.blocks[:depth]
     model.reset_classifier(0, "avg")
@@ -207,14 +215,14 @@ def _vectors(task: str, split: str, setting: Setting, device: str) -> tuple[Tens
 @torch.no_grad()
 def _accuracy(model: nn.Module, task: str, split: str, setting: Setting, device: str) -> float:
     clips, labels = _clips(task, split, setting, device)
-    guesses = torch.cat([_logits(model, part).argmax(1) for part in clips.split(4 * setting.batch)])
+    guesses = torch.cat([_logits(model, part, setting).argmax(1) for part in clips.split(4 * setting.batch)])
     return (guesses == labels).float().mean().item()
 
 
-def _logits(model: nn.Module, clips: Tensor) -> Tensor:
-    # On the CPU, with tokens this few, PyTorch's fused attention takes twice the time of its plain one backward.
+def _logits(model: nn.Module, clips: Tensor, setting: Setting) -> Tensor:
+    # On a CPU and with so few tokens, the backward of PyTorch's fused attention takes twice the time of the plain one.
     attention = sdpa_kernel(SDPBackend.MATH) if clips.device.type == "cpu" else nullcontext()
-    with torch.autocast(clips.device.type, torch.bfloat16), attention:
+    with torch.autocast(clips.device.type, torch.bfloat16, enabled=setting.precision == "bf16"), attention:
         return model(_normalised(clips)).float()
 
 

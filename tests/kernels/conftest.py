@@ -91,33 +91,6 @@ def impl(subject: Subject) -> str:
 
 
 @pytest.fixture(scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches `triton.language` in every call of a device function, half of its time.
-
-    Here it does so for the kernel and the first call from each module, until the launch ends and takes it back.
-    """
-    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in patched:
-            return None
-        patched.add(module)
-        return patch_language(function)
-
-    def launch_anew(*args: Any, **options: Any) -> None:
-        patched.clear()
-        launch(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
-        yield
-
-
-@pytest.fixture(scope="session")
 def emulated() -> None:
     """The CUDA kernels as the host compiler makes them."""
     torch.ops.load_library(str(simt.library()))

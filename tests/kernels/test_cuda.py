@@ -19,7 +19,7 @@ from amflow_kernels import testing as tt
 from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl import cuda
 from amflow_kernels.problem import MapPairs, Problem
-from benchmarks import cuda_report
+from benchmarks.gpu import cuda_report
 from tests import simt
 from tests.kernels import conformance
 from tests.kernels.conformance import Case
@@ -262,7 +262,7 @@ def test_nvcc_compiles_it_no_worse_than_reported(tmp_path: Path, cold_python: Ca
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
     found = cuda_report.rows(built)
-    assert not cuda_report.problems(found, json.loads(cuda_report.RESULT.read_text()))
+    assert not cuda_report.regressions(found, json.loads(cuda_report.RESULT.read_text()))
 
 
 def test_torch_cuda_arch_list_is_read_as_pytorch_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

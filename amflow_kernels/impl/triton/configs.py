@@ -1,6 +1,6 @@
 """Launch configurations: which kernels run, with what blocks, warps and pipeline stages. One frozen table.
 
-They were chosen for no spills and few instructions in the compiled code (docs/compile_report.md), not by timing.
+They were chosen for no spills and few instructions in the compiled code (docs/triton_report.md), not by timing.
 """
 
 from __future__ import annotations

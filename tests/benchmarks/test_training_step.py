@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import training_step
 
+FAST = ("backbone", "am_flow")
 
-@pytest.mark.parametrize("name", training_step.MODELS)
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in training_step.MODELS]
+)
 def test_inference_gives_logits_and_steps_can_repeat(name: str) -> None:
     """A step runs twice, since the optimizer has a state only after the first."""
     logits = training_step.prepare(name, "inference", 28, 2)()

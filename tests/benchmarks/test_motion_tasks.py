@@ -1,9 +1,9 @@
-"""The motion tasks: single frames tell nothing of the class, and what moves does."""
+"""The motion tasks: single frames carry no information on the class, and motion reveals it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -21,6 +21,12 @@ from benchmarks.motion.tasks import DIGITS, SPLITS, TASKS, draw_scene, make_clip
 pytestmark = pytest.mark.demo
 SIZE, FRAMES = 56, 4
 OPPOSITE = {"left": "right", "up": "down", "zoom_in": "zoom_out"}
+FAST = ("camera", "direction_pan")  # the tasks whose pixels the fast tier looks at
+
+
+def by_task(rows: Iterable[tuple[object, ...]]) -> list[object]:
+    """Parameters whose first is the task; those of tasks not in `FAST` are slow."""
+    return [pytest.param(*row, marks=() if row[0] in FAST else pytest.mark.slow) for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +44,13 @@ def small_clips(task: str, split: str) -> tuple[Tensor, Tensor]:
     return make_clips(task, split, 840, size=SIZE, frames=FRAMES)
 
 
-# What comes out.
+# Clips and scenes.
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_clips(task: str, split: str) -> None:
-    """Shapes, exact balance, and a clip is a function of its index alone: of no other clip, nor of later frames."""
+def test_clips_are_balanced_and_each_depends_only_on_its_index(task: str, split: str) -> None:
+    """Shapes and exact balance; other clips and later frames have no influence on a clip."""
     classes = len(TASKS[task].classes)
     count = 2 * classes
     clips, labels = make_clips(task, split, count, size=56, frames=5)
@@ -58,57 +64,57 @@ def test_clips(task: str, split: str) -> None:
     assert torch.equal(fewer_labels, labels[: classes + 1])
 
 
-@pytest.mark.parametrize("size", [14, 112])
-def test_sizes(size: int) -> None:
+@pytest.mark.parametrize("size", [14, pytest.param(112, marks=pytest.mark.slow)])
+def test_clips_have_the_size_that_was_asked_for(size: int) -> None:
     for task in TASKS:
         assert make_clips(task, "test", 2, size=size, frames=2)[0].shape == (2, 2, 3, size, size)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_order_of_labels(task: str) -> None:
-    """Every block of clips has each class once, and the place within the block tells nothing."""
+def test_each_block_has_every_class_once_in_random_order(task: str) -> None:
+    """The position within the block carries no information on the class."""
     classes = len(TASKS[task].classes)
     labels = torch.tensor([scene.label for scene in scenes(task)]).view(-1, classes)
     assert torch.equal(labels.sort(1).values, torch.arange(classes).expand_as(labels))
-    for place in range(classes):
-        counts = labels[:, place].bincount(minlength=classes)
+    for position in range(classes):
+        counts = labels[:, position].bincount(minlength=classes)
         assert chi2_contingency([counts.tolist(), [len(labels) // classes] * classes]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_moves(task: str) -> None:
-    """The class can be read off the states; the steps are those that the task asks for."""
+def test_the_states_determine_the_class(task: str) -> None:
+    """The steps are constant, as fast as the task says, and give the class."""
     classes, kind = TASKS[task].classes, TASKS[task]
     for scene in scenes(task)[:280]:
         periods = torch.tensor(scene.periods)
         step = (scene.states[1:] - scene.states[:-1]) % periods
-        step = torch.where(2 * step > periods, step - periods, step)  # less than half a period: no other reading
+        step = torch.where(2 * step > periods, step - periods, step)  # less than half a period, so unambiguous
         assert torch.equal(step, step[:1].expand_as(step))
         y, x, zoom, *digits = step[0].tolist()
         if not digits:
-            found = {(0, 0): "still", (0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down"}[
+            name = {(0, 0): "still", (0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down"}[
                 ((y > 0) - (y < 0), (x > 0) - (x < 0))
             ]
-            found = found if zoom == 0 else "zoom_in" if zoom < 0 else "zoom_out"
+            name = name if zoom == 0 else "zoom_in" if zoom < 0 else "zoom_out"
             assert 2 * abs(zoom) < LEVELS / 3
             assert zoom == 0 or (y, x) == (0, 0)
         else:
             assert kind.pan == ((y, x) != (0, 0))
-            own = list(zip(digits[::2], digits[1::2], strict=True))
-            if len(own) == 1:
-                ((dy, dx),) = own
+            steps = list(zip(digits[::2], digits[1::2], strict=True))
+            if len(steps) == 1:
+                ((dy, dx),) = steps
                 assert 4 <= abs(dy) + abs(dx) <= 14
-                found = {(0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down"}[
+                name = {(0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down"}[
                     ((dy > 0) - (dy < 0), (dx > 0) - (dx < 0))
                 ]
             else:
-                assert own.count((0, 0)) == 1
-                found = ("left", "right")[own.index((0, 0)) == 0]
-        assert found == classes[scene.label]
+                assert steps.count((0, 0)) == 1
+                name = ("left", "right")[steps.index((0, 0)) == 0]
+        assert name == classes[scene.label]
 
 
-def test_directions_in_pixels() -> None:
-    """A camera that pans left moves the picture right; zooming in enlarges its middle; digits are where they should."""
+def test_pixels_move_as_the_class_says() -> None:
+    """A camera that pans left moves the picture right, zooming in enlarges its middle, digits follow their states."""
     classes = TASKS["camera"].classes
     for name, (dy, dx) in {"left": (0, 1), "right": (0, -1), "up": (1, 0), "down": (-1, 0)}.items():
         scene = next(s for s in scenes("camera") if classes[s.label] == name)
@@ -132,21 +138,21 @@ def test_directions_in_pixels() -> None:
         for scene in scenes(task)[:14]:
             ground = render(replace(scene, digits=(), states=scene.states[:, :3]), 98)
             objects = (render(scene, 98) != ground).any(1)
-            for half, digit, places in zip(
+            for half, digit, positions in zip(
                 objects.chunk(len(scene.digits), -1),
                 scene.digits,
                 scene.states[:, 3:].split(2, 1),
                 strict=True,
             ):
-                for seen, (y, x) in zip(half, places.tolist(), strict=True):
+                for seen, (y, x) in zip(half, positions.tolist(), strict=True):
                     box = seen.roll((-y, -x), (0, 1))
                     assert box[: digit.side, : digit.side].any()
                     assert not box[digit.side :].any()
                     assert not box[:, digit.side :].any()
 
 
-def test_still_parts_stay() -> None:
-    """Of `still` all pixels, of `which` the half without motion; nothing else does."""
+def test_only_the_moving_parts_change() -> None:
+    """All pixels stay in `still`, and the half without motion in `which`; nothing else does."""
     clips, labels = small_clips("camera", "test")
     moves = (clips != clips[:, :1]).flatten(1).any(1)
     assert torch.equal(moves, labels != TASKS["camera"].classes.index("still"))
@@ -159,8 +165,8 @@ def test_still_parts_stay() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_are_disjoint(task: str) -> None:
-    """No photograph, shot, digit or seed in two splits; with a pan no clip; every photograph lies in its shot."""
+def test_splits_share_no_photograph_shot_digit_or_seed(task: str) -> None:
+    """In tasks with pan, splits share no video either. Every photograph lies in its shot."""
     used = {split: scenes(task, split, 280) for split in SPLITS}
     for split, scene in ((name, scene) for name in SPLITS for scene in used[name]):
         clip, number = scene.photograph
@@ -175,8 +181,8 @@ def test_splits_are_disjoint(task: str) -> None:
             assert not torch.equal(used[one][index].states, used[other][index].states)
 
 
-def test_digits_of_the_splits_differ() -> None:
-    """load_digits holds no image in two of the ranges."""
+def test_no_image_of_a_digit_is_in_two_splits() -> None:
+    """`load_digits` holds no image that is in two of the ranges."""
     images = load_digits().images.reshape(1797, -1)
     sets = [{row.tobytes() for row in images[slice(*DIGITS[split])]} for split in SPLITS]
     assert sum(map(len, sets)) == len(set().union(*sets))
@@ -184,27 +190,27 @@ def test_digits_of_the_splits_differ() -> None:
     assert DIGITS["test"][1] == 1797
 
 
-# What the states tell.
+# Information in the states.
 
 
 def lowest_p(labels: Tensor, values: Tensor) -> float:
-    """Values (clips, columns): the lowest p of the chi-squared tests that a column has one distribution in all classes.
+    """Lowest p of chi-squared tests whether each column of values (clips, columns) is independent of the class.
 
-    A column is cut into 8 cells of about equal counts, or fewer if it takes few values; the lowest p is Bonferroni's.
+    A column is binned into 8 cells of about equal counts, or fewer if it has few values; p has Bonferroni's correction.
     """
     lowest = []
     for column in values.double().T:
         cells = torch.bucketize(column.contiguous(), column.quantile(torch.arange(1, 8).double() / 8).unique())
         table = torch.stack([cells[labels == label].bincount(minlength=8) for label in labels.unique()])
         table = table[:, table.any(0)]
-        if table.shape[1] > 1:  # a number that never changes tells nothing
+        if table.shape[1] > 1:  # a constant carries no information
             lowest.append(float(chi2_contingency(table.numpy()).pvalue))
     return min(1.0, min(lowest) * len(lowest))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_states_tell_nothing_at_any_time(task: str) -> None:
-    """Each number of the state has one distribution in all classes, at every t; so have sums of two numbers."""
+def test_states_are_independent_of_the_class_at_every_time(task: str) -> None:
+    """So is each number of a state, and the sum of every two."""
     drawn = scenes(task)
     labels = torch.tensor([scene.label for scene in drawn])
     states = torch.stack([scene.states for scene in drawn])
@@ -216,8 +222,8 @@ def test_states_tell_nothing_at_any_time(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_frames_share_tells_nothing(task: str) -> None:
-    """Photograph, digits, sizes and colours."""
+def test_photograph_and_digits_are_independent_of_the_class(task: str) -> None:
+    """Sizes and colours of the digits as well."""
     drawn = scenes(task)
     rows = [
         [
@@ -231,8 +237,8 @@ def test_what_frames_share_tells_nothing(task: str) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["no wrap", "late start"])
-def test_leaks_would_be_seen(spoil: str) -> None:
-    """The same test finds what it looks for: a zoom without wraps, and digits that start at one edge."""
+def test_the_test_of_independence_detects_leaks(spoil: str) -> None:
+    """Namely a zoom without wraps, and digits that all start at one edge."""
     if spoil == "no wrap":
         drawn = scenes("camera")
         wraps = [bool((scene.states[1:, 2] - scene.states[:-1, 2]).abs().max() > LEVELS / 2) for scene in drawn]
@@ -251,8 +257,8 @@ def test_leaks_would_be_seen(spoil: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["camera", "direction", "direction_pan"])
-def test_played_backwards(task: str) -> None:
-    """A reversed clip of a class starts and steps as a clip of its opposite does, and is drawn as the reversed clip."""
+def test_a_reversed_clip_is_a_clip_of_the_opposite_class(task: str) -> None:
+    """It has the start and the steps of a clip of the opposite class, and its frames are those of the clip reversed."""
     drawn, classes = scenes(task), TASKS[task].classes
     periods = torch.tensor(drawn[0].periods)
     for name, other in OPPOSITE.items():
@@ -272,21 +278,21 @@ def test_played_backwards(task: str) -> None:
         )
 
 
-def test_frames_are_functions_of_their_states() -> None:
-    """A frame drawn alone is the frame of the clip, whatever the label: nothing of a motion is left in it."""
+def test_a_frame_is_a_function_of_its_state() -> None:
+    """A single frame drawn by itself is that of the clip, whatever the label: there are no traces of motion."""
     for task in TASKS:
         for scene in scenes(task)[:14]:
             clip = render(scene, 98)
             for t in range(FRAMES):
-                alone = replace(scene, states=scene.states[t : t + 1], label=-1)
-                assert torch.equal(render(alone, 98)[0], clip[t])
+                single = replace(scene, states=scene.states[t : t + 1], label=-1)
+                assert torch.equal(render(single, 98)[0], clip[t])
 
 
-# What pixels tell.
+# Information in the pixels.
 
 
 def looks(clips: Tensor) -> Tensor:
-    """(n, FRAMES, 256): of each frame the mean colours and the contrast (blur would show in it) on an 8 x 8 grid."""
+    """(n, FRAMES, 256): mean colours and contrast, which blur lowers, of each frame on an 8 x 8 grid."""
     x = clips.flatten(0, 1).float() / 255
     cell, grey = SIZE // 8, x.mean(1, keepdim=True)
     variance = avg_pool2d(grey.square(), cell) - avg_pool2d(grey, cell).square()
@@ -294,8 +300,8 @@ def looks(clips: Tensor) -> Tensor:
     return grids.flatten(1).unflatten(0, (-1, FRAMES))
 
 
-def right(x: Tensor, labels: Tensor, test_x: Tensor, test_labels: Tensor) -> int:
-    """How many of the test a linear classifier gets right: regression of the one-hot labels with a small ridge."""
+def count_right(x: Tensor, labels: Tensor, test_x: Tensor, test_labels: Tensor) -> int:
+    """Test clips that a linear classifier gets right: regression of the one-hot labels with a small ridge."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, test_x = ((y - mean).div(std).double() for y in (x, test_x))
     targets = one_hot(labels).double()
@@ -306,7 +312,7 @@ def right(x: Tensor, labels: Tensor, test_x: Tensor, test_labels: Tensor) -> int
 def guesses(
     task: str, features: Callable[[str], Tensor], classes: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """(Right, of so many): from train to test, and within test, where no change of scenes can hide a leak."""
+    """(Right, total) from train to test, and within test, where no difference between scenes can hide a leak."""
     x, labels, test_x, test_labels = (
         value for split in ("train", "test") for value in (features(split), small_clips(task, split)[1])
     )
@@ -316,8 +322,8 @@ def guesses(
         labels, test_labels = ((y == classes[0]).long() for y in (labels, test_labels))
     half = 3 * len(test_x) // 5
     return [
-        (right(x, labels, test_x, test_labels), len(test_x)),
-        (right(test_x[:half], test_labels[:half], test_x[half:], test_labels[half:]), len(test_x) - half),
+        (count_right(x, labels, test_x, test_labels), len(test_x)),
+        (count_right(test_x[:half], test_labels[:half], test_x[half:], test_labels[half:]), len(test_x) - half),
     ]
 
 
@@ -326,17 +332,17 @@ def looks_of(task: str, split: str) -> Tensor:
     return looks(small_clips(task, split)[0])
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_single_frames_are_at_chance(task: str) -> None:
-    """A linear classifier on frame t, for each t, is within the binomial interval that holds 99.9% of guesses."""
+@pytest.mark.parametrize("task", by_task((task,) for task in TASKS))
+def test_a_classifier_of_single_frames_is_at_chance(task: str) -> None:
+    """For each t, on frames t: within the binomial interval that holds 99.9% of guesses."""
     for t in range(FRAMES):
-        for found, count in guesses(task, lambda split, t=t: looks_of(task, split)[:, t]):
+        for right, count in guesses(task, lambda split, t=t: looks_of(task, split)[:, t]):
             low, high = binom.interval(0.999, count, 1 / len(TASKS[task].classes))
-            assert low <= found <= high, f"frame {t}: {found} of {count}"
+            assert low <= right <= high, f"frame {t}: {right} of {count}"
 
 
-def test_the_probe_finds_a_leak() -> None:
-    """Were digits to start in the middle rather than anywhere, the same classifier would know from the last frame."""
+def test_the_classifier_of_single_frames_detects_a_leak() -> None:
+    """If digits start in the middle rather than anywhere, it recognises the class by the last frame."""
     drawn = [draw_scene("direction", "test", index, size=SIZE, frames=FRAMES) for index in range(840)]
     clips = []
     for scene in drawn:
@@ -344,12 +350,12 @@ def test_the_probe_finds_a_leak() -> None:
         states[:, 3:] += SIZE // 3 - states[:1, 3:]
         clips.append(render(replace(scene, states=states % torch.tensor(scene.periods)), SIZE))
     x, labels = looks(torch.stack(clips))[:, -1], torch.tensor([scene.label for scene in drawn])
-    assert right(x[:504], labels[:504], x[504:], labels[504:]) > binom.interval(1 - 1e-9, 336, 0.25)[1]
+    assert count_right(x[:504], labels[:504], x[504:], labels[504:]) > binom.interval(1 - 1e-9, 336, 0.25)[1]
 
 
-@pytest.mark.parametrize("task", ["camera", "direction", "direction_pan"])
-def test_unordered_frames_do_not_tell_opposites(task: str) -> None:
-    """Mean and spread over the frames know of no order: left or right, up or down, in or out are a guess."""
+@pytest.mark.parametrize("task", by_task([("camera",), ("direction",), ("direction_pan",)]))
+def test_unordered_frames_do_not_separate_opposites(task: str) -> None:
+    """From mean and spread over the frames, left and right, up and down, in and out are a guess."""
     classes = TASKS[task].classes
 
     def unordered(split: str) -> Tensor:
@@ -358,15 +364,15 @@ def test_unordered_frames_do_not_tell_opposites(task: str) -> None:
 
     for one, other in OPPOSITE.items():
         if one in classes:
-            for found, count in guesses(task, unordered, (classes.index(one), classes.index(other))):
+            for right, count in guesses(task, unordered, (classes.index(one), classes.index(other))):
                 low, high = binom.interval(0.999, count, 0.5)
-                assert low <= found <= high, f"{one}: {found} of {count}"
+                assert low <= right <= high, f"{one}: {right} of {count}"
 
 
 def aligned_difference(a: Tensor, b: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Grey (n, size, size), twice -> frame a and what is left of b - a once b is shifted to fit a as a whole best.
+    """Frame a and the difference b - a for the shift of b that fits a best; a, b are grey (n, size, size).
 
-    Both lose a margin of `reach`, the longest shift; 0 compares the frames as they are.
+    Both lose a margin of `reach`, the longest shift; 0 compares the frames unshifted.
     """
     size = a.shape[-1]
     inner = a[:, reach : size - reach, reach : size - reach]
@@ -380,7 +386,7 @@ def aligned_difference(a: Tensor, b: Tensor, reach: int) -> tuple[Tensor, Tensor
 
 
 def motion(clips: Tensor, reach: int) -> Tensor:
-    """(n, 5): where frames 0 and 1 differ, left less right; flow to the right, down and outwards; the mean."""
+    """(n, 5): difference of frames 0 and 1, left minus right; flow to the right, down and outwards; mean difference."""
     a, b = (clips[:, t].float().mean(1) / 255 for t in (0, 1))
     a, change = aligned_difference(a, b, reach)
     amount = change.abs()
@@ -398,12 +404,20 @@ def motion(clips: Tensor, reach: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("task", "reach", "least"),
-    [("camera", 0, 0.5), ("direction", 0, 0.5), ("which", 0, 0.9), ("direction_pan", 5, 0.33), ("which_pan", 0, 0.9)],
+    by_task(
+        [
+            ("camera", 0, 0.5),
+            ("direction", 0, 0.5),
+            ("which", 0, 0.9),
+            ("direction_pan", 5, 0.33),
+            ("which_pan", 0, 0.9),
+        ]
+    ),
 )
-def test_frame_differences_tell(task: str, reach: int, least: float) -> None:
-    """Five numbers of the difference of two frames (a direction over a pan: after alignment) beat chance by far."""
-    for found, count in guesses(task, lambda split: motion(small_clips(task, split)[0], reach)):
-        assert found > least * count
+def test_frame_differences_reveal_the_class(task: str, reach: int, least: float) -> None:
+    """Five numbers of the difference (with a pan: after alignment) beat chance by far."""
+    for right, count in guesses(task, lambda split: motion(small_clips(task, split)[0], reach)):
+        assert right > least * count
 
 
 # Bad input.
@@ -422,14 +436,15 @@ def test_frame_differences_tell(task: str, reach: int, least: float) -> None:
         ({"frames": 1}, "frames: expected at least 2, got 1"),
     ],
 )
-def test_bad_input(arguments: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before any work."""
+def test_bad_input_raises_before_any_work(
+    arguments: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("benchmarks.motion.tasks.draw_scene", None)
     with pytest.raises(ValueError, match=message):
         make_clips(**{"task": "camera", "split": "train", "count": 4, **arguments})
 
 
 @pytest.mark.parametrize("index", [-1, 1 << 24])
-def test_index_of_another_split(index: int) -> None:
+def test_an_index_that_belongs_to_another_split_raises(index: int) -> None:
     with pytest.raises(ValueError, match="index: expected 0 to"):
         draw_scene("camera", "test", index)

@@ -1,17 +1,15 @@
-"""Tables of the results, from the rows of a session or of its JSON: plain for a terminal, markdown for a page."""
+"""Tables of results, from the rows of a session or of a saved file: plain for a terminal, Markdown for a page."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.shapes import FEATURES
+from benchmarks.result_files import Row
+from benchmarks.shapes import FEATURES, NOTES
 
-Row = dict[str, Any]
 PRODUCTS = {
     ("am_flow", "forward"): "the product q k^T",
     ("am_flow", "forward+backward"): "four such products (the map twice, dq, dk)",
@@ -20,7 +18,8 @@ PRODUCTS = {
     ("am_flow_matmul", "forward"): f"the products q k^T and M x (C = {FEATURES})",
     ("am_flow_matmul", "forward+backward"): f"seven such products (the map twice, M x, dM, dx, dq, dk; C = {FEATURES})",
 }
-BUSY = 1.25  # a matmul rate or a time that varies more than this: something else ran
+FLOOR = 1.2  # practical floor over the bound: packing, the second exponential, the sums
+BUSY = 1.25  # if the matmul rate or a time varies by more than this factor, other work ran on the machine
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,12 @@ class Table:
         return "\n".join(lines + self.notes)
 
     def markdown(self) -> str:
-        """A markdown table."""
+        """A Markdown table."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
         lines = [f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)]
         return "\n".join(
             [f"**{self.title}**", "", *lines, "", *(note.replace("* ", "\\* ", 1) + "  " for note in self.notes)]
         )
-
-
-def load(path: Path) -> tuple[list[Row], list[Row], Row]:
-    """The timed rows, the memory rows and the machine of a JSON that ``--benchmark-json`` wrote."""
-    saved = json.loads(path.read_text())
-    times = [
-        {"function": "am_flow", **row["extra_info"], "median": row["stats"]["median"], "rounds": row["stats"]["rounds"]}
-        for row in saved["benchmarks"]
-    ]
-    return times, saved.get("memory", []), saved["machine_info"]
 
 
 def caption(machine: Row) -> str:
@@ -73,15 +62,15 @@ def unique(rows: list[Row], key: str) -> list[Any]:
 
 def tables(times: list[Row], memory: list[Row]) -> list[Table]:
     """A table for each function, direction and row of ours with its peers, and one of the working memory."""
-    found = []
+    result = []
     for function, direction in itertools.product(unique(times, "function"), unique(times, "direction")):
         rows = [row for row in times if (row["function"], row["direction"]) == (function, direction)]
-        found += [_times(ours, rows) for ours in unique([row for row in rows if row["ours"]], "provider")]
-    return [*found, _memory(memory)] if memory else found
+        result += [_times(ours, rows) for ours in unique([row for row in rows if row["ours"]], "provider")]
+    return [*result, _memory(memory)] if memory else result
 
 
 def _times(name: str, rows: list[Row]) -> Table:
-    """Our times at every shape, what bounds them, and the peers' times as multiples of them."""
+    """Times of one of our providers at every shape, their bound, and the peers' times as multiples of them."""
     ours = {row["shape"]: row for row in rows if row["provider"] == name}
     first = next(iter(ours.values()))
     labels = {row["provider"]: row["label"] for row in rows}
@@ -91,16 +80,16 @@ def _times(name: str, rows: list[Row]) -> Table:
     header += [f"time / {labels[first['baseline']]}"] if first["baseline"] in labels else []
     body = []
     for shape, row in ours.items():
-        line = [f"{shape} *" if "note" in row else shape, _ms(row["median"]), f"{row['spread']:.0%}"]
-        line += [_ms(row["bound"]), _ms(row["floor"]), f"{row['share_of_bound']:.0%}"]
+        line = [f"{shape} *" if shape in NOTES else shape, _ms(row["median"]), f"{row['spread']:.0%}"]
+        line += [_ms(row["bound"]), _ms(FLOOR * row["bound"]), f"{row['bound'] / row['median']:.0%}"]
         line += [f"{row['ratio']:.2f}"] if first["baseline"] in labels else []
         line += [_ratio(ratios[shape, peer]) if (shape, peer) in ratios else "" for peer in peers]
         body.append(line)
     rates = [round(row["peak_flops"] / 1e9) for row in ours.values()]
-    notes = [f"* {shape}: {row['note']}" for shape, row in ours.items() if "note" in row]
+    notes = [f"* {shape}: {NOTES[shape]}" for shape in ours if shape in NOTES]
     if peers:
-        told = ", ".join(labels[peer] for peer in peers)
-        notes.append(f"{told}: time over that of {first['label']}, above 1x it is slower.")
+        compared = ", ".join(labels[peer] for peer in peers)
+        notes.append(f"{compared}: time divided by that of {first['label']}; above 1x the peer is slower.")
     notes += [
         f"bound: {PRODUCTS[first['function'], first['direction']]} at the rate of a large matmul in the same rounds, "
         f"{_range(rates)} GFLOP/s; floor: bound + 20%.",
@@ -108,7 +97,7 @@ def _times(name: str, rows: list[Row]) -> Table:
         f"spread: (q3 - q1) / median. am_flow ran: {', '.join(map(str, unique(list(ours.values()), 'impl')))}.",
     ]
     if max(rates) > BUSY * min(rates) or median(row["spread"] for row in ours.values()) > BUSY - 1:
-        notes.append("The machine was busy with other work: times changed too much for these figures to hold.")
+        notes.append("Other work ran on the machine: times varied too much for these figures to be reliable.")
     title = f"Time, {first['function']}, {first['direction']}, {first['dtype']}"
     return Table(title, header + [labels[peer] for peer in peers], body, notes)
 
