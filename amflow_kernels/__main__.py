@@ -2,6 +2,6 @@
 
 import sys
 
-from amflow_kernels.cli import main
+from amflow_models.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from torch import Tensor
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import clip_path, dinov2_vit_small, read_frames
+from amflow_models.cli.offline import clip_path, dinov2_vit_small, read_frames
 from benchmarks.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent

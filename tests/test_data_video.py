@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
-from amflow_kernels.offline import CLIPS, clip_path
+from amflow_models.cli.offline import CLIPS, clip_path
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 PADDED = {"movflags": "faststart"}  # the header comes first: a file that is cut off still opens

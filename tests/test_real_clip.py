@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amflow_kernels import am_flow
 from amflow_kernels.integrations.timm import record_am_flow, record_qk
-from amflow_kernels.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
+from amflow_models.cli.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
 
 pytestmark = pytest.mark.demo
 BUDGET = 5e-7

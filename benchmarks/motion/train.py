@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from amflow_kernels.offline import IMAGENET_MEAN, IMAGENET_STD
+from amflow_models.cli.offline import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS, make_clips
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import (
+from amflow_models.cli.offline import (
     DEPTH,
     IMAGENET_MEAN,
     IMAGENET_STD,

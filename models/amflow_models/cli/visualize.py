@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from amflow_kernels.api import am_flow, am_flow_pair
-from amflow_kernels.demo import DemoError, check_output
+from amflow_models.cli.demo import DemoError, check_output
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.motion import motion_maps, motion_pca
-from amflow_kernels.offline import demo_extra, iterate_frames
+from amflow_models.cli.offline import demo_extra, iterate_frames
 
 OFFLINE_MODEL = "vit_small_patch14_dinov2"
 CUT = 0.995  # quantile at which a colour scale ends: a few outlier tokens would darken all others

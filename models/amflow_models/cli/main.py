@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import amflow_kernels
-from amflow_kernels import demo, visualize
-from amflow_kernels.demo import DemoError
-from amflow_kernels.offline import CLIPS, clip_path
+from amflow_models.cli import demo, visualize
+from amflow_models.cli.demo import DemoError
+from amflow_models.cli.offline import CLIPS, clip_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
