@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import torch
+from amflow_models.cli.offline import clip_path, dinov2_vit_small, read_frames
 from torch import Tensor
 
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_qk
-from amflow_models.cli.offline import clip_path, dinov2_vit_small, read_frames
 from benchmarks.report import Table
 
 ROOT = Path(__file__).resolve().parent.parent

