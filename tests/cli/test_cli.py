@@ -113,8 +113,16 @@ assert "torch" not in sys.modules
 
 
 def test_module_of_the_command_line_is_the_command() -> None:
-    result = run_python("-m", "amflow_models.cli", "--version")
-    assert (result.returncode, result.stdout) == (0, f"amflow {amflow_kernels.__version__}\n")
+    result = run_python("-m", "amflow_models.cli", "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: amflow ")
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"amflow {amflow_kernels.__version__}\n"
 
 
 def test_module_of_the_kernels_prints_the_doctors_report_without_the_models() -> None:

@@ -1,7 +1,7 @@
-"""Import, first build and installation, each in cold processes.
+"""First build and installation, in cold processes.
 
-One real compile is made for the whole file. Where a test needs an empty cache, a stand-in compiler takes the real
-one's place: it notes that it ran and delivers the library compiled before.
+Most tests replace the compiler by a stand-in, which records that it ran and delivers the library that the test process
+itself uses. One test compiles for real.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from amflow_kernels import _build, _ext
 
@@ -52,15 +55,15 @@ with warnings.catch_warnings(record=True) as caught:
         check(None)
 assert len(caught) == 1, [str(w.message) for w in caught]
 assert caught[0].category is RuntimeWarning
-told = explain(q, k)
-assert told.impl == "reference"
+explanation = explain(q, k)
+assert explanation.impl == "reference"
 try:
     am_flow(q, k, impl="cpu")
 except RuntimeError as raised:
     error = raised
 else:
     raise AssertionError("impl='cpu' ran")
-for text in (str(caught[0].message), str(told), str(explain()), str(error)):
+for text in (str(caught[0].message), str(explanation), str(explain()), str(error)):
     assert REASON in text, text
 """
 )
@@ -68,7 +71,7 @@ for text in (str(caught[0].message), str(told), str(explain()), str(error)):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A stand-in for a C++ compiler, and how often it linked a library."""
+    """A stand-in for a C++ compiler, which counts the libraries that it links."""
 
     path: Path
     log: Path
@@ -82,25 +85,19 @@ class Compiler:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A cache folder in which a cold process has just compiled the library for real, and what that process said."""
-    cache = tmp_path_factory.mktemp("cache")
-    env = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    env.update(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(cache))
-    capability = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"]
-    if subprocess.check_output(capability, env=env, text=True).strip() not in ("AVX2", "AVX512"):
+def library(cpu_kernels_run: bool) -> Path:
+    """The compiled library that this process uses."""
+    if not cpu_kernels_run:
         pytest.skip("this CPU has no AVX2, nothing is ever compiled on it")
-    result = subprocess.run(
-        [sys.executable, "-c", RUNS_NATIVE], env=env, cwd=cache, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return cache, result
+    assert _ext.load(_build.CPU) is None
+    file = _ext.binary(_build.CPU)
+    assert file is not None
+    return file
 
 
 @pytest.fixture
-def stand_in(built: tuple[Path, object], tmp_path: Path) -> Callable[..., Compiler]:
-    """Makes a compiler that delivers the library of `built` after `seconds`, or else fails with exit status 1."""
-    (library,) = built[0].rglob(_build.CPU.file)
+def stand_in(library: Path, tmp_path: Path) -> Callable[..., Compiler]:
+    """Makes a compiler that delivers `library` after `seconds`, or else fails with exit status 1."""
 
     def make(name: str = "c++", seconds: float = 0, fails: bool = False) -> Compiler:
         compiler = Compiler(tmp_path / name, tmp_path / f"{name}.log")
@@ -134,69 +131,60 @@ def no_compiler(tmp_path: Path) -> dict[str, str | None]:
     return {"ATEN_CPU_CAPABILITY": None, "PATH": str(tmp_path / "bin"), "CXX": None}
 
 
-def test_import_needs_only_torch(no_compiler: dict[str, str | None], cold_python: Run) -> None:
-    """`import amflow_kernels` neither needs nor imports timm, Triton, ninja or a compiler, and builds nothing."""
-    code = """
-import sys
-import torch
-others = {"timm", "transformers", "ninja", "av", "onnx", "matplotlib"}
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {*others, "triton"} or name == "torch.utils.cpp_extension":
-            raise ImportError(f"{name} was imported")
-refuse = Refuse()
-sys.meta_path.insert(0, refuse)
-import amflow_kernels
-sys.meta_path.remove(refuse)  # PyTorch itself looks for many of them when an op is called
-q, k = torch.randn(2, 1, 3, 2, 17, 8)
-assert amflow_kernels.am_flow(q, k, impl="reference").shape == (1, 2, 2, 17)
-assert not others & set(sys.modules)
-"""
-    result = cold_python(code, env=no_compiler)
-    assert COMPILING not in result.stderr
-
-
-def test_first_call_compiles(built: tuple[Path, subprocess.CompletedProcess[str]], cold_python: Run) -> None:
-    """The first call ever compiles once, says so, and keeps the library; the next process loads it at once."""
-    cache, first = built
+def check_first_call(run: Callable[[], subprocess.CompletedProcess[str]], cache: Path) -> None:
+    """The first process compiles once, says so, and keeps the library; the second one loads it."""
+    first = run()
     assert first.stderr.count(COMPILING) == 1
     assert [p.name for p in cache.rglob("build_*")] == []  # no leftovers
-    second = cold_python(RUNS_NATIVE, env={"ATEN_CPU_CAPABILITY": None, "XDG_CACHE_HOME": str(cache)})
+    second = run()
     assert COMPILING not in second.stderr
     assert second.stdout == first.stdout
     assert Path(second.stdout.split()[1]).is_relative_to(cache)
 
 
-def test_without_compiler(built: object, no_compiler: dict[str, str | None], cache: Path, cold_python: Run) -> None:
-    """Without a compiler the reference runs with exactly one warning that names the reason; `explain` tells it too."""
+def test_first_call_compiles_and_the_next_process_loads(
+    stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
+) -> None:
+    compiler = stand_in()
+    check_first_call(lambda: cold_python(RUNS_NATIVE, env=compiler.env(cache)), cache)
+    assert compiler.links == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("library")
+def test_first_call_compiles_with_the_real_compiler(cache: Path, cold_python: Run) -> None:
+    env = {"ATEN_CPU_CAPABILITY": None, "XDG_CACHE_HOME": str(cache)}
+    check_first_call(lambda: cold_python(RUNS_NATIVE, env=env), cache)
+
+
+@pytest.mark.usefixtures("library")
+def test_without_a_compiler_the_reference_runs_with_one_warning_that_names_the_reason(
+    no_compiler: dict[str, str | None], cache: Path, cold_python: Run
+) -> None:
+    """`explain` and the error of ``impl="cpu"`` name the reason, too."""
     reason = "no C++ compiler found"
     cold_python(f"REASON = {reason!r}{FALLS_BACK}", env={**no_compiler, "XDG_CACHE_HOME": str(cache)})
 
 
-def test_failing_compile(stand_in: Callable[..., Compiler], cache: Path, cold_python: Run) -> None:
-    """A compile that fails is tried once per process, its output is in the reason, and its log is kept."""
+def test_a_failing_compile_is_tried_once_per_process_and_its_log_is_kept(
+    stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
+) -> None:
+    """A later process, in which the compiler works, compiles and runs the kernels."""
     compiler = stand_in(fails=True)
     cold_python(f"REASON = 'deliberate failure'{FALLS_BACK}", env=compiler.env(cache))
     assert compiler.links == 1
     (log,) = cache.rglob("build.log")
     assert "deliberate failure" in log.read_text()
     assert list(cache.rglob("build_*")) == []
-
-
-def test_compile_that_worked_after_one_that_failed(
-    stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
-) -> None:
-    """A failure is not kept beyond its process: once the compiler works, the kernels are there."""
-    compiler = stand_in(fails=True)
-    cold_python(f"REASON = 'deliberate failure'{FALLS_BACK}", env=compiler.env(cache))
     compiler = stand_in()
     cold_python(RUNS_NATIVE, env=compiler.env(cache))
     assert compiler.links == 2
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
-def test_unwritable_cache(variable: str, stand_in: Callable[..., Compiler], cache: Path, cold_python: Run) -> None:
-    """If the cache folder can't be written, a private temporary one is used, and the user is told."""
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", pytest.param("HOME", marks=pytest.mark.slow)])
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
+    variable: str, stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
+) -> None:
     compiler, file, temporary = stand_in(), cache / "file", cache / "tmp"
     file.write_text("")
     temporary.mkdir()
@@ -206,64 +194,68 @@ def test_unwritable_cache(variable: str, stand_in: Callable[..., Compiler], cach
     result = cold_python(RUNS_NATIVE, env=env)
     assert "can't write to" in result.stderr
     assert Path(result.stdout.split()[1]).is_relative_to(temporary)
-    assert not list(temporary.glob("amflow_kernels*"))  # nothing is left behind
+    assert not list(temporary.glob("amflow_kernels*"))  # deleted at the end
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "other bytes", "no checksum", "no library"])
-def test_damaged_library_is_rebuilt(
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", *(pytest.param(damage, marks=pytest.mark.slow)
+                    for damage in ("empty", "other bytes", "no checksum", "no library"))],
+)  # fmt: skip
+def test_damaged_library_is_compiled_again_and_never_loaded(
     damage: str,
-    built: tuple[Path, object],
+    library: Path,
     stand_in: Callable[..., Compiler],
     cache: Path,
     cold_python: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A damaged library in the cache is compiled again, never loaded."""
     compiler = stand_in()
     monkeypatch.setenv("CXX", str(compiler.path))
     folder = cache / "amflow_kernels" / _build.build_key(_build.CPU)
     folder.mkdir(parents=True)
-    library, checksum = folder / _build.CPU.file, folder / f"{_build.CPU.file}.sha256"
-    (whole,) = built[0].rglob(_build.CPU.file)
-    _ext.install(whole, library)
-    content = bytearray(whole.read_bytes())
+    cached, checksum = folder / _build.CPU.file, folder / f"{_build.CPU.file}.sha256"
+    _ext.install(library, cached)
+    content = bytearray(library.read_bytes())
     if damage == "truncated":
-        library.write_bytes(content[: len(content) // 2])
+        cached.write_bytes(content[: len(content) // 2])
     elif damage == "empty":
-        library.write_bytes(b"")
+        cached.write_bytes(b"")
     elif damage == "other bytes":
         content[len(content) // 2] ^= 0xFF
-        library.write_bytes(content)
+        cached.write_bytes(content)
     else:
-        (checksum if damage == "no checksum" else library).unlink()
+        (checksum if damage == "no checksum" else cached).unlink()
     cold_python(RUNS_NATIVE, env=compiler.env(cache))
     assert compiler.links == 1
-    assert library.read_bytes() == whole.read_bytes()
-    assert _ext._is_whole(library)
+    assert cached.read_bytes() == library.read_bytes()
+    assert _ext._is_whole(cached)
 
 
-@pytest.mark.parametrize("library", [_build.CPU, _build.CUDA], ids=lambda library: library.name)
-def test_source_key(library: _build.Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key changes with any source of the library, and with nothing else."""
+@pytest.mark.parametrize("native", [_build.CPU, _build.CUDA], ids=lambda native: native.name)
+def test_source_key_changes_with_any_source_of_the_library_and_with_nothing_else(
+    native: _build.Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(_build.source_dir(), sources)
-    key = _build.source_key(library)
+    key = _build.source_key(native)
     monkeypatch.setattr(_build, "source_dir", lambda: sources)
-    assert _build.source_key(library) == key  # where the sources lie does not matter
-    own = [path for name in library.sources for path in ({sources / name} | {*(sources / name).rglob("*")})]
+    assert _build.source_key(native) == key  # their folder does not matter
+    own = [path for name in native.sources for path in ({sources / name} | {*(sources / name).rglob("*")})]
     for path in (p for p in sources.rglob("*") if p.is_file()):
         before = path.read_bytes()
         path.write_bytes(before + b"\n")
-        assert (_build.source_key(library) != key) == (path in own and path.suffix in (".cpp", ".cu", ".h"))
+        assert (_build.source_key(native) != key) == (path in own and path.suffix in (".cpp", ".cu", ".h"))
         path.write_bytes(before)
-    assert {source for source, _ in library.objects.values()} <= {str(path.relative_to(sources)) for path in own}
+    assert {source for source, _ in native.objects.values()} <= {str(path.relative_to(sources)) for path in own}
 
 
-def test_build_key(stand_in: Callable[..., Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key changes with the sources, with the compiler and with torch."""
+def test_build_key_changes_with_the_sources_the_compiler_and_torch(
+    stand_in: Callable[..., Compiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = [_build.build_key(_build.CPU)]
     with monkeypatch.context() as patch:
-        patch.setattr(_build, "source_key", lambda library: "others")
+        patch.setattr(_build, "source_key", lambda _: "others")
         keys.append(_build.build_key(_build.CPU))
     assert _build.build_key(_build.CPU) == keys[0]
     monkeypatch.setenv("CXX", str(stand_in("c++").path))
@@ -273,15 +265,15 @@ def test_build_key(stand_in: Callable[..., Compiler], monkeypatch: pytest.Monkey
     assert len(set(keys)) == 4
 
 
-def test_no_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is told, and the remedy: where a package is built ahead of time, ninja may be missing."""
+def test_missing_ninja_is_an_error_that_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that was built ahead of time may have been installed without it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(_build.BuildError, match="pip install ninja"):
         _build.compile_library(_build.CPU, tmp_path)
 
 
-def test_racing_processes(stand_in: Callable[..., Compiler], cache: Path) -> None:
-    """Processes that start together on an empty cache compile once; the others wait, and all get the right flow."""
+def test_processes_that_start_together_compile_once(stand_in: Callable[..., Compiler], cache: Path) -> None:
+    """On an empty cache one process compiles, the others wait, and all compute the right flow."""
     compiler = stand_in(seconds=2)
     env = {**os.environ, "PYTHONPATH": str(ROOT), **compiler.env(cache)}
     env = {name: value for name, value in env.items() if value is not None}
@@ -289,17 +281,19 @@ def test_racing_processes(stand_in: Callable[..., Compiler], cache: Path) -> Non
         subprocess.Popen(
             [sys.executable, "-c", RUNS_NATIVE], env=env, cwd=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        for _ in range(4)
+        for _ in range(3)
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert [process.returncode for process in processes] == [0] * 3, outputs
     assert compiler.links == 1
     assert sum(COMPILING in stderr.decode() for _, stderr in outputs) == 1
     assert len({stdout for stdout, _ in outputs}) == 1
 
 
-def test_racing_threads(stand_in: Callable[..., Compiler], cache: Path, cold_python: Run) -> None:
-    """Threads whose first calls come at once compile once, and all get the right flow."""
+def test_threads_whose_first_calls_coincide_compile_once(
+    stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
+) -> None:
+    """All of them compute the right flow."""
     compiler = stand_in(seconds=1)
     code = (
         SETUP
@@ -322,8 +316,9 @@ assert not failures, failures
     assert result.stderr.count(COMPILING) == 1
 
 
-def test_killed_while_compiling(stand_in: Callable[..., Compiler], cache: Path, cold_python: Run) -> None:
-    """A process killed in the middle of compiling leaves neither a lock nor half a library behind."""
+def test_a_process_killed_while_compiling_leaves_neither_a_lock_nor_a_library(
+    stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
+) -> None:
     compiler = stand_in(seconds=30)
     env = {**os.environ, "PYTHONPATH": str(ROOT), **compiler.env(cache)}
     process = subprocess.Popen(
@@ -350,7 +345,7 @@ def test_killed_while_compiling(stand_in: Callable[..., Compiler], cache: Path, 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of this checkout, so that installing from it leaves nothing behind here."""
+    """A copy of this checkout, which takes the files that installing from it creates."""
     here = {distribution.name for distribution in importlib.metadata.distributions()}
     if not {"pip", "setuptools"} <= here:
         pytest.skip("installing needs pip and setuptools, which this environment does not have")
@@ -358,11 +353,11 @@ def checkout(tmp_path: Path) -> Path:
     return shutil.copytree(ROOT, tmp_path / "checkout", ignore=leave_out)
 
 
-def pip_install(checkout: Path, target: Path, env: dict[str, str | None]) -> None:
-    variables = {**os.environ, **env}
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+def pip(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> None:
+    """Runs pip without network and without installing dependencies."""
+    variables = {**os.environ, **(env or {})}
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "install", str(checkout), *options, "--target", str(target)],
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments), "--no-deps", "--no-index"],
         env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
@@ -381,22 +376,24 @@ def cpp_sources(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".cpp", ".h")}
 
 
-def test_installed_package(built: tuple[Path, object], checkout: Path, tmp_path: Path, cold_python: Run) -> None:
-    """A plain install carries every module, the C++ sources and nothing else, and runs with a library built before."""
-    target = tmp_path / "installed"
-    pip_install(checkout, target, {})
+def test_installed_package_contains_every_module_and_source_and_nothing_else(
+    stand_in: Callable[..., Compiler], checkout: Path, cache: Path, tmp_path: Path, cold_python: Run
+) -> None:
+    """It compiles the sources that it contains."""
+    compiler, target = stand_in(), tmp_path / "installed"
+    pip("install", checkout, "--no-build-isolation", "--target", target)
     assert package_files(target) == package_files(ROOT, "models")
     assert cpp_sources(target / "amflow_kernels" / "csrc") == cpp_sources(ROOT / "csrc")
     assert list(target.rglob("*.so")) == []
     top = {p.name for p in target.iterdir() if not p.name.endswith(".dist-info")}
     assert top <= {"amflow_kernels", "amflow_models", "bin"}
     code = RUNS_NATIVE + '; import amflow_kernels; print("package", amflow_kernels.__file__)'
-    result = cold_python(code, env={"ATEN_CPU_CAPABILITY": None, "XDG_CACHE_HOME": str(built[0])}, path=target)
-    assert COMPILING not in result.stderr
+    result = cold_python(code, env=compiler.env(cache), path=target)
+    assert compiler.links == 1
     assert Path(result.stdout.split()[-1]).is_relative_to(target)
 
 
-def test_installed_with_library(
+def test_package_built_ahead_of_time_needs_neither_a_compiler_nor_a_cache(
     stand_in: Callable[..., Compiler],
     no_compiler: dict[str, str | None],
     checkout: Path,
@@ -404,11 +401,87 @@ def test_installed_with_library(
     tmp_path: Path,
     cold_python: Run,
 ) -> None:
-    """AMFLOW_BUILD=1 compiles while installing; the package then runs where there is no compiler and no cache."""
+    """AMFLOW_BUILD=1 compiles while installing."""
     compiler, target = stand_in(), tmp_path / "installed"
-    pip_install(checkout, target, {**compiler.env(cache), "AMFLOW_BUILD": "1"})
+    env = {**compiler.env(cache), "AMFLOW_BUILD": "1"}
+    pip("install", checkout, "--no-build-isolation", "--target", target, env=env)
     assert compiler.links == 1
     result = cold_python(RUNS_NATIVE, env={**no_compiler, "XDG_CACHE_HOME": str(cache)}, path=target)
     assert Path(result.stdout.split()[1]).is_relative_to(target)
     assert COMPILING not in result.stderr
     assert list(cache.iterdir()) == []
+
+
+def distributions_of(name: str) -> set[str]:
+    """A distribution and all that it requires here, by name."""
+    names: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in names:
+            continue
+        names.add(name)
+        for line in importlib.metadata.requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return names
+
+
+def link_distribution(name: str, target: Path) -> None:
+    """Links the files of an installed distribution into another site-packages folder."""
+    distribution = importlib.metadata.distribution(name)
+    for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+        link = target / top
+        if not link.exists():
+            link.symlink_to(str(distribution.locate_file(top)))
+
+
+@pytest.fixture
+def torch_environment(checkout: Path, tmp_path: Path) -> Path:
+    """The programs of an environment that contains torch with its requirements, this project's wheel and nothing else.
+
+    torch is not installed again: its folder is linked.
+    """
+    pip("wheel", checkout, "--no-build-isolation", "--wheel-dir", tmp_path)
+    (wheel,) = tmp_path.glob("amflow_kernels-*.whl")
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    for name in distributions_of("torch") - {"triton"}:
+        link_distribution(name, site_packages)
+    pip("--python", environment / "bin" / "python", "install", wheel)
+    return environment / "bin"
+
+
+@pytest.mark.slow
+def test_wheel_with_only_torch_runs_the_doctor_and_names_missing_extras(torch_environment: Path, cache: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env["XDG_CACHE_HOME"] = str(cache)
+
+    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(torch_environment / program), *words]
+        return subprocess.run(command, env=env, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
+
+    installed = run("python", "-c", "import importlib.metadata as m; print(*(d.name for d in m.distributions()))")
+    assert not {"timm", "einops", "safetensors", "rich", "av", "triton"} & set(installed.stdout.split())
+    for program, *words in (["amflow", "doctor"], ["python", "-m", "amflow_kernels"]):
+        report = run(program, *words)
+        assert report.returncode == 0, report.stderr
+        assert "timm not installed" in report.stdout
+        assert "cpu kernels: " in report.stdout
+    usage = run("amflow", "--help")
+    assert (usage.returncode, usage.stderr) == (0, "")
+    for extra, line in (
+        ("demo", "demo"),
+        ("demo", "visualize bikes"),
+        ("train", "train --config k400_vitb_am12"),
+        ("train", "evaluate --config k400_vitb_am12"),
+        ("train", "data check list.txt --kind mmaction"),
+    ):
+        assert line.split()[0] in usage.stdout
+        failed = run("amflow", *line.split())
+        assert failed.returncode == 1, failed.stderr
+        message = f"amflow: the package \\S+ is missing; it comes with: pip install 'amflow-kernels\\[{extra}\\]'"
+        assert re.fullmatch(message, failed.stderr.splitlines()[-1])  # PyTorch's warning about NumPy may come before
+        assert "Traceback" not in failed.stderr

@@ -169,7 +169,7 @@ def test_model_that_is_no_vision_transformer_is_an_error(tmp_path: Path, capsys:
 
 @pytest.fixture(scope="module")
 def encoders(weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of trained parameters with aligning encoders, whose gates are open in blocks 0 and 11."""
+    """A file of parameters as after training: the aligning encoders of blocks 0 and 11 change their input."""
     model = VideoClassifier(create_backbone(TINY, weights, SIZE), 3, 2, align=True, bottleneck=8)
     with torch.no_grad():
         for block in (0, 11):
