@@ -8,13 +8,16 @@ from pathlib import Path
 
 from amflow_models.cli.offline import CLIPS, clip_path
 
+DEFAULT = "(default: %(default)s)"  # completed by argparse
 VIDEO_HELP = f"a video file, or a clip: {', '.join(CLIPS)}"
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--every`` and ``--start``, which select frames of a video."""
-    parser.add_argument("--every", type=at_least(1), default=2, metavar="K", help="take one frame in K")
-    parser.add_argument("--start", type=at_least(0), default=0, metavar="FRAME", help="the first frame to take")
+    parser.add_argument("--every", type=at_least(1), default=2, metavar="K", help=f"take one frame in K {DEFAULT}")
+    parser.add_argument(
+        "--start", type=at_least(0), default=0, metavar="FRAME", help=f"the first frame to take {DEFAULT}"
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

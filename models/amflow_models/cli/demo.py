@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
-from amflow_models.cli.arguments import VIDEO_HELP, add_frame_arguments, at_least, video_path
+from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
 from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.cli.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, dinov2_vit_small, read_frames
 
@@ -50,20 +50,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs DINOv2 ViT-S/14 over a video and computes AM flow in each of its 12 blocks. Prints times, "
         "errors against float64 and the size of the signal, and draws the flow of the two frames that differ most. "
         "Fails if an error exceeds the budget. Weights and clips come with pip install 'amflow-kernels[demo]'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("video", nargs="?", default="bikes", metavar="VIDEO", help=VIDEO_HELP)
+    parser.add_argument("video", nargs="?", default="bikes", metavar="VIDEO", help=f"{VIDEO_HELP} {DEFAULT}")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("amflow_demo.png"), metavar="PNG", help="the picture to write"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("amflow_demo.png"),
+        metavar="PNG",
+        help=f"the picture to write {DEFAULT}",
     )
     parser.add_argument(
         "--size",
         type=int,
         choices=(224, 518),
         default=224,
-        help="side of the square input in pixels: 257 or 1370 tokens",
+        help=f"side of the square input in pixels: 257 or 1370 tokens {DEFAULT}",
     )
-    parser.add_argument("--frames", type=at_least(2), default=8, metavar="T", help="how many frames to take")
+    parser.add_argument("--frames", type=at_least(2), default=8, metavar="T", help=f"how many frames to take {DEFAULT}")
     add_frame_arguments(parser)
     return parser
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from amflow_kernels.api import am_flow, am_flow_pair
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.motion import motion_maps, motion_pca
-from amflow_models.cli.arguments import VIDEO_HELP, add_frame_arguments, at_least, video_path
+from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
 from amflow_models.cli.demo import check_output
 from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.cli.offline import iterate_frames
@@ -54,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws, for every pair of frames and every block of a vision transformer: AM flow, how much "
         "attention to and from each patch changes, and the principal components of that change as colours. Writes a "
         "PNG for each pair, or an overlay video of the flow.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("video", metavar="VIDEO", help=VIDEO_HELP)
     parser.add_argument(
@@ -64,15 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="a folder for PNG files (default: amflow_ and the video's name), or a video file that ends in .mp4",
     )
-    parser.add_argument("--model", default=OFFLINE_MODEL, metavar="NAME", help="a plain vision transformer of timm")
+    parser.add_argument(
+        "--model", default=OFFLINE_MODEL, metavar="NAME", help=f"a plain vision transformer of timm {DEFAULT}"
+    )
     parser.add_argument(
         "--weights",
         default="offline",
         metavar="FILE|offline|hub",
-        help="a file, or offline (DINOv2 ViT-S/14 from the demo extra), or hub (timm's pretrained weights)",
+        help=f"a file, offline (DINOv2 ViT-S/14 from the demo extra), or hub (timm's pretrained weights) {DEFAULT}",
     )
-    parser.add_argument("--size", type=at_least(14), default=224, metavar="PIXELS", help="side of the square input")
-    parser.add_argument("--blocks", type=at_least(0), nargs="+", metavar="N", help="only these blocks")
+    parser.add_argument(
+        "--size", type=at_least(14), default=224, metavar="PIXELS", help=f"side of the square input {DEFAULT}"
+    )
+    parser.add_argument("--blocks", type=at_least(0), nargs="+", metavar="N", help="draw only these blocks")
     add_frame_arguments(parser)
     parser.add_argument("--pairs", type=at_least(1), metavar="P", help="draw at most this many pairs")
     parser.add_argument(
