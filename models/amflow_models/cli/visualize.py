@@ -123,8 +123,9 @@ def run(
         every: step between the frames taken, at least 1.
         start: index of the first frame taken, from 0.
         pairs: the largest number of pairs to draw; None draws all.
-        alignment: a file of trained aligning encoders. The flow is drawn with and without them, in those of `blocks`
-            that have an encoder. They run on the tokens of the model without the adapters trained beside them.
+        alignment: a file of trained aligning encoders. The flow is drawn with and without them, in the blocks that have
+            an encoder, of which `blocks` may select some. The encoders run on the tokens of the model without the
+            adapters that were trained beside them.
 
     Returns:
         The number of pairs drawn.
@@ -145,12 +146,13 @@ def run(
 
     vit: Any = load(model, weights, size)
     encoders = {} if alignment is None else _load_encoders(alignment, vit)
-    every_block = sorted(encoders) or range(len(vit.blocks))
-    chosen = list(every_block) if blocks is None else sorted(set(blocks))
-    if encoders and not set(chosen) <= set(encoders):
-        raise CommandError(f"blocks: {alignment} has aligning encoders of {sorted(encoders)}, got {list(blocks or ())}")
-    if not all(0 <= block < len(vit.blocks) for block in chosen):
-        raise CommandError(f"blocks: expected numbers from 0 to {len(vit.blocks) - 1}, got {list(blocks or ())}")
+    chosen = sorted(encoders) or list(range(len(vit.blocks)))
+    if blocks is not None:
+        if encoders and not set(blocks) <= set(encoders):
+            raise CommandError(f"blocks: {alignment} has aligning encoders of {sorted(encoders)}, got {list(blocks)}")
+        if not all(0 <= block < len(vit.blocks) for block in blocks):
+            raise CommandError(f"blocks: expected numbers from 0 to {len(vit.blocks) - 1}, got {list(blocks)}")
+        chosen = sorted(set(blocks))
     terminal = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     done = 0
