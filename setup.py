@@ -1,7 +1,7 @@
-"""Everything is in pyproject.toml; this only compiles the native libraries ahead of time when asked to:
+"""Compiles the native libraries ahead of time on request; everything else is in pyproject.toml.
 
-AMFLOW_BUILD=1 pip install . --no-build-isolation     (torch, ninja and a C++ compiler must be there)
-AMFLOW_CUDA=1 pip install . --no-build-isolation      (and nvcc; for the GPUs in TORCH_CUDA_ARCH_LIST)
+AMFLOW_BUILD=1 pip install . --no-build-isolation     (needs torch, ninja and a C++ compiler)
+AMFLOW_CUDA=1 pip install . --no-build-isolation      (needs nvcc too; for the GPUs in TORCH_CUDA_ARCH_LIST)
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""Compiles the native libraries: the one list of sources and flags, used on first use and by setup.py.
+"""Compiles the native libraries, on first use and for setup.py: the only list of their sources and flags.
 
-The kernels know no torch headers; the CPU's are compiled once per instruction set, the GPU's once per dtype. The
-bindings use torch's stable ABI.
+Only the bindings include torch headers, those of the stable ABI. The CPU kernels are compiled once per instruction set,
+the CUDA kernels once per dtype.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 LOG = "build.log"
 
-# -ffp-contract=off, -fmad=false: identical frames must give exactly 0, so a * b - c * d may not become an FMA.
-# TORCH_TARGET_VERSION: of the stable ABI only what torch 2.11 has, so that every later torch loads the library.
+# -ffp-contract=off, -fmad=false: identical frames must give exactly 0, so a * b - c * d must not become an FMA.
+# TORCH_TARGET_VERSION: use only the stable ABI of torch 2.11, so that every later torch can load the library.
 _FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-O3",
@@ -33,8 +33,8 @@ _FLAGS = [
     "-Wall",
 ]
 _NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where neither TORCH_CUDA_ARCH_LIST nor a GPU says otherwise
-_NVCC_BYTES = 2 << 30  # of memory that one nvcc may take
+_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # without TORCH_CUDA_ARCH_LIST and without a GPU
+_NVCC_BYTES = 2 << 30  # memory that one nvcc process may need
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
@@ -42,12 +42,12 @@ _ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf
 
 @dataclass(frozen=True)
 class Library:
-    """A native library, of sources in csrc."""
+    """A native library and how to compile it; paths are relative to csrc."""
 
     name: str
-    title: str  # what it holds, and how long it takes to compile
-    sources: tuple[str, ...]  # files and folders that it depends on
-    objects: dict[str, tuple[str, list[str]]]  # source and flags of each
+    title: str  # for messages: its contents and how long it takes to compile
+    sources: tuple[str, ...]  # the folders that it is compiled from
+    objects: dict[str, tuple[str, list[str]]]  # object file: its source and its own flags
 
     @property
     def file(self) -> str:
@@ -62,9 +62,9 @@ class Library:
 CPU = Library(
     "amflow_native",
     "the CPU kernels, some 20 s",
-    ("bindings.cpp", "cpu"),
+    ("cpu",),
     {
-        "bindings.o": ("bindings.cpp", []),
+        "bindings.o": ("cpu/bindings.cpp", []),
         **{
             f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
             for source in ("am_flow", "matmul")
@@ -80,29 +80,29 @@ CUDA = Library(
         "bindings.o": ("cuda/bindings.cpp", []),
         "am_flow.o": ("cuda/am_flow.cu", []),
         **{
-            f"{source}_{number}.o": (f"cuda/{source}.cu", [f"-DAMFLOW_NUMBER={number}"])
+            f"{source}_{dtype}.o": (f"cuda/{source}.cu", [f"-DAMFLOW_DTYPE={dtype}"])
             for source in ("forward", "backward")
-            for number in ("float", "bf16", "f16")
+            for dtype in ("float", "bf16", "f16")
         },
     },
 )
 
 
 class BuildError(RuntimeError):
-    """The native library could not be compiled; the message is the reason, for people to read."""
+    """The native library could not be compiled; the message tells the user why."""
 
 
 def source_dir() -> Path:
-    """The C++ sources: inside an installed package, or beside it in a checkout."""
+    """The folder csrc: in an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "csrc", package.parent / "csrc"):
-        if (candidate / "bindings.cpp").is_file():
+        if (candidate / "cpu" / "bindings.cpp").is_file():
             return candidate
     raise BuildError(f"the C++ sources are missing from {package}")
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX if that is set, else c++, g++ or clang++, whichever is found first."""
+    """The C++ compiler: $CXX if set, otherwise the first of c++, g++ and clang++ on the path."""
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
         path = shutil.which(name)
@@ -112,7 +112,7 @@ def compiler() -> str:
 
 
 def nvcc() -> str:
-    """NVIDIA's compiler: that of $CUDA_HOME if that is set, else the one on the path or in /usr/local/cuda."""
+    """nvcc: from $CUDA_HOME if set, otherwise from the path or from /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or (
         None if home else shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -124,7 +124,7 @@ def nvcc() -> str:
 
 
 def architectures() -> list[str]:
-    """nvcc's options for the GPUs to compile for: $TORCH_CUDA_ARCH_LIST, else those here, else the usual ones."""
+    """nvcc options for $TORCH_CUDA_ARCH_LIST, otherwise for this machine's GPUs, otherwise for _ARCHITECTURES."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not listed and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
@@ -144,7 +144,7 @@ def architectures() -> list[str]:
 
 
 def source_key(library: Library) -> str:
-    """A hash of a library's sources and of how they are compiled."""
+    """A hash of a library's sources and of this file, which has their flags."""
     digest, sources = hashlib.sha256(Path(__file__).read_bytes()), source_dir()
     for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cpp", ".cu", ".h")):
         if path.relative_to(sources).parts[0] in library.sources:
@@ -153,7 +153,7 @@ def source_key(library: Library) -> str:
 
 
 def build_key(library: Library) -> str:
-    """A hash of all that a library built here depends on: `source_key`, the compilers and the torch version."""
+    """A hash of everything that a build on this machine depends on: `source_key`, compilers, GPUs and torch version."""
     if sys.platform != "linux":
         raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
     compilers = [compiler(), *([nvcc()] if library.cuda else [])]
@@ -166,7 +166,7 @@ def build_key(library: Library) -> str:
 
 
 def compile_library(library: Library, folder: Path) -> Path:
-    """Compiles a library in `folder`, in parallel. The output of the compilers goes to LOG there."""
+    """Compiles a library in `folder`, in parallel. The compilers' output goes to the file LOG there."""
     if importlib.util.find_spec("ninja") is None:
         raise BuildError("the build tool ninja is not installed: pip install ninja")
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
@@ -209,7 +209,7 @@ def compile_library(library: Library, folder: Path) -> Path:
 
 
 def _nvcc_jobs() -> int:
-    """Compilers at once: as many as there are processors and memory for, or $MAX_JOBS."""
+    """Number of parallel compilers: $MAX_JOBS, or as many as processors and memory allow."""
     if os.environ.get("MAX_JOBS", "").isdigit():
         return max(1, int(os.environ["MAX_JOBS"]))
     free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())

@@ -1,4 +1,4 @@
-"""Finds, or else builds, the native libraries, and loads them: once per process, whoever comes first."""
+"""Finds or builds the native libraries, and loads each once per process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import torch
 from amflow_kernels import _build
 
 _lock = threading.Lock()
-_states: dict[str, tuple[Path | None, str | None]] = {}  # by library: (file, None) or (None, reason), once known
+_states: dict[str, tuple[Path | None, str | None]] = {}  # by name: (file, None) or (None, reason), once loaded
 
 
 def load(library: _build.Library) -> str | None:
-    """Makes a library's ops available. Returns None, or the reason why it can't be had.
+    """Registers a library's ops. Returns None, or the reason why the library is not available.
 
-    The outcome, a failure too, is kept for the life of the process.
+    The outcome, including failure, is remembered for the life of the process.
     """
     if library.name not in _states:
         with _lock:
@@ -34,17 +34,17 @@ def load(library: _build.Library) -> str | None:
 
 
 def binary(library: _build.Library) -> Path | None:
-    """The file that `load` loaded."""
+    """The file that `load` loaded, or None."""
     return _states[library.name][0] if library.name in _states else None
 
 
 def cache_dir() -> Path:
-    """Where built libraries are kept: $XDG_CACHE_HOME/amflow_kernels or ~/.cache/amflow_kernels."""
+    """The folder for built libraries: $XDG_CACHE_HOME/amflow_kernels or ~/.cache/amflow_kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "amflow_kernels"
 
 
 def ahead_of_time(library: _build.Library, package: Path) -> Path:
-    """Where setup.py leaves a library; the name tells whether it is of the sources that lie beside it."""
+    """The file that setup.py installs; its name changes with the sources, so that a stale one is not loaded."""
     return package / f"{library.name}_{_build.source_key(library)}.so"
 
 
@@ -60,13 +60,13 @@ def _find_or_build(library: _build.Library) -> tuple[Path | None, str | None]:
         key = _build.build_key(library)
         try:
             file = _cached(library, cache_dir() / key)
-        except (OSError, RuntimeError) as error:  # read-only, full, no home: any folder will do, but a private one
+        except (OSError, RuntimeError) as error:  # read-only, full, or no home: use a private folder
             if isinstance(error, _build.BuildError):
                 raise
             with tempfile.TemporaryDirectory(prefix="amflow_kernels_") as folder:
                 _say(f"can't write to the cache folder ({error}); using {folder} for this process, then deleting it")
                 file = _cached(library, Path(folder))
-                torch.ops.load_library(str(file))  # once loaded, the file is not needed
+                torch.ops.load_library(str(file))  # the file is not needed after loading
         else:
             torch.ops.load_library(str(file))
     except (_build.BuildError, OSError, RuntimeError) as error:
@@ -75,7 +75,7 @@ def _find_or_build(library: _build.Library) -> tuple[Path | None, str | None]:
 
 
 def _cached(library: _build.Library, folder: Path) -> Path:
-    """The library in `folder`, built there first if it is missing or damaged. One process builds, others wait."""
+    """The library in `folder`, built first if it is missing or damaged. One process builds while others wait."""
     file = folder / library.file
     if _is_whole(file):
         return file
@@ -98,13 +98,13 @@ def _cached(library: _build.Library, folder: Path) -> Path:
 
 
 def install(built: Path, file: Path) -> None:
-    """Puts a compiled library in its place together with its checksum; never half of it is seen there."""
+    """Copies a compiled library and its checksum to their place, each atomically."""
     _replace(file.with_name(file.name + ".sha256"), _digest(built).encode())
     _replace(file, built.read_bytes())
 
 
 def _is_whole(file: Path) -> bool:
-    """Loading a truncated library kills the process, so its checksum is compared first."""
+    """Whether the checksum matches: loading a truncated library would kill the process."""
     try:
         return file.with_name(file.name + ".sha256").read_text() == _digest(file)
     except (FileNotFoundError, UnicodeDecodeError):
@@ -123,7 +123,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system releases it even if that process is killed."""
+    """A lock between processes; the operating system releases it even if its holder is killed."""
     import fcntl  # not on Windows, where nothing is built
 
     with path.open("w") as file:

@@ -90,6 +90,12 @@ def launches(dtype: torch.dtype, N: int, architecture: int) -> list[Launch]:
     return found
 
 
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by name, with the fields of `CONST` and `TILING` among them."""
+    fields = {**options["CONST"]._asdict(), **options["TILING"]._asdict()}
+    return {**{name: field.value for name, field in fields.items()}, **options}
+
+
 def name(kernel: Any) -> str:
     return str(kernel.__name__).removeprefix("am_flow_").removesuffix("_kernel")
 
@@ -99,7 +105,7 @@ def compile_launch(
 ) -> dict[str, Any]:
     """Figures of one kernel as it would be launched, compiled for sm_{architecture}."""
     constants = {option: value for option, value in options.items() if option in kernel.arg_names}
-    ones: dict[tuple[int, ...], int] = {}  # the launcher makes constants of integers that are 1
+    ones: dict[tuple[int, ...], int | None] = {}  # the launcher makes constants of integers that are 1, and of None
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def typed(value: Any, path: tuple[int, ...]) -> Any:
@@ -108,6 +114,9 @@ def compile_launch(
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, float):
             return "fp32"
+        if value is None:
+            ones[path] = value
+            return "constexpr"
         if isinstance(value, int) and value == 1:
             ones[path] = 1
             return "constexpr"
@@ -135,8 +144,9 @@ def compile_launch(
     threads = options["num_warps"] * 32
     loop = main_loop(code)
     # Elements of the map that one round of the loop makes, without those that only fill up a strip's last tile.
-    M, K, strip = constants["BLOCK_M"], constants["BLOCK_N"], "strip" in name(kernel)
-    owned = {"strip": M * constants.get("ROW_TILES", 1), "bwd_strip_q": M, "bwd_strip_k": K}
+    fields, strip = flat(options), "strip" in name(kernel)
+    M, K = fields["BLOCK_M"], fields["BLOCK_N"]
+    owned = {"strip": M * fields["ROW_TILES"], "bwd_strip_q": M, "bwd_strip_k": K}
     elements = owned[name(kernel)] * N if strip else M * K
     counts = {kind: sum(bool(re.match(pattern, name)) for name in loop) for kind, pattern in KINDS.items()}
     return {
@@ -207,13 +217,13 @@ def problems(found: list[dict[str, Any]], committed: dict[str, Any]) -> list[str
 
 def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
     """Modelled seconds of a launch by instructions or exponentials, by what it reads of q and k; what it pads."""
-    M, K, blocks = o["BLOCK_M"], o["BLOCK_N"], 1
+    o, blocks = flat(o), 1
+    M, K = o["BLOCK_M"], o["BLOCK_N"]
     if "strip" in kernel:
-        inner = {"strip": "KEY_TILES"}.get(kernel, "TILES")
-        owned = M * o.get("ROW_TILES", 1) if kernel != "bwd_strip_k" else K
+        owned = M * o["ROW_TILES"] if kernel != "bwd_strip_k" else K
         blocks = -(-N // owned)
         lines = blocks * owned - (owned - 16 if o.get("TAIL") else 0)
-        across = o[inner] * (M if kernel == "bwd_strip_k" else K) + o["REST"]
+        across = o["TILES"] * (M if kernel == "bwd_strip_k" else K) + o["REST"]
         work = lines * N  # the figures of strips are for elements of the map alone
         read = lines + blocks * across * (1 if kernel == "strip" else 2)
     else:

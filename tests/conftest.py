@@ -1,4 +1,4 @@
-"""What the tests share: the implementations to run, cold processes, and a clean state before each test."""
+"""What all tests share: cold processes, and a clean state before each test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
 
 from amflow_kernels import dispatch
+
+pytest.register_assert_rewrite("tests.kernels.conformance")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,53 +42,6 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def cpu_kernels_run() -> bool:
     """Whether the CPU kernels must run: decided by the CPU alone, so that a broken build can't hide."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-@pytest.fixture
-def must_run(cpu_kernels_run: bool) -> Callable[..., bool]:
-    """``must_run(impl, call)``: True if `impl` has to run here; otherwise `call` has raised why not, as it must."""
-
-    def check(impl: str, call: Callable[[], object]) -> bool:
-        if impl != "cpu" or cpu_kernels_run:
-            return True
-        with pytest.raises(RuntimeError, match=r"impl='cpu' can't run: the CPU capability is .*AVX2"):
-            call()
-        return False
-
-    return check
-
-
-@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.reference), "cpu"])
-def impl(request: pytest.FixtureRequest) -> str:
-    """Each implementation in turn."""
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches `triton.language` in every call of a device function, half of its time.
-
-    Here it does so for the kernel and the first call from each module, until the launch ends and takes it back.
-    """
-    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in patched:
-            return None
-        patched.add(module)
-        return patch_language(function)
-
-    def launch_anew(*args: Any, **options: Any) -> None:
-        patched.clear()
-        launch(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
-        yield
 
 
 @pytest.fixture

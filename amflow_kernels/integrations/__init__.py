@@ -1,1 +1,1 @@
-"""Hooks that take q and k out of other people's models. Each module needs its own optional package."""
+"""Recording q, k and AM flow inside other libraries' models. Each module needs its own optional package."""

@@ -1,4 +1,4 @@
-"""What the integrations share: reading a layer's attention call in its own forward, and recording its AM flow."""
+"""What the integrations share: reading q and k in a layer's attention call, and recording the AM flow of blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from amflow_kernels.attention import attention, autocast
 from amflow_kernels.dispatch import check_impl
 from amflow_kernels.problem import Problem, check_options
 
-UNREAD = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
-# Given q, k, v of the call; the attention's output if it has computed that, too, else None.
+NOT_RUN = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
+OPTIONS = ("lag", "temperature", "head_reduction", "center", "impl")  # of am_flow; the scale is the model's own
+# Called with q, k, v of the attention call. Returns the attention's output to replace the call, or None to leave it.
 OnAttention = Callable[[Tensor, Tensor, Tensor], "Tensor | None"]
 
 
@@ -29,10 +30,12 @@ class BlockFlow:
     """AM flow of one block, on the grid of the tokens that enter it.
 
     Attributes:
-        grid: of the image's tokens, (B, T - lag, heads, height, width), float32; without heads if those are reduced.
-        prefix: of the class token and registers, (B, T - lag, heads, prefix tokens); without heads if reduced.
-        windows: in how many windows the block's attention runs. Each window's flow sums to its queries, and tells
-            nothing of one window against another: no token attends to another window's.
+        grid: flow of the image tokens, (B, T - lag, heads, height, width), float32; without the heads dimension if
+            heads are reduced.
+        prefix: flow of the class token and registers, (B, T - lag, heads, prefix tokens), float32; without the heads
+            dimension if heads are reduced.
+        windows: number of windows that the block's attention runs in. Each window's flow sums to its number of queries,
+            and flows of different windows can't be compared: no token attends to another window.
     """
 
     grid: Tensor
@@ -44,50 +47,64 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _kept_by_checkpoints() -> Any:
-    """What is saved for a backward here is kept: activation checkpointing would look for it when it runs the layer
-    again, which it may do after the ``with`` block."""
+def _hidden_from_checkpoints() -> Any:
+    """Keeps what is saved for the backward out of activation checkpointing.
+
+    A checkpoint would expect the recomputation to save it again, but that may run after the ``with`` block.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
     return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class FlowRecorder:
-    """The flows of the blocks of a model that runs, by block."""
+    """Computes and keeps the flow of each block while a model runs.
 
-    def __init__(
-        self,
-        num_frames: int,
-        lag: int,
-        temperature: float,
-        head_reduction: str,
-        center: bool,
-        impl: str | None,
-        replace_attention: bool,
-    ) -> None:
+    Args:
+        num_frames: T; the batch of images is B clips of T frames.
+        replace_attention: compute the attention's output together with its flow, where it has no windows.
+        options: options of `am_flow`, but for the scale, which is the model's own.
+
+    Attributes:
+        flows: {block index: `BlockFlow`}.
+
+    Raises:
+        TypeError, ValueError: `num_frames` or an option is not as described.
+    """
+
+    def __init__(self, num_frames: int, replace_attention: bool, **options: Any) -> None:
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"record_am_flow() got an unexpected keyword argument {name!r}")
+        impl = options.get("impl")
+        check_options(**{name: value for name, value in options.items() if name != "impl"})
+        check_impl(impl, None)
         if not isinstance(num_frames, int) or isinstance(num_frames, bool):
             raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
+        lag = options.get("lag", 1)
         if num_frames <= lag:
             raise ValueError(f"num_frames: expected more than lag = {lag}, got {num_frames}")
-        check_options(lag=lag, temperature=temperature, head_reduction=head_reduction, center=center)
-        check_impl(impl, None)
         self.num_frames = num_frames
-        self.impl = impl
-        self.options: dict[str, Any] = {"lag": lag, "temperature": temperature, "head_reduction": head_reduction}
-        self.options |= {"center": center, "impl": impl}
         self.replace_attention = replace_attention
+        self.options, self.lag, self.impl = options, lag, impl
         self.flows: dict[int, BlockFlow] = {}
 
     def record(
         self, block: int, q: Tensor, k: Tensor, v: Tensor, on_grid: Callable[[Tensor, Tensor], BlockFlow]
     ) -> Tensor | None:
-        """Records the flow of a block's q, k (B * T, heads, [windows,] N, D); `on_grid` is given it and k.
+        """Records the flow of a block.
 
-        Returns the attention's output if that is to be replaced.
+        Args:
+            block: its index.
+            q, k, v: of its attention call, (B * T, heads, [windows,] N, D).
+            on_grid: puts the flow on the grid of tokens; called with the flow and k.
+
+        Returns:
+            The attention's output, (B * T, heads, N, D), if it is to be replaced, else None.
         """
         recompute = _in_backward()  # activation checkpointing runs the layer again
-        # A layer run again after all this has its own attention, and must save for it what was saved here. With windows
-        # ours differs from it, and there is nothing to be had from it.
+        # On recomputation the layer must save the same tensors as in its first run, so attention that was replaced
+        # there is replaced again. With windows it never is.
         replaces = self.replace_attention and q.dim() == 4
         if recompute and not replaces:
             return None
@@ -97,43 +114,43 @@ class FlowRecorder:
         q_frames, k_frames, v_frames = (x.unflatten(0, (-1, self.num_frames)) for x in (q, k, v))
         out = lse = None
         if replaces:
-            problem = Problem(q_frames, k_frames, lag=self.options["lag"])
-            out, lse = attention(problem, v_frames, self.impl)
+            out, lse = attention(Problem(q_frames, k_frames, lag=self.lag), v_frames, self.impl)
             out = out.flatten(0, 1)
         if not recompute:
-            with _kept_by_checkpoints():
+            with _hidden_from_checkpoints():
                 flow = am_flow(q_frames, k_frames, lse=lse, **self.options)
             self.flows[block] = on_grid(flow, k)
         return out
 
     def check_complete(self, blocks: Mapping[int, str]) -> None:
-        """Raises unless each of the blocks (their names by index) was recorded."""
+        """Raises RuntimeError unless every one of `blocks`, {index: name}, was recorded."""
         missing = [name for block, name in blocks.items() if block not in self.flows]
         if missing:
-            raise RuntimeError(f"no AM flow of {', '.join(missing)}: {UNREAD}")
+            raise RuntimeError(f"no AM flow of {', '.join(missing)}: {NOT_RUN}")
 
 
 @contextmanager
 def replaced_forwards(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Gives modules another forward while the ``with`` block runs, whatever ends it.
+    """Replaces the forward of modules during the ``with`` block, and restores it however the block ends.
 
-    It is an attribute of the instance: compiled code, which does not notice new hooks, is compiled anew.
+    The new forward is set as an attribute of the instance, so that compiled code is compiled again: it would not notice
+    new hooks.
     """
-    before = []
+    previous = []
     try:
         for module, forward in forwards:
-            before.append((module, module.__dict__.get("forward")))
+            previous.append((module, module.__dict__.get("forward")))
             module.forward = forward
         yield
     finally:
-        for module, own in reversed(before):
+        for module, own in reversed(previous):
             del module.forward
-            if own is not None:  # an instance attribute that somebody else had put there
+            if own is not None:  # the module had an instance attribute `forward` before
                 module.forward = own
 
 
-def reading(name: str, forward: Callable[..., Any], on_attention: OnAttention) -> Callable[..., Any]:
-    """The forward of the layer `name`, with `on_attention` called where it calls the attention."""
+def with_reader(name: str, forward: Callable[..., Any], on_attention: OnAttention) -> Callable[..., Any]:
+    """Wraps the forward of the layer `name` so that `on_attention` sees its attention call."""
 
     @wraps(forward)
     def reading_forward(*args: Any, **kwargs: Any) -> Any:
@@ -144,13 +161,17 @@ def reading(name: str, forward: Callable[..., Any], on_attention: OnAttention) -
 
 
 class AttentionReader(TorchFunctionMode):
-    """Sees every torch call made while it is active, among them the one attention call.
+    """While active, sees every torch call and passes q, k, v of the one attention call to `on_attention`.
 
     Args:
-        name: of the layer or block, for messages.
-        on_attention: called with q, k, v of that call; what it returns, unless None, takes the place of its output.
+        name: name of the layer or block, for messages.
+        on_attention: called with q, k, v of the attention call; its result, unless None, replaces the call's output.
 
-    Raises RuntimeError where softmax(D ** -0.5 q k^T) is not the layer's attention map, or there are several.
+    Attributes:
+        dropout_p: dropout probability of the attention call, once it was made.
+
+    Raises:
+        RuntimeError: softmax(D ** -0.5 q k^T) is not the layer's attention map, or there is more than one call.
     """
 
     def __init__(self, name: str, on_attention: OnAttention) -> None:
@@ -158,7 +179,7 @@ class AttentionReader(TorchFunctionMode):
         self.name = name
         self.on_attention = on_attention
         self.calls = 0
-        self.dropout_p = 0.0  # of the call, once it is made
+        self.dropout_p = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -9,15 +9,15 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from amflow_kernels.integrations.blocks import block_lists, select_blocks, unwrap
 from amflow_kernels.integrations.recording import (
-    UNREAD,
+    NOT_RUN,
     BlockFlow,
     FlowRecorder,
     OnAttention,
-    reading,
     replaced_forwards,
+    with_reader,
 )
 
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
@@ -29,49 +29,45 @@ def record_am_flow(
     *,
     num_frames: int,
     blocks: Iterable[int] | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
-    impl: str | None = None,
     replace_attention: bool = False,
+    **options: Any,
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a timm vision transformer while the model runs inside the ``with`` block.
 
-    The flows are of the q and k that enter ``scaled_dot_product_attention``: after q/k norm, rotary embedding and
-    pooling. Attention stays fused, and the model's output does not change by a bit::
+    The flows are those of the q and k that enter ``scaled_dot_product_attention``: after q/k norm, rotary embedding and
+    pooling. Attention stays fused, and not a bit of the model's output changes::
 
         with record_am_flow(vit, num_frames=T) as flows:
             out = vit(frames)           # (B * T, 3, height, width), the frames of a clip side by side
         flows[11].grid                  # (B, T - 1, heads, height, width), differentiable in the model's parameters
 
-    It works in compiled models (they are compiled anew for it), in `DistributedDataParallel` and with `fully_shard`.
-    Under activation checkpointing q and k are kept, and what is run again in the backward records nothing; with the
-    reentrant kind flows take no gradient, since its forward runs without one.
+    It works in compiled models (they are compiled again for it), in `DistributedDataParallel` and with `fully_shard`.
+    Under activation checkpointing q and k are kept, and the recomputation in the backward records nothing; with the
+    reentrant variant flows take no gradient, since its forward runs without one.
 
     Args:
         model: a timm model with a ``.blocks`` sequence whose attention is a single ``scaled_dot_product_attention`` per
             block without mask or bias: ViT, DeiT, DINOv2, EVA, DINOv3, ..., or Hiera.
         num_frames: T; the batch of images is B clips of T frames.
         blocks: indices of the blocks to record, from 0; None means all.
-        lag, temperature, head_reduction, center, impl: as in `am_flow`.
-        replace_attention: run `am_flow_attention` in place of the model's attention call, where it has no windows. On a
-            GPU the flow may then take what the attention has computed.
+        replace_attention: run `am_flow_attention` instead of the model's attention call, where it has no windows. On a
+            GPU the flow can then reuse the attention's log-sum-exps.
+        options: options of `am_flow`: lag, temperature, head_reduction, center, impl. They are checked at once.
 
     Yields:
-        A dict, filled by the forward, of {block index: `BlockFlow`}. A second forward replaces them.
+        A dict {block index: `BlockFlow`} that the forward fills. A second forward replaces its values.
 
     Raises:
-        TypeError: the model has no blocks with a timm attention layer.
-        ValueError: there is no block of such an index, or the images are not whole clips.
+        TypeError: the model has no blocks with a timm attention layer, or an option is unknown or of a wrong type.
+        ValueError: a block index or an option is out of range, or the images are not whole clips.
         RuntimeError: a selected layer is not fused, adds a mask or bias to its logits, uses a scale other than
             D ** -0.5, calls the attention more than once, does not see all tokens of one image, or (at the end of the
             ``with`` block) did not run.
 
     However the ``with`` block ends, the model is left as it was.
     """
-    recorder = FlowRecorder(num_frames, lag, temperature, head_reduction, center, impl, replace_attention)
-    timm_model: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    recorder = FlowRecorder(num_frames, replace_attention, **options)
+    timm_model = unwrap(model)
     selected = _selected_layers(timm_model, blocks)
     grid = _Grid(timm_model)
 
@@ -85,8 +81,8 @@ def record_am_flow(
 
         return record
 
-    forwards = [(layer, reading(name, layer.forward, on_attention(i, name))) for i, name, layer in selected]
-    with replaced_forwards([*forwards, (timm_model.patch_embed, grid.seeing(timm_model.patch_embed.forward))]):
+    forwards = [(layer, with_reader(name, layer.forward, on_attention(i, name))) for i, name, layer in selected]
+    with replaced_forwards([*forwards, (timm_model.patch_embed, grid.observing(timm_model.patch_embed.forward))]):
         yield recorder.flows
     recorder.check_complete({index: name for index, name, _ in selected})
 
@@ -95,8 +91,8 @@ def record_am_flow(
 def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Records q and k of the attention layers of a timm ViT while the model runs inside the ``with`` block.
 
-    They are the tensors handed to ``scaled_dot_product_attention``: after q/k norm and rotary embedding, before the
-    scale. The fused attention stays on, and the model's output does not change by a bit::
+    They are the tensors that enter ``scaled_dot_product_attention``: after q/k norm and rotary embedding, before the
+    scale. Attention stays fused, and not a bit of the model's output changes::
 
         with record_qk(vit) as qk:
             vit(frames)                                  # (B * T, 3, height, width)
@@ -107,16 +103,16 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
         model, blocks: as in `record_am_flow`.
 
     Yields:
-        A dict, filled by the forward, of {block index: (q, k)}, each (batch, heads, N, D), or (batch, heads, windows,
-        N, D) where attention runs in windows, in the dtype the layer uses. They are not copied and stay attached to the
-        autograd graph. A second forward replaces them.
+        A dict {block index: (q, k)} that the forward fills, each (batch, heads, N, D), or (batch, heads, windows, N, D)
+        where attention runs in windows, in the dtype that the layer uses. They are not copied and stay attached to the
+        autograd graph. A second forward replaces the dict's values.
 
     Raises:
         As `record_am_flow`.
 
     However the ``with`` block ends, the model is left as it was.
     """
-    selected = _selected_layers(model.module if isinstance(model, DistributedDataParallel) else model, blocks)
+    selected = _selected_layers(unwrap(model), blocks)
     qk: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_attention(index: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -125,15 +121,15 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
 
         return record
 
-    with replaced_forwards([(layer, reading(name, layer.forward, on_attention(i))) for i, name, layer in selected]):
+    with replaced_forwards([(layer, with_reader(name, layer.forward, on_attention(i))) for i, name, layer in selected]):
         yield qk
     missing = [name for index, name, _ in selected if index not in qk]
     if missing:
-        raise RuntimeError(f"no q and k seen in {', '.join(missing)}: {UNREAD}")
+        raise RuntimeError(f"no q and k seen in {', '.join(missing)}: {NOT_RUN}")
 
 
 class _Grid:
-    """How a model's tokens lie on the image."""
+    """The layout of a model's tokens on the image."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -141,13 +137,13 @@ class _Grid:
         if not hasattr(model, "patch_embed") or not (self.hiera or hasattr(model, "num_prefix_tokens")):
             raise TypeError(f"model: expected a timm ViT or Hiera, got {type(model).__name__}")
         self.images = 0
-        self.size: tuple[int, int] = (0, 0)  # of the tokens of a ViT
+        self.size: tuple[int, int] = (0, 0)  # rows and columns of a ViT's image tokens
 
-    def seeing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the patch embedding, which notes the images' number and size on the way."""
+    def observing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps the forward of the patch embedding so that the number and size of the images become known."""
 
         @wraps(forward)
-        def seeing_forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def observing_forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.images = x.shape[0]
             if not self.hiera:
                 embed = self.model.patch_embed
@@ -155,10 +151,10 @@ class _Grid:
                 self.size = tuple(embed.grid_size if dynamic is None else dynamic(tuple(x.shape[-2:])))
             return forward(x, *args, **kwargs)
 
-        return seeing_forward
+        return observing_forward
 
     def check(self, name: str, index: int, q: Tensor, k: Tensor) -> None:
-        """Raises unless q and k are of all tokens of each image."""
+        """Raises RuntimeError unless q and k hold all tokens of each image."""
         if self.hiera:
             expected = prod(self.model.reroll.schedule[self._layout(index)][1])
             found = k.shape[2] * k.shape[3] if k.dim() == 5 else k.shape[2]
@@ -172,47 +168,43 @@ class _Grid:
             )
 
     def block_flow(self, index: int, flow: Tensor, windows: int | None) -> BlockFlow:
-        """flow (..., Nk), or (..., windows, Nk), from the order in which a block has its tokens to the grid."""
+        """Puts a block's flow, (..., Nk) or (..., windows, Nk) in the order of the block's tokens, on the grid."""
         if not self.hiera:
             prefix = self.model.num_prefix_tokens
             return BlockFlow(flow[..., prefix:].unflatten(-1, self.size), flow[..., :prefix], 1)
         if windows is not None:
-            flow = flow.transpose(-1, -2).flatten(-2)  # the order of tokens in Hiera: place in the window, window
+            flow = flow.transpose(-1, -2).flatten(-2)  # Hiera orders tokens by place in the window, then by window
         tokens = flow.reshape(-1, flow.shape[-1], 1)
         grid = self.model.reroll(tokens, self._layout(index)).squeeze(-1).unflatten(0, flow.shape[:-1])
         return BlockFlow(grid, flow[..., :0], windows or 1)
 
     @staticmethod
     def _layout(index: int) -> int:
-        """The block whose output has the order of tokens that block `index` finds: it may pool its own."""
+        """The block whose output has the token order of block `index`'s input: the block itself may pool tokens."""
         return max(index - 1, 0)
 
 
 def _selected_layers(model: nn.Module, blocks: Iterable[int] | None) -> list[tuple[int, str, Any]]:
-    """(index, name, layer) of the attention of the blocks that were asked for."""
+    """(index, name, attention layer) of each selected block."""
     layers = _attention_layers(model)
-    selected = range(len(layers)) if blocks is None else sorted(set(blocks))
-    for index in selected:
-        if index not in range(len(layers)):
-            raise ValueError(f"blocks: expected indices from 0 to {len(layers) - 1}, got {index!r}")
-    for index in selected:
-        name, layer = layers[index]
+    selected = [(index, *layers[index]) for index in select_blocks(blocks, len(layers))]
+    for _, name, layer in selected:
         if not layer.fused_attn:
             raise RuntimeError(
                 f"{name}: q and k are read where they enter scaled_dot_product_attention, which this layer does not "
                 "call; set its `fused_attn` to True"
             )
-    return [(index, *layers[index]) for index in selected]
+    return selected
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of each block's attention: `block.attn`, or the block itself where it computes its own.
 
-    Every timm layer that can call scaled_dot_product_attention has the flag `fused_attn`; that is how one is known.
+    They are recognised by the attribute `fused_attn`: every timm layer that can call scaled_dot_product_attention has
+    it.
     """
     layers: list[tuple[str, Any]] = []
-    blocks = getattr(model, "blocks", None)
-    for index, block in enumerate(blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()):
+    for index, block in enumerate(block_lists(model).get("blocks", ())):
         attn = getattr(block, "attn", None)
         if isinstance(attn, nn.Module) and hasattr(attn, "fused_attn"):
             layers.append((f"blocks.{index}.attn", attn))

@@ -19,16 +19,16 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, replaced_forwards
+from amflow_kernels.integrations.blocks import find_blocks, select_blocks, unwrap
+from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, OnAttention, replaced_forwards
 
 __all__ = ["BlockFlow", "record_am_flow"]
 
-# Vision models by their configuration's `model_type`: how many tokens come before the image's.
+# Number of tokens before the image tokens, by the `model_type` of the configuration.
 _PREFIX: dict[str, Callable[[Any], int]] = {
     "vit": lambda config: 1,
     "dinov2": lambda config: 1,
@@ -36,7 +36,7 @@ _PREFIX: dict[str, Callable[[Any], int]] = {
     "dinov3_vit": lambda config: 1 + int(config.num_register_tokens),
     "clip_vision_model": lambda config: 1,
 }
-_RECORD = "_am_flow_record"  # attribute of an attention layer whose flow is wanted
+_RECORD = "_am_flow_record"  # attribute of an attention layer whose flow is recorded
 
 
 @contextmanager
@@ -45,35 +45,89 @@ def record_am_flow(
     *,
     num_frames: int,
     blocks: Iterable[int] | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
-    impl: str | None = None,
+    **options: Any,
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a vision model while it runs inside the ``with`` block.
 
-    As `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call.
+    Like `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call.
 
     Args:
         model: a ViT, DINOv2 (with or without registers), DINOv3 (ViT) or CLIP vision model of transformers, with or
             without a head, whose attention implementation is "am_flow".
         num_frames: T; the batch of images is B clips of T frames.
         blocks: indices of the blocks to record, from 0; None means all.
-        lag, temperature, head_reduction, center, impl: as in `am_flow`.
+        options: options of `am_flow`: lag, temperature, head_reduction, center, impl. They are checked at once.
 
     Yields:
-        A dict, filled by the forward, of {block index: `BlockFlow`}. A second forward replaces them.
+        A dict {block index: `BlockFlow`} that the forward fills. A second forward replaces its values.
 
     Raises:
-        TypeError: the model is of another kind.
-        ValueError: there is no block of such an index, or the images are not whole clips.
+        TypeError: the model is of another kind, or an option is unknown or of a wrong type.
+        ValueError: a block index or an option is out of range, or the images are not whole clips.
         RuntimeError: the model has another attention implementation, or (at the end of the ``with`` block) a block did
             not run.
     """
-    recorder = FlowRecorder(num_frames, lag, temperature, head_reduction, center, impl, replace_attention=True)
-    vision: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    config = getattr(vision, "config", None)
+    recorder = FlowRecorder(num_frames, replace_attention=True, **options)
+    vision = unwrap(model)
+    prefix = _prefix_tokens(vision)
+    layers = _attention_layers(vision)
+    selected = {index: layers[index] for index in select_blocks(blocks, len(layers))}
+    grid = _Grid(prefix, vision.config.patch_size)
+
+    def recording(index: int, name: str) -> OnAttention:
+        def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            grid.check(name, k)
+            return recorder.record(index, q, k, v, lambda flow, _: grid.block_flow(flow))
+
+        return record
+
+    try:
+        for index, (name, layer) in selected.items():
+            setattr(layer, _RECORD, recording(index, name))
+        with replaced_forwards([(vision, grid.observing(vision.forward))]):
+            yield recorder.flows
+    finally:
+        for _, layer in selected.values():
+            layer.__dict__.pop(_RECORD, None)
+    recorder.check_complete({index: name for index, (name, _) in selected.items()})
+
+
+class _Grid:
+    """The layout of a model's tokens on the image."""
+
+    def __init__(self, prefix: int, patch_size: Any) -> None:
+        self.prefix = prefix
+        self.patch_size: tuple[int, int] = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        self.size = (0, 0)  # rows and columns of image tokens
+
+    def observing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps the model's forward so that the size of the images becomes known."""
+
+        @wraps(forward)
+        def observing_forward(*args: Any, **kwargs: Any) -> Any:
+            pixels = kwargs.get("pixel_values", args[0] if args else None)
+            if isinstance(pixels, Tensor):
+                height, width = self.patch_size
+                self.size = (pixels.shape[-2] // height, pixels.shape[-1] // width)
+            return forward(*args, **kwargs)
+
+        return observing_forward
+
+    def check(self, name: str, k: Tensor) -> None:
+        """Raises RuntimeError unless k holds all tokens of each image."""
+        if k.shape[-2] != self.prefix + self.size[0] * self.size[1]:
+            raise RuntimeError(
+                f"{name}: expected {self.prefix} tokens and a grid of {self.size[0]} x {self.size[1]}, "
+                f"got k {tuple(k.shape)}"
+            )
+
+    def block_flow(self, flow: Tensor) -> BlockFlow:
+        return BlockFlow(flow[..., self.prefix :].unflatten(-1, self.size), flow[..., : self.prefix], 1)
+
+
+def _prefix_tokens(model: Any) -> int:
+    """Number of tokens before the image tokens. Raises TypeError or RuntimeError unless the model can be recorded."""
+    config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if config is None or kind not in _PREFIX:
         raise TypeError(f"model: expected a transformers vision model of type {', '.join(_PREFIX)}, got {kind!r}")
@@ -82,55 +136,22 @@ def record_am_flow(
             f"model: its attention is {config._attn_implementation!r}; load it with attn_implementation='am_flow' or "
             "call model.set_attn_implementation('am_flow')"
         )
-    layers = [(name, layer) for name, layer in vision.named_modules() if _calls_attention(layer)]
-    selected = range(len(layers)) if blocks is None else sorted(set(blocks))
-    for index in selected:
-        if index not in range(len(layers)):
-            raise ValueError(f"blocks: expected indices from 0 to {len(layers) - 1}, got {index!r}")
-    size = [0, 0]  # of the grid of tokens
+    return _PREFIX[kind](config)
 
-    def seeing(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)
-        def seeing_forward(*args: Any, **kwargs: Any) -> Any:
-            pixels = kwargs.get("pixel_values", args[0] if args else None)
-            if isinstance(pixels, Tensor):
-                patch = config.patch_size
-                height, width = (patch, patch) if isinstance(patch, int) else patch
-                size[:] = (pixels.shape[-2] // height, pixels.shape[-1] // width)
-            return forward(*args, **kwargs)
 
-        return seeing_forward
-
-    def recording(index: int, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        prefix = _PREFIX[kind](config)
-
-        def on_grid(flow: Tensor, k: Tensor) -> BlockFlow:
-            return BlockFlow(flow[..., prefix:].unflatten(-1, tuple(size)), flow[..., :prefix], 1)
-
-        def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if k.shape[-2] != prefix + size[0] * size[1]:
-                raise RuntimeError(
-                    f"{name}: expected {prefix} tokens and a grid of {size[0]} x {size[1]}, got k {tuple(k.shape)}"
-                )
-            out = recorder.record(index, q, k, v, on_grid)
-            assert out is not None
-            return out
-
-        return record
-
-    try:
-        for index in selected:
-            setattr(layers[index][1], _RECORD, recording(index, layers[index][0]))
-        with replaced_forwards([(vision, seeing(vision.forward))]):
-            yield recorder.flows
-    finally:
-        for index in selected:
-            layers[index][1].__dict__.pop(_RECORD, None)
-    recorder.check_complete({index: layers[index][0] for index in selected})
+def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of each block's attention."""
+    path, blocks = find_blocks(model)
+    return [
+        (f"{path}.{index}.{name}", layer)
+        for index, block in enumerate(blocks)
+        for name, layer in block.named_modules()
+        if _calls_attention(layer)
+    ]
 
 
 def _calls_attention(layer: nn.Module) -> bool:
-    """Whether it is a layer that calls the attention implementation: all such say what is causal and how they scale."""
+    """Whether a layer calls the attention implementation: all such layers have `is_causal` and a scale."""
     return hasattr(layer, "is_causal") and (hasattr(layer, "scaling") or hasattr(layer, "scale"))
 
 
@@ -144,7 +165,7 @@ def _attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as the library calls it; q, k, v (batch, heads, N, D) -> (batch, N, heads, D)."""
+    """The attention implementation: q, k, v (batch, heads, N, D) -> output (batch, N, heads, D), no weights."""
     record = getattr(module, _RECORD, None)
     if record is None:
         return sdpa_attention_forward(

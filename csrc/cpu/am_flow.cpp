@@ -5,46 +5,47 @@
 namespace amflow::AMFLOW_ISA {
 namespace {
 
-// What the backward knows of the change from one map, A, to the next, A': with y = S e^(|A - A'| / temperature),
-// S = sign(A - A'), the pair adds y (slope g - offset) to dL/dA and takes as much from dL/dA'.
-struct Change {
+// The gradient of one pair of maps, A and A'. With y = S e^(|A - A'| / temperature) and S = sign(A - A'), the pair adds
+// y (slope g - intercept) to dL/dA and subtracts it from dL/dA'.
+struct PairGradient {
   float* y;  // laid out as Map::p
-  float* g;  // [key_rows]: dflow less its mean
-  vec slope[STRIP_VECTORS], offset[STRIP_VECTORS];
-  vec rho[STRIP_VECTORS], next_rho[STRIP_VECTORS];  // its part of rowsum(A * dL/dA), and of A'
+  float* g;  // [key_rows]: dflow minus its mean
+  vec slope[STRIP_VECTORS], intercept[STRIP_VECTORS];
+  vec rho[STRIP_VECTORS], next_rho[STRIP_VECTORS];  // the pair's part of rowsum(A * dL/dA) and rowsum(A' * dL/dA')
 };
 
 // One worker's memory.
 struct Scratch : MapScratch {
-  Map head_map;       // one head's, for mean_map
-  Change changes[2];  // backward: from the previous frame to the current one, and the one before
-  float* flow;        // forward: [pair of the chain][key_rows]
+  Map head_map;           // the map of one head, for mean_map
+  PairGradient pairs[2];  // backward: the two latest pairs of the chain
+  float* flow;            // forward: [pair of the chain][key_rows]
 };
 
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   Scratch s{};
-  take_maps(plan, arena, s);
+  take_map_scratch(plan, arena, s);
   if (pb.reduction == Reduction::mean_map) s.head_map = take_map(plan, arena);
   if (!backward) s.flow = arena.take((plan.chain_frames - 1) * plan.key_rows);
   if (backward) {
-    for (Change& change : s.changes) {
-      change.y = arena.take(map_size(plan));
-      change.g = arena.take(plan.key_rows);
+    for (PairGradient& pair : s.pairs) {
+      pair.y = arena.take(map_size(plan));
+      pair.g = arena.take(plan.key_rows);
     }
-    take_gradient(pb, plan, arena, s);
+    take_gradient_scratch(pb, plan, arena, s);
   }
   return s;
 }
 
-// ---- the cut into items
+// ---- work items
 
 Plan plan_forward(const Problem& pb) {
   Plan plan = plan_common(pb);
-  // Enough items for many threads. It depends on neither B nor T, so that a pair has the same bits in any batch or clip.
+  // Enough items for many threads. The number of groups depends on neither B nor T: a pair has the same bits in any
+  // batch or clip.
   plan.groups = min(plan.strips, div_up(128, plan.heads * pb.G));
-  plan.items = whole_items(pb, plan) * plan.groups;
+  plan.items = num_chains(pb, plan) * plan.groups;
   plan.summed_heads = pb.reduction == Reduction::mean ? pb.H : 1;
-  plan.sums = whole_items(pb, plan) / plan.summed_heads;
+  plan.sums = num_chains(pb, plan) / plan.summed_heads;
   Arena arena{nullptr};
   layout(pb, plan, false, arena);
   plan.scratch = arena.used;
@@ -53,10 +54,11 @@ Plan plan_forward(const Problem& pb) {
 
 Plan plan_backward(const Problem& pb) {
   Plan plan = plan_common(pb);
-  plan.groups = min(plan.strips, div_up(12, whole_items(pb, plan)));  // fewer: each group sums up a dk of its own
-  plan.items = whole_items(pb, plan) * plan.groups;
+  plan.groups =
+      min(plan.strips, div_up(12, num_chains(pb, plan)));  // fewer than in the forward: each group has its own dk
+  plan.items = num_chains(pb, plan) * plan.groups;
   plan.summed_heads = 1;
-  plan.sums = whole_items(pb, plan);
+  plan.sums = num_chains(pb, plan);
   plan.sum_floats = plan.groups > 1 && pb.dtype != Dtype::f32 && wants_dk(pb) ? dk_size(pb, plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, true, arena);
@@ -64,31 +66,30 @@ Plan plan_backward(const Problem& pb) {
   return plan;
 }
 
-// The row of flow or dflow of a pair.
-int64_t flow_offset(const Problem& pb, const Item& item, int64_t pair) {
-  const int64_t pairs = pb.pair ? pb.T : pb.T - pb.lag;
+// Offset of a pair's row in flow or dflow.
+int64_t flow_offset(const Problem& pb, const WorkItem& item, int64_t pair) {
+  const int64_t pairs = pb.pair_form ? pb.T : pb.T - pb.lag;
   const bool per_head = pb.reduction == Reduction::none;
   return (((item.b * pairs + pair) * (per_head ? pb.H : 1) + (per_head ? item.h : 0)) * pb.G + item.g) * pb.Nk;
 }
 
-// The map whose change is measured: one head's, or (mean_map) the mean of all heads'.
-void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip, Scratch& s,
-                 Map& map) {
-  const bool last = frame + 1 == frames_of(pb, item.chain);
-  const Where next_frame = frame_at(pb, item, last ? frame : frame + 1, 0);
+// The map whose change is measured: that of one head, or (mean_map) the mean over all heads.
+void compute_map(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
+                 Scratch& s, Map& map) {
+  const bool last = frame + 1 == chain_length(pb, item.chain);
+  const MapIndex next_frame = map_index(pb, item, last ? frame : frame + 1, 0);
   if (pb.reduction != Reduction::mean_map)
-    return compute_head_map(pb, plan, frame_at(pb, item, frame, 0), last ? nullptr : &next_frame, strip, s, map);
+    return compute_head_map(pb, plan, map_index(pb, item, frame, 0), last ? nullptr : &next_frame, strip, s, map);
   for (int64_t v = 0; v < strip.vectors; ++v)
-    for (int64_t block = 0; block < plan.blocks; ++block)
-      store(map.factor + (v * plan.blocks + block) * W, set1(1.f));
+    for (int64_t block = 0; block < plan.blocks; ++block) store(map.factor + (v * plan.blocks + block) * W, set1(1.f));
   for (int64_t head = 0; head < pb.H; ++head) {
-    const Where next = head + 1 < pb.H ? frame_at(pb, item, frame, head + 1) : next_frame;
-    compute_head_map(pb, plan, frame_at(pb, item, frame, head), &next, strip, s, s.head_map);
+    const MapIndex next = head + 1 < pb.H ? map_index(pb, item, frame, head + 1) : next_frame;
+    compute_head_map(pb, plan, map_index(pb, item, frame, head), &next, strip, s, s.head_map);
     for (int64_t v = 0; v < strip.vectors; ++v)
       for (int64_t j = 0; j < pb.Nk; ++j) {
-        const int64_t at = (v * plan.key_rows + j) * W;
-        const vec A = load(s.head_map.p + at) * load(s.head_map.factor + (v * plan.blocks + j / KEY_BLOCK) * W);
-        store(map.p + at, head ? load(map.p + at) + A : A);
+        const int64_t offset = (v * plan.key_rows + j) * W;
+        const vec A = load(s.head_map.p + offset) * load(s.head_map.factor + (v * plan.blocks + j / KEY_BLOCK) * W);
+        store(map.p + offset, head ? load(map.p + offset) + A : A);
       }
   }
 }
@@ -96,28 +97,32 @@ void compute_map(const Problem& pb, const Plan& plan, const Item& item, int64_t 
 // ---- forward
 
 // Adds sum_i w_i (e_ij - ebar_i) of the strip's queries i to flow[j]. Overwrites a.p with e.
-template <bool sharp>
+template <bool low_temperature>
 void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& a, const Map& b, float* flow) {
   vec w[STRIP_VECTORS];
-  vec lost = set1(0.f);  // per lane, sum of w_i ebar_i
+  vec mean_sum = set1(0.f);  // in each lane, its queries' sum of w_i ebar_i
   for (int64_t v = 0; v < STRIP_VECTORS; ++v) w[v] = set1(0.f);
   for (int64_t v = 0; v < strip.vectors; ++v) {
     vec sum = set1(0.f), block_sum = set1(0.f);
-    for_each_change(pb, plan, v, a, b, [&](int64_t, int64_t at, vec A, vec B) __attribute__((always_inline)) {
-      const vec e = expm1<sharp>(abs(A - B));
-      store(a.p + at, e);
-      block_sum += e;
-    }, [&] {
-      sum += block_sum;
-      block_sum = set1(0.f);
-    });
+    for_each_change(
+        pb, plan, v, a, b,
+        [&](int64_t, int64_t offset, vec A, vec B) __attribute__((always_inline)) {
+          const vec e = expm1<low_temperature>(abs(A - B));
+          store(a.p + offset, e);
+          block_sum += e;
+        },
+        [&] {
+          sum += block_sum;
+          block_sum = set1(0.f);
+        });
     w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + sum);
-    lost = fma(w[v], sum * set1(1.f / pb.Nk), lost);
+    mean_sum = fma(w[v], sum * set1(1.f / pb.Nk), mean_sum);
   }
-  vec spread[W];
-  for (int i = 0; i < W; ++i) spread[i] = lost;
-  const vec total_lost = sum_each(spread);
-  for (int64_t j = 0; j < plan.key_rows; j += W) {  // the rows after the last key hold anything, and nothing reads theirs
+  vec copies[W];
+  for (int i = 0; i < W; ++i) copies[i] = mean_sum;
+  const vec total_mean = sum_lanes(copies);
+  // Rows after the last key have undefined values, and their results are never read.
+  for (int64_t j = 0; j < plan.key_rows; j += W) {
     vec r[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) r[i] = w[0] * load(a.p + (j + i) * W);
@@ -125,19 +130,19 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) r[i] = fma(w[v], load(a.p + (v * plan.key_rows + j + i) * W), r[i]);
     }
-    store(flow + j, load(flow + j) + (sum_each(r) - total_lost));
+    store(flow + j, load(flow + j) + (sum_lanes(r) - total_mean));
   }
 }
 
 void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
-  clear(s.flow, (plan.chain_frames - 1) * plan.key_rows);
-  const Item item = item_at(pb, plan, index);
-  const int64_t frames = frames_of(pb, item.chain);
+  fill_zeros(s.flow, (plan.chain_frames - 1) * plan.key_rows);
+  const WorkItem item = work_item_at(pb, plan, index);
+  const int64_t frames = chain_length(pb, item.chain);
   if (frames < 2) return;
   for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
-    const Strip strip = strip_at(pb, plan, i);
+    const Strip strip = strip_at(pb, plan, item, i);
     for (int64_t frame = 0; frame < frames; ++frame) {
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
@@ -149,19 +154,19 @@ void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch)
   }
 }
 
-// Adds the item's flow, left in its scratch, to the result.
+// Adds the item's flow, which is in its scratch, to the result.
 void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float*) {
   Arena arena{scratch};
   const Scratch s = layout(pb, plan, false, arena);
-  const Item item = item_at(pb, plan, index);
-  const int64_t place = turn(pb, plan, index).place;
-  const bool last = place == plan.summed_heads * plan.groups - 1;
+  const WorkItem item = work_item_at(pb, plan, index);
+  const int64_t position = reduction_slot(pb, plan, index).position;
+  const bool last = position == plan.summed_heads * plan.groups - 1;
   const double base = pb.center ? 0. : static_cast<double>(pb.Nq) / pb.Nk;
-  for (int64_t frame = 0; frame + 1 < frames_of(pb, item.chain); ++frame) {
-    float* flow = pb.flow + flow_offset(pb, item, pair_of(pb, item.chain, frame));
+  for (int64_t frame = 0; frame + 1 < chain_length(pb, item.chain); ++frame) {
+    float* flow = pb.flow + flow_offset(pb, item, pair_index(pb, item.chain, frame));
     const float* part = s.flow + frame * plan.key_rows;
     for (int64_t j = 0; j < pb.Nk; ++j) {
-      const float sum = place ? flow[j] + part[j] : part[j];
+      const float sum = position ? flow[j] + part[j] : part[j];
       flow[j] = last ? static_cast<float>(base + sum / static_cast<double>(plan.summed_heads)) : sum;
     }
   }
@@ -169,9 +174,9 @@ void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* s
 
 // ---- backward
 
-// dflow of one pair, less its mean: a constant has no effect since the rows of P sum to 1, and without it a constant
-// dflow gives exactly 0.
-void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
+// dflow of one pair minus its mean. A constant in dflow has no effect, since the rows of P sum to 1; with the mean
+// subtracted, a constant dflow gives a gradient of exactly 0.
+void load_dflow(const Problem& pb, const WorkItem& item, int64_t pair, float* g) {
   const float* dflow = pb.dflow + flow_offset(pb, item, pair);
   double sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) sum += dflow[j];
@@ -179,38 +184,42 @@ void load_dflow(const Problem& pb, const Item& item, int64_t pair, float* g) {
   for (int64_t j = 0; j < pb.Nk; ++j) g[j] = static_cast<float>((dflow[j] - mean) * share);
 }
 
-// Fills `change` but for g, which is there.
-template <bool sharp>
-void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, Change& change) {
+// Computes all of `pair` from its g.
+template <bool low_temperature>
+void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b,
+                   PairGradient& pair) {
   float g_sum = 0;
-  for (int64_t j = 0; j < pb.Nk; ++j) g_sum += change.g[j];
+  for (int64_t j = 0; j < pb.Nk; ++j) g_sum += pair.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
-    Sum e, e_g, A_y, A_y_g, B_y, B_y_g;  // A and B come with the factor 1 / temperature
-    const float* g = change.g;
-    float* const y_out = change.y;
-    for_each_change(pb, plan, v, a, b, [&](int64_t j, int64_t at, vec A, vec B) __attribute__((always_inline)) {
-      const vec d = A - B, g_j = set1(g[j]);
-      const vec e_j = expm1<sharp>(abs(d));
-      const vec y = times_sign(e_j + set1(1.f), d);
-      const vec Ay = A * y, By = B * y;
-      store(y_out + at, y);
-      e.block += e_j;
-      e_g.block = fma(e_j, g_j, e_g.block);
-      A_y.block += Ay;
-      A_y_g.block = fma(Ay, g_j, A_y_g.block);
-      B_y.block += By;
-      B_y_g.block = fma(By, g_j, B_y_g.block);
-    }, [&] {
-      e.end_block(), e_g.end_block();
-      A_y.end_block(), A_y_g.end_block();
-      B_y.end_block(), B_y_g.end_block();
-    });
+    BlockedSum e, e_g, A_y, A_y_g, B_y, B_y_g;  // A and B include the factor 1 / temperature
+    const float* g = pair.g;
+    float* const y_out = pair.y;
+    for_each_change(
+        pb, plan, v, a, b,
+        [&](int64_t j, int64_t offset, vec A, vec B) __attribute__((always_inline)) {
+          const vec d = A - B, g_j = set1(g[j]);
+          const vec e_j = expm1<low_temperature>(abs(d));
+          const vec y = multiply_by_sign(e_j + set1(1.f), d);
+          const vec Ay = A * y, By = B * y;
+          store(y_out + offset, y);
+          e.block += e_j;
+          e_g.block = fma(e_j, g_j, e_g.block);
+          A_y.block += Ay;
+          A_y_g.block = fma(Ay, g_j, A_y_g.block);
+          B_y.block += By;
+          B_y_g.block = fma(By, g_j, B_y_g.block);
+        },
+        [&] {
+          e.end_block(), e_g.end_block();
+          A_y.end_block(), A_y_g.end_block();
+          B_y.end_block(), B_y_g.end_block();
+        });
     const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + e.total);
     const vec delta = w * (set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
-    change.slope[v] = scaled_w * set1(pb.inv_temperature);
-    change.offset[v] = change.slope[v] * delta;
-    change.rho[v] = scaled_w * (A_y_g.total - delta * A_y.total);
-    change.next_rho[v] = -scaled_w * (B_y_g.total - delta * B_y.total);
+    pair.slope[v] = scaled_w * set1(pb.inv_temperature);
+    pair.intercept[v] = pair.slope[v] * delta;
+    pair.rho[v] = scaled_w * (A_y_g.total - delta * A_y.total);
+    pair.next_rho[v] = -scaled_w * (B_y_g.total - delta * B_y.total);
   }
 }
 
@@ -226,92 +235,91 @@ void row_sums(const Problem& pb, const Plan& plan, const Strip& strip, const Map
       vec sum = set1(0.f);
 #pragma GCC unroll 4
       for (int64_t j = j0; j < j1; ++j) {
-        const int64_t at = (v * plan.key_rows + j) * W;
-        sum = fma(load(map.p + at), dA(j, at), sum);
+        const int64_t offset = (v * plan.key_rows + j) * W;
+        sum = fma(load(map.p + offset), dA(j, offset), sum);
       }
       rho[v] = fma(sum, load(map.factor + (v * plan.blocks + block) * W), rho[v]);
     }
   }
 }
 
-// gradient(v)(j, offset of key j) is dL/dA, rho = rowsum(A * dL/dA).
+// From dL/dA = gradient(v)(j, offset of key j) of a map and rho = rowsum(A * dL/dA) to dq and dk of its frame.
 template <class Gradient>
-void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
-                  const Map& map, const Gradient& gradient, const vec* rho, Scratch& s, bool first_strip) {
+void backward_map(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
+                  const Map& map, const Gradient& gradient, const vec* rho, Scratch& s) {
   for (int64_t head = 0; head < plan.map_heads; ++head) {
-    const Where at = frame_at(pb, item, frame, head);
+    const MapIndex index = map_index(pb, item, frame, head);
     float* const dk = s.dk ? s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols
-                           : reinterpret_cast<float*>(dk_row(pb, at, 0));
+                           : reinterpret_cast<float*>(dk_row(pb, index, 0));
     if (pb.reduction != Reduction::mean_map) {
-      backward_head_map(pb, plan, at, strip, map, gradient, rho, s, dk, first_strip);
+      backward_logits(pb, plan, index, strip, map, gradient, rho, s, dk);
       continue;
     }
-    // The head's map comes with its factor 1 / H, and so
+    // The map of the head includes the factor 1 / H:
     // A (dA / H - rowsum(A dA / H)) = (A / H) (dA - H rowsum((A / H) dA)).
     vec head_rho[STRIP_VECTORS];
-    compute_head_map(pb, plan, at, nullptr, strip, s, s.head_map);
+    compute_head_map(pb, plan, index, nullptr, strip, s, s.head_map);
     row_sums(pb, plan, strip, s.head_map, gradient, head_rho);
     for (int64_t v = 0; v < strip.vectors; ++v) head_rho[v] *= set1(pb.H);
-    backward_head_map(pb, plan, at, strip, s.head_map, gradient, head_rho, s, dk, first_strip);
+    backward_logits(pb, plan, index, strip, s.head_map, gradient, head_rho, s, dk);
   }
 }
 
-// Of a map that is the second of the pair `before` and the first of the pair `after`; either may be missing.
-void backward_map(const Problem& pb, const Plan& plan, const Item& item, int64_t frame, const Strip& strip,
-                  const Map& map, const Change* before, const Change* after, Scratch& s, bool first_strip) {
+// The map is the second of the pair `before` and the first of the pair `after`; either may be missing.
+void backward_map(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
+                  const Map& map, const PairGradient* before, const PairGradient* after, Scratch& s) {
   const auto first = [&](int64_t v) {
-    return [y = after->y, g = after->g, slope = after->slope[v], offset = after->offset[v]](int64_t j, int64_t at) {
-      return load(y + at) * fma(slope, set1(g[j]), -offset);
-    };
+    return [y = after->y, g = after->g, slope = after->slope[v], intercept = after->intercept[v]](
+               int64_t j, int64_t offset) { return load(y + offset) * fma(slope, set1(g[j]), -intercept); };
   };
   const auto second = [&](int64_t v) {
-    return [y = before->y, g = before->g, slope = -before->slope[v], offset = before->offset[v]](int64_t j, int64_t at) {
-      return load(y + at) * fma(slope, set1(g[j]), offset);
-    };
+    return [y = before->y, g = before->g, slope = -before->slope[v], intercept = before->intercept[v]](
+               int64_t j, int64_t offset) { return load(y + offset) * fma(slope, set1(g[j]), intercept); };
   };
   const auto both = [&](int64_t v) {
-    return [first = first(v), second = second(v)](int64_t j, int64_t at) { return first(j, at) + second(j, at); };
+    return [first = first(v), second = second(v)](int64_t j, int64_t offset) {
+      return first(j, offset) + second(j, offset);
+    };
   };
-  if (!before) return backward_map(pb, plan, item, frame, strip, map, first, after->rho, s, first_strip);
-  if (!after) return backward_map(pb, plan, item, frame, strip, map, second, before->next_rho, s, first_strip);
+  if (!before) return backward_map(pb, plan, item, frame, strip, map, first, after->rho, s);
+  if (!after) return backward_map(pb, plan, item, frame, strip, map, second, before->next_rho, s);
   vec rho[STRIP_VECTORS];
   for (int64_t v = 0; v < strip.vectors; ++v) rho[v] = before->next_rho[v] + after->rho[v];
-  backward_map(pb, plan, item, frame, strip, map, both, rho, s, first_strip);
+  backward_map(pb, plan, item, frame, strip, map, both, rho, s);
 }
 
 void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
-  const Item item = item_at(pb, plan, index);
-  const int64_t frames = frames_of(pb, item.chain);
-  const int64_t first = item.group * plan.strips / plan.groups, last = (item.group + 1) * plan.strips / plan.groups;
-  for (int64_t i = first; i < last; ++i) {
-    const Strip strip = strip_at(pb, plan, i);
-    const Change* before = nullptr;
-    if (frames == 1) {  // its gradient is 0
-      clear(s.changes[0].y, map_size(plan));
-      clear(s.changes[0].g, plan.key_rows);
-      before = &s.changes[0];
+  const WorkItem item = work_item_at(pb, plan, index);
+  const int64_t frames = chain_length(pb, item.chain);
+  for (int64_t i = first_strip(plan, item.group); i < first_strip(plan, item.group + 1); ++i) {
+    const Strip strip = strip_at(pb, plan, item, i);
+    const PairGradient* before = nullptr;
+    if (frames == 1) {  // the frame is in no pair: its gradient is 0
+      fill_zeros(s.pairs[0].y, map_size(plan));
+      fill_zeros(s.pairs[0].g, plan.key_rows);
+      before = &s.pairs[0];
     }
     for (int64_t frame = 0; frame < frames; ++frame) {
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
-      Change& change = s.changes[frame % 2];
-      load_dflow(pb, item, pair_of(pb, item.chain, frame - 1), change.g);
-      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, change);
-      else backward_pair<false>(pb, plan, strip, previous, current, change);
-      backward_map(pb, plan, item, frame - 1, strip, previous, before, &change, s, i == first);
-      before = &change;
+      PairGradient& pair = s.pairs[frame % 2];
+      load_dflow(pb, item, pair_index(pb, item.chain, frame - 1), pair.g);
+      if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, pair);
+      else backward_pair<false>(pb, plan, strip, previous, current, pair);
+      backward_map(pb, plan, item, frame - 1, strip, previous, before, &pair, s);
+      before = &pair;
     }
-    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], before, nullptr, s, i == first);
+    backward_map(pb, plan, item, frames - 1, strip, s.maps[(frames - 1) % 2], before, nullptr, s);
   }
 }
 
 void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
   if (!wants_dk(pb) || dk_in_place(pb, plan)) return;
   Arena arena{scratch};
-  finish_dk(pb, plan, item_at(pb, plan, index), layout(pb, plan, true, arena).dk, sums);
+  finish_dk(pb, plan, work_item_at(pb, plan, index), layout(pb, plan, true, arena).dk, sums);
 }
 
 }  // namespace
@@ -320,7 +328,7 @@ void finish_backward(const Problem& pb, const Plan& plan, int64_t index, float* 
 #define AMFLOW_NAME(isa) AMFLOW_NAME_OF(isa)
 
 const Kernels kernels = {AMFLOW_NAME(AMFLOW_ISA),
-                         {plan_forward, turn, forward, finish_forward},
-                         {plan_backward, turn, backward, finish_backward}};
+                         {plan_forward, reduction_slot, forward, finish_forward},
+                         {plan_backward, reduction_slot, backward, finish_backward}};
 
 }  // namespace amflow::AMFLOW_ISA

@@ -1,4 +1,4 @@
-// What the CPU kernels compute, on raw pointers. Strides count elements; the last dimension is contiguous.
+// Interface of the CPU kernels, on raw pointers. Strides count elements; the last dimension is contiguous.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace amflow {
 enum class Dtype : int { f32, bf16, f16 };
 enum class Reduction : int { none, mean, mean_map };
 
-// q (B, T, H, G, Nq, D) and k (B, T, H, G, Nk, D): H heads, G windows. dq and dk are contiguous, null if not wanted.
+// q (B, T, H, G, Nq, D) and k (B, T, H, G, Nk, D): H heads, G windows. dq and dk are contiguous, null if not needed.
 struct Frames {
   const void* q = nullptr;
   const void* k = nullptr;
@@ -21,50 +21,51 @@ struct Frames {
 // Pairs of maps: ((q, k)[t], (q, k)[t + lag]) of frames[0], or, in pair form, (frames[0][p], frames[1][p]).
 struct Problem {
   Frames frames[2];
-  bool pair, center;
+  bool pair_form, center;
   Dtype dtype;
   Reduction reduction;
   int64_t B, T, H, G, Nq, Nk, D, lag;
   float scale, inv_temperature;
   float* flow;         // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction; contiguous
-  const float* dflow;  // the same; backward only
+  const float* dflow;  // same shape; backward only
 };
 
-// How a problem is cut into work items. It depends on the problem alone, never on the number of threads, and partial
-// sums are added in the order of the groups: results have the same bits for any number of threads.
+// How a problem is divided into work items. This depends only on the problem, never on the number of threads, and
+// partial sums are added in the order of the groups: results have the same bits for any number of threads.
 //
-// A chain is a run of frames in which every neighbouring two are a pair: each map is computed once per chain. An item is
-// one (batch, head, window, chain) and a group of its strips; a strip is up to 4 vectors of queries against all keys.
+// A chain is a sequence of frames in which every two neighbours form a pair: each map is computed once per chain. A
+// work item is one (batch, head, window, chain) and a group of its strips; a strip is up to 4 vectors of queries
+// against all keys.
 struct Plan {
-  int64_t heads;       // heads that are separate items (1 for mean_map)
-  int64_t map_heads;   // heads inside one map (H for mean_map)
+  int64_t heads;      // heads that are separate items (1 for mean_map)
+  int64_t map_heads;  // heads that are averaged in one map (H for mean_map)
   int64_t chains, chain_frames;
-  int64_t strips, strip_vectors;  // all strips of one map, and the vectors in all of them
-  int64_t groups;      // of strips
+  int64_t strips, strip_vectors;  // strips of one map; vectors in all of them together
+  int64_t groups;                 // of strips
   int64_t items;
   int64_t blocks, key_rows, d_cols;  // key blocks; Nk and D, padded
-  int64_t scratch;     // floats that each worker needs
-  int64_t summed_heads;  // heads that go into one result (H for the forward of `mean`)
-  int64_t sums;          // results that items are summed up into
-  int64_t sum_floats;    // memory of one, where the sum can't be made in the result itself
+  int64_t scratch;                   // floats that each worker needs
+  int64_t summed_heads;              // heads that are added into one result (H for the forward of `mean`)
+  int64_t sums;                      // results that items are added into
+  int64_t sum_floats;                // memory of one sum that can't be accumulated in the result itself
 };
 
-// Where an item's result goes: the `place`-th part of a sum.
-struct Turn {
-  int64_t sum, place;
+// The part that an item adds to a sum: parts are added in the order of their positions.
+struct ReductionSlot {
+  int64_t sum, position;
 };
 
-// A pass over a problem. Every item is run, in any order and on any thread; then, with the same scratch and when all
-// earlier places of its sum are finished, it is finished.
+// A pass over a problem. `run` may be called for the items in any order and on any thread. `finish` follows with the
+// same scratch, once all items with a lower position in the same sum have finished.
 template <class Problem>
 struct Pass {
   Plan (*plan)(const Problem&);
-  Turn (*turn)(const Problem&, const Plan&, int64_t item);
+  ReductionSlot (*slot)(const Problem&, const Plan&, int64_t item);
   void (*run)(const Problem&, const Plan&, int64_t item, float* scratch);
   void (*finish)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);
 };
 
-// One instruction set's kernels.
+// The kernels for one instruction set.
 struct Kernels {
   const char* name;
   Pass<Problem> forward, backward;

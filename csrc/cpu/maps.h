@@ -1,10 +1,12 @@
-// Maps of strips, what becomes of two of them, and the gradient through one: shared by am_flow.cpp and matmul.cpp.
+// Shared by am_flow.cpp and matmul.cpp: the attention maps of strips, their change between two frames, and the gradient
+// of queries and keys from that of a map.
 //
 // Vector lanes are queries. A strip is up to 4 vectors of queries against all keys; the map of a strip is stored as
-// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum, and needs no
-// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only where it is.
-// A map is kept as p and one factor per block of keys, A = p * factor: p is taken relative to the largest logit so far,
-// which is known while the block still lies in the first-level cache. The same frame gives the same bits, so identical
+// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum and needs no
+// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only if that query is.
+//
+// A map is stored as p and one factor per block of keys, A = p * factor: p is relative to the largest logit so far,
+// which is known while the block is still in the first-level cache. The same frame gives the same bits, so identical
 // frames give M = 0 exactly.
 #pragma once
 
@@ -19,7 +21,8 @@ namespace {
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
-constexpr int64_t ROWS_AHEAD = 16;  // of a gradient, fetched before they are summed up
+constexpr int64_t MAX_COLS = 256;          // MAX_HEAD_DIM and MAX_FEATURES in amflow_kernels/problem.py
+constexpr int64_t PREFETCH_DISTANCE = 16;  // rows of a gradient that are prefetched before they are added to
 constexpr float LOWEST = -3.40282347e38f;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -39,34 +42,37 @@ struct Map {
 
 struct Strip {
   int64_t first_query, vectors;
+  bool first_of_item;            // its sums over queries are written, those of later strips added
   float lane_weight[MAX_LANES];  // 1 for a query, 0 for a surplus lane
 
   int64_t lanes() const { return vectors * W; }
   int64_t queries(int64_t Nq) const { return lanes() < Nq - first_query ? lanes() : Nq - first_query; }
 };
 
-struct Where {  // one frame of one head and window
+// One map: the frame t of frames[set] in one batch, head and window.
+struct MapIndex {
   int64_t set, t, b, h, g;
 };
 
-struct Item {
+struct WorkItem {
   int64_t b, h, g, chain, group;
 };
 
-// One worker's memory for maps and their gradient.
+// One worker's memory for maps and their gradients.
 struct MapScratch {
   float* rows;     // [lane][d_cols]: queries
   float* queries;  // [d][lane]: the same, transposed
   float* keys;     // [KEY_BLOCK][d_cols]
   float* maxima;   // [vector][W]
   Map maps[2];     // the previous and the current frame's
-  // of the gradient
+  // For the gradient.
   float* dlogits;  // [KEY_BLOCK][lane]
-  float* dq;       // [lane][d_cols], or null if it is summed up in the result
-  float* dk;       // [frame][head][Nk][d_cols], or null if it is summed up in the result
+  float* dq;       // [lane][d_cols], or null if it is accumulated in the result
+  float* dk;       // [frame][head][Nk][d_cols], or null if it is accumulated in the result
 };
 
-struct Arena {  // hands out scratch; with no base it only counts
+// Hands out scratch memory; without a base it only counts.
+struct Arena {
   float* base;
   int64_t used = 0;
   float* take(int64_t floats) {
@@ -83,17 +89,17 @@ int64_t dk_size(const Problem& pb, const Plan& plan) {
 
 bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
 
-// Whether rows of D are whole vectors of floats, which products can read and write where they lie.
+// Whether rows of D are whole vectors of floats, which products can read and write in place.
 bool whole_rows(const Problem& pb) { return pb.dtype == Dtype::f32 && pb.D % W == 0; }
 
-// Whether an item has its dk to itself and it can be summed up in the result: no copy, no turn.
+// Whether one item computes all of a dk, in a layout that it can accumulate in the result.
 bool dk_in_place(const Problem& pb, const Plan& plan) { return plan.groups == 1 && whole_rows(pb); }
 
 Map take_map(const Plan& plan, Arena& arena) {
   return {arena.take(map_size(plan)), arena.take(STRIP_VECTORS * plan.blocks * W)};
 }
 
-void take_maps(const Plan& plan, Arena& arena, MapScratch& s) {
+void take_map_scratch(const Plan& plan, Arena& arena, MapScratch& s) {
   s.rows = arena.take(MAX_LANES * plan.d_cols);
   s.queries = arena.take(plan.d_cols * MAX_LANES);
   s.keys = arena.take(KEY_BLOCK * plan.d_cols);
@@ -102,20 +108,20 @@ void take_maps(const Plan& plan, Arena& arena, MapScratch& s) {
   s.maps[1] = take_map(plan, arena);
 }
 
-void take_gradient(const Problem& pb, const Plan& plan, Arena& arena, MapScratch& s) {
+void take_gradient_scratch(const Problem& pb, const Plan& plan, Arena& arena, MapScratch& s) {
   s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
   if (!whole_rows(pb)) s.dq = arena.take(MAX_LANES * plan.d_cols);
   if (wants_dk(pb) && !dk_in_place(pb, plan)) s.dk = arena.take(dk_size(pb, plan));
 }
 
-// ---- the cut into items
+// ---- work items
 
 Plan plan_common(const Problem& pb) {
   Plan plan{};
   plan.map_heads = pb.reduction == Reduction::mean_map ? pb.H : 1;
   plan.heads = pb.H / plan.map_heads;
-  plan.chains = pb.pair ? pb.T : min(pb.lag, pb.T);
-  plan.chain_frames = pb.pair ? 2 : div_up(pb.T, pb.lag);
+  plan.chains = pb.pair_form ? pb.T : min(pb.lag, pb.T);
+  plan.chain_frames = pb.pair_form ? 2 : div_up(pb.T, pb.lag);
   plan.strip_vectors = div_up(pb.Nq, W);
   plan.strips = div_up(plan.strip_vectors, STRIP_VECTORS);
   plan.blocks = div_up(pb.Nk, KEY_BLOCK);
@@ -124,10 +130,12 @@ Plan plan_common(const Problem& pb) {
   return plan;
 }
 
-int64_t whole_items(const Problem& pb, const Plan& plan) { return pb.B * plan.heads * pb.G * plan.chains; }
+// Chains of all batches, heads and windows.
+int64_t num_chains(const Problem& pb, const Plan& plan) { return pb.B * plan.heads * pb.G * plan.chains; }
 
-Item item_at(const Problem& pb, const Plan& plan, int64_t index) {  // ((((b, h), g), chain), group)
-  Item item;
+// Items are numbered in row-major order of (b, h, g, chain, group).
+WorkItem work_item_at(const Problem& pb, const Plan& plan, int64_t index) {
+  WorkItem item;
   item.group = index % plan.groups, index /= plan.groups;
   item.chain = index % plan.chains, index /= plan.chains;
   item.g = index % pb.G, index /= pb.G;
@@ -136,83 +144,94 @@ Item item_at(const Problem& pb, const Plan& plan, int64_t index) {  // ((((b, h)
   return item;
 }
 
-Turn turn(const Problem& pb, const Plan& plan, int64_t index) {
-  const Item item = item_at(pb, plan, index);
+ReductionSlot reduction_slot(const Problem& pb, const Plan& plan, int64_t index) {
+  const WorkItem item = work_item_at(pb, plan, index);
   const int64_t n = plan.summed_heads;
   return {((item.b * (plan.heads / n) + item.h / n) * pb.G + item.g) * plan.chains + item.chain,
           item.h % n * plan.groups + item.group};
 }
 
-int64_t frames_of(const Problem& pb, int64_t chain) { return pb.pair ? 2 : div_up(pb.T - chain, pb.lag); }
+// Frames of a chain.
+int64_t chain_length(const Problem& pb, int64_t chain) { return pb.pair_form ? 2 : div_up(pb.T - chain, pb.lag); }
 
-Where frame_at(const Problem& pb, const Item& item, int64_t frame, int64_t head) {
-  const int64_t set = pb.pair ? frame : 0;
-  return {set, pb.pair ? item.chain : item.chain + frame * pb.lag, item.b, item.h + head, item.g};
+MapIndex map_index(const Problem& pb, const WorkItem& item, int64_t frame, int64_t head) {
+  const int64_t set = pb.pair_form ? frame : 0;
+  return {set, pb.pair_form ? item.chain : item.chain + frame * pb.lag, item.b, item.h + head, item.g};
 }
 
-int64_t pair_of(const Problem& pb, int64_t chain, int64_t frame) {  // the pair (frame, frame + 1) of a chain
-  return pb.pair ? chain : chain + frame * pb.lag;
+// The pair (frame, frame + 1) of a chain.
+int64_t pair_index(const Problem& pb, int64_t chain, int64_t frame) {
+  return pb.pair_form ? chain : chain + frame * pb.lag;
 }
 
-Strip strip_at(const Problem& pb, const Plan& plan, int64_t index) {  // all strips as wide as any other, or one less
+// The first strip of a group.
+int64_t first_strip(const Plan& plan, int64_t group) { return group * plan.strips / plan.groups; }
+
+// All strips have the same number of vectors, or one less.
+Strip strip_at(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t index) {
   const int64_t first = index * plan.strip_vectors / plan.strips;
-  Strip strip{first * W, (index + 1) * plan.strip_vectors / plan.strips - first, {}};
+  Strip strip{
+      first * W, (index + 1) * plan.strip_vectors / plan.strips - first, index == first_strip(plan, item.group), {}};
   for (int64_t l = 0; l < strip.lanes(); ++l) strip.lane_weight[l] = strip.first_query + l < pb.Nq ? 1.f : 0.f;
   return strip;
 }
 
 // ---- reading queries and keys
 
-const char* query_row(const Problem& pb, const Where& at, int64_t i) {
-  const Frames& f = pb.frames[at.set];
+const char* query_row(const Problem& pb, const MapIndex& index, int64_t i) {
+  const Frames& f = pb.frames[index.set];
   const int64_t* stride = f.q_stride;
-  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + i * stride[4];
+  const int64_t offset =
+      index.b * stride[0] + index.t * stride[1] + index.h * stride[2] + index.g * stride[3] + i * stride[4];
   return static_cast<const char*>(f.q) + offset * element_size(pb.dtype);
 }
 
-const char* key_row(const Problem& pb, const Where& at, int64_t j) {
-  const Frames& f = pb.frames[at.set];
+const char* key_row(const Problem& pb, const MapIndex& index, int64_t j) {
+  const Frames& f = pb.frames[index.set];
   const int64_t* stride = f.k_stride;
-  const int64_t offset = at.b * stride[0] + at.t * stride[1] + at.h * stride[2] + at.g * stride[3] + j * stride[4];
+  const int64_t offset =
+      index.b * stride[0] + index.t * stride[1] + index.h * stride[2] + index.g * stride[3] + j * stride[4];
   return static_cast<const char*>(f.k) + offset * element_size(pb.dtype);
 }
 
 // dq and dk are contiguous.
-char* dq_row(const Problem& pb, const Where& at, int64_t i) {
-  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nq + i;
-  return static_cast<char*>(pb.frames[at.set].dq) + row * pb.D * element_size(pb.dtype);
+char* dq_row(const Problem& pb, const MapIndex& index, int64_t i) {
+  const int64_t row = (((index.b * pb.T + index.t) * pb.H + index.h) * pb.G + index.g) * pb.Nq + i;
+  return static_cast<char*>(pb.frames[index.set].dq) + row * pb.D * element_size(pb.dtype);
 }
 
-char* dk_row(const Problem& pb, const Where& at, int64_t j) {
-  const int64_t row = (((at.b * pb.T + at.t) * pb.H + at.h) * pb.G + at.g) * pb.Nk + j;
-  return static_cast<char*>(pb.frames[at.set].dk) + row * pb.D * element_size(pb.dtype);
+char* dk_row(const Problem& pb, const MapIndex& index, int64_t j) {
+  const int64_t row = (((index.b * pb.T + index.t) * pb.H + index.h) * pb.G + index.g) * pb.Nk + j;
+  return static_cast<char*>(pb.frames[index.set].dk) + row * pb.D * element_size(pb.dtype);
 }
 
 // The strip's queries as floats, [lane][d_cols].
-void load_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, float* rows) {
+void load_queries(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, float* rows) {
   for (int64_t l = 0; l < strip.lanes(); ++l)
-    load_row(pb.dtype, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D, rows + l * plan.d_cols);
+    load_row(pb.dtype, query_row(pb, index, min(strip.first_query + l, pb.Nq - 1)), pb.D, rows + l * plan.d_cols);
 }
 
-// Keys for a product, in place where their layout allows.
-struct Keys {
+// Rows that a product reads: the tensor's own memory where its layout allows, else a copy.
+struct RowView {
   const char* first;
-  int64_t row;  // bytes
+  int64_t pitch;  // bytes from row to row
 };
 
-// As floats; `whole`: in whole vectors, padded with zeros.
-Keys float_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, bool whole, float* buffer) {
-  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 4};
-  for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, at, j0 + j), pb.D, buffer + j * plan.d_cols);
+// n keys from j0 on as floats; `whole`: in whole vectors, padded with zeros.
+RowView float_keys(const Problem& pb, const Plan& plan, const MapIndex& index, int64_t j0, int64_t n, bool whole,
+                   float* buffer) {
+  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32)
+    return {key_row(pb, index, j0), pb.frames[index.set].k_stride[4] * 4};
+  for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, index, j0 + j), pb.D, buffer + j * plan.d_cols);
   return {reinterpret_cast<const char*>(buffer), plan.d_cols * 4};
 }
 
-Keys bf16_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0, int64_t n, float* buffer) {
-  if (pb.D % 2 == 0) return {key_row(pb, at, j0), pb.frames[at.set].k_stride[4] * 2};
-  char* copy = reinterpret_cast<char*>(buffer);  // odd D: the last pair is completed with a zero
+RowView bf16_keys(const Problem& pb, const Plan& plan, const MapIndex& index, int64_t j0, int64_t n, float* buffer) {
+  if (pb.D % 2 == 0) return {key_row(pb, index, j0), pb.frames[index.set].k_stride[4] * 2};
+  char* copy = reinterpret_cast<char*>(buffer);  // odd D: the last pair is padded with a zero
   for (int64_t j = 0; j < n; ++j) {
     char* row = copy + j * plan.d_cols * 4;
-    __builtin_memcpy(row, key_row(pb, at, j0 + j), pb.D * 2);
+    __builtin_memcpy(row, key_row(pb, index, j0 + j), pb.D * 2);
     __builtin_memset(row + pb.D * 2, 0, 2);
   }
   return {copy, plan.d_cols * 4};
@@ -220,39 +239,41 @@ Keys bf16_keys(const Problem& pb, const Plan& plan, const Where& at, int64_t j0,
 
 // ---- A = softmax(scale * q k^T) of one strip
 
-// The strip's queries, [d or pair of d][lane], for a product with keys. A negative scale flips their signs, so that the
-// largest product is the largest logit.
-void pack_queries(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, MapScratch& s, bool bf16) {
+// The strip's queries, [d or pair of d][lane], for a product with keys. With a negative scale their signs are flipped,
+// so that the largest product is the largest logit.
+void pack_queries(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, MapScratch& s,
+                  bool bf16) {
   const bool negative = pb.scale < 0;
   if (!bf16) {
-    load_queries(pb, plan, at, strip, s.rows);
+    load_queries(pb, plan, index, strip, s.rows);
     transpose_rows(s.rows, strip.lanes(), plan.d_cols, plan.d_cols, s.queries, strip.lanes(), negative ? 1u << 31 : 0);
     return;
   }
   const int64_t cols = round_up(div_up(pb.D, 2), W);
   for (int64_t l = 0; l < strip.lanes(); ++l) {
     char* row = reinterpret_cast<char*>(s.rows + l * cols);
-    __builtin_memcpy(row, query_row(pb, at, min(strip.first_query + l, pb.Nq - 1)), pb.D * 2);
+    __builtin_memcpy(row, query_row(pb, index, min(strip.first_query + l, pb.Nq - 1)), pb.D * 2);
     __builtin_memset(row + pb.D * 2, 0, cols * 4 - pb.D * 2);
   }
   transpose_rows(s.rows, strip.lanes(), cols, cols, s.queries, strip.lanes(), negative ? 0x80008000u : 0);
 }
 
-// Part `step` of `steps` of the strip's queries, into the second-level cache.
-void prefetch_queries(const Problem& pb, const Where& at, const Strip& strip, int64_t step, int64_t steps) {
+// Prefetches part `step` of `steps` of the strip's queries into the second-level cache.
+void prefetch_queries(const Problem& pb, const MapIndex& index, const Strip& strip, int64_t step, int64_t steps) {
   const int64_t n = strip.queries(pb.Nq), size = element_size(pb.dtype);
   const int64_t l0 = n * step / steps, l1 = n * (step + 1) / steps;
-  prefetch_rows(query_row(pb, at, strip.first_query + l0), pb.frames[at.set].q_stride[4] * size, pb.D * size, l1 - l0);
+  prefetch_rows(query_row(pb, index, strip.first_query + l0), pb.frames[index.set].q_stride[4] * size, pb.D * size,
+                l1 - l0);
 }
 
-// `next`, if any, is the map that will be computed after this one: its rows are fetched meanwhile.
-void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, const Where* next, const Strip& strip,
-                      MapScratch& s, Map& map) {
+// `next`, if any, is the map that will be computed after this one: its rows are prefetched.
+void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index, const MapIndex* next,
+                      const Strip& strip, MapScratch& s, Map& map) {
   const bool bf16 = NATIVE_BF16 && pb.dtype == Dtype::bf16;
-  pack_queries(pb, plan, at, strip, s, bf16);
+  pack_queries(pb, plan, index, strip, s, bf16);
   const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
   const int64_t column = plan.key_rows * W;
-  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // of the exponents so far; of p relative to it
+  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // the largest scaled logit so far; the sum of p relative to it
   for (int64_t v = 0; v < strip.vectors; ++v) {
     shift[v] = set1(LOWEST);
     sum[v] = set1(0.f);
@@ -260,14 +281,22 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
-    const Keys keys = bf16 ? bf16_keys(pb, plan, at, j0, n, s.keys) : float_keys(pb, plan, at, j0, n, false, s.keys);
-    ProductArgs args{.b = keys.first, .b_row = keys.row, .b_k = 4,
-                     .x = s.queries, .x_row = strip.lanes(), .K = bf16 ? div_up(pb.D, 2) : pb.D,
-                     .out = map.p + j0 * W, .out_row = W, .out_vector = column, .maxima = s.maxima};
+    const RowView keys =
+        bf16 ? bf16_keys(pb, plan, index, j0, n, s.keys) : float_keys(pb, plan, index, j0, n, false, s.keys);
+    ProductArgs args{.b = keys.first,
+                     .b_row = keys.pitch,
+                     .b_k = 4,
+                     .x = s.queries,
+                     .x_row = strip.lanes(),
+                     .K = bf16 ? div_up(pb.D, 2) : pb.D,
+                     .out = map.p + j0 * W,
+                     .out_row = W,
+                     .out_vector = column,
+                     .maxima = s.maxima};
     if (next) {
-      args.ahead = key_row(pb, *next, j0);
-      args.ahead_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
-      args.ahead_bytes = pb.D * element_size(pb.dtype);
+      args.prefetch = key_row(pb, *next, j0);
+      args.prefetch_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
+      args.prefetch_bytes = pb.D * element_size(pb.dtype);
     }
 #ifdef __AVX512BF16__
     if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
@@ -275,7 +304,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
 #endif
       product_and_max<Float>(args, n, strip.vectors);
     for (int64_t v = 0; v < strip.vectors; ++v) {
-      // -inf so far: the lowest finite number keeps exp2(-inf - shift) at 0. NaN stays NaN.
+      // If all logits are -inf, the lowest finite number keeps exp2(-inf - shift) at 0. NaN stays NaN.
       const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
       float* p = map.p + v * column + j0 * W;
       vec block_sum = set1(0.f);
@@ -302,8 +331,8 @@ void compute_head_map(const Problem& pb, const Plan& plan, const Where& at, cons
 
 // ---- M = |A - A'| and e = expm1(M / temperature)
 
-// For vector v of the strip: visit(j, offset of key j, A / temperature, A' / temperature) for every key, and end_block()
-// after every block. Two products and no FMA: equal maps are equal here too.
+// For vector v of the strip: visit(j, offset of key j, A / temperature, A' / temperature) for every key, and
+// end_block() after every block. Products without FMA keep equal maps equal.
 template <class Visit, class EndBlock>
 inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, const Map& a, const Map& b, Visit visit,
                             EndBlock end_block) {
@@ -314,18 +343,21 @@ inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, cons
     const vec fb = load(b.factor + (v * plan.blocks + block) * W) * inv_temperature;
 #pragma GCC unroll 4
     for (int64_t j = j0; j < j1; ++j) {
-      const int64_t at = (v * plan.key_rows + j) * W;
-      visit(j, at, load(a.p + at) * fa, load(b.p + at) * fb);
+      const int64_t offset = (v * plan.key_rows + j) * W;
+      visit(j, offset, load(a.p + offset) * fa, load(b.p + offset) * fb);
     }
     end_block();
   }
 }
 
-template <bool sharp>
-inline vec expm1(vec x) { return sharp ? expm1_wide(x) : expm1_unit(x); }
+template <bool low_temperature>
+inline vec expm1(vec x) {
+  return low_temperature ? expm1_wide(x) : expm1_unit(x);
+}
 
-// A sum over keys, made block by block: its rounding error grows with the block and the number of blocks.
-struct Sum {
+// A sum over keys block by block, so that its rounding error grows with the size of a block plus the number of blocks,
+// not with the number of keys.
+struct BlockedSum {
   vec total = set1(0.f), block = set1(0.f);
   void end_block() {
     total += block;
@@ -333,19 +365,19 @@ struct Sum {
   }
 };
 
-void clear(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
+void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 
 // ---- from dL/dA to dq and dk
 
-// From dL/dA of one map and strip: dq of the strip's queries, and what dk of all keys gets from them, which is written if
-// it is the item's first strip and else added.
+// From dL/dA of one map and strip: dq of the strip's queries, and their contribution to dk of all keys, which is
+// written for the item's first strip and added for later ones.
 template <class Gradient>
-void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, const Strip& strip, const Map& map,
-                       const Gradient& gradient, const vec* rho, MapScratch& s, float* dk, bool first_strip) {
-  const Frames& f = pb.frames[at.set];
+void backward_logits(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, const Map& map,
+                     const Gradient& gradient, const vec* rho, MapScratch& s, float* dk) {
+  const Frames& f = pb.frames[index.set];
   const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = plan.d_cols;
-  float* const dq = s.dq ? s.dq : reinterpret_cast<float*>(dq_row(pb, at, strip.first_query));
-  if (f.dk) load_queries(pb, plan, at, strip, s.rows);
+  float* const dq = s.dq ? s.dq : reinterpret_cast<float*>(dq_row(pb, index, strip.first_query));
+  if (f.dk) load_queries(pb, plan, index, strip, s.rows);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
     for (int64_t v = 0; v < strip.vectors; ++v) {
@@ -355,41 +387,58 @@ void backward_head_map(const Problem& pb, const Plan& plan, const Where& at, con
       float* const dlogits = s.dlogits + v * W;
 #pragma GCC unroll 4
       for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = (v * plan.key_rows + j0 + j) * W;
-        store(dlogits + j * lanes, load(map.p + at) * factor * (dA(j0 + j, at) - rho_v));
+        const int64_t offset = (v * plan.key_rows + j0 + j) * W;
+        store(dlogits + j * lanes, load(map.p + offset) * factor * (dA(j0 + j, offset) - rho_v));
       }
     }
     const char* const dlogits = reinterpret_cast<const char*>(s.dlogits);
     if (f.dq) {
-      const Keys keys = float_keys(pb, plan, at, j0, n, true, s.keys);
-      product<Float, Out::plain, true>(
-          {.b = dlogits, .b_row = 4, .b_k = lanes * 4, .x = reinterpret_cast<const float*>(keys.first),
-           .x_row = keys.row / 4, .K = n, .out = dq, .out_row = cols, .out_vector = W, .add = block > 0,
-           .ahead = block == 0 ? reinterpret_cast<const char*>(dq + ROWS_AHEAD * cols) : nullptr, .ahead_row = cols * 4,
-           .ahead_bytes = cols * 4},
+      const RowView keys = float_keys(pb, plan, index, j0, n, true, s.keys);
+      product<Float, Epilogue::none, true>(
+          {.b = dlogits,
+           .b_row = 4,
+           .b_k = lanes * 4,
+           .x = reinterpret_cast<const float*>(keys.first),
+           .x_row = keys.pitch / 4,
+           .K = n,
+           .out = dq,
+           .out_row = cols,
+           .out_vector = W,
+           .add = block > 0,
+           .prefetch = block == 0 ? reinterpret_cast<const char*>(dq + PREFETCH_DISTANCE * cols) : nullptr,
+           .prefetch_row = cols * 4,
+           .prefetch_bytes = cols * 4},
           queries, cols / W);
     }
     if (f.dk) {
       float* const rows = dk + j0 * cols;
-      product<Float, Out::plain, false>(
-          {.b = dlogits, .b_row = lanes * 4, .b_k = 4, .x = s.rows, .x_row = cols, .K = queries, .out = rows,
-           .out_row = cols, .out_vector = W, .add = !first_strip,
-           .ahead = reinterpret_cast<const char*>(rows + ROWS_AHEAD * cols), .ahead_row = cols * 4,
-           .ahead_bytes = cols * 4},
-          n, cols / W);
+      product<Float, Epilogue::none, false>({.b = dlogits,
+                                             .b_row = lanes * 4,
+                                             .b_k = 4,
+                                             .x = s.rows,
+                                             .x_row = cols,
+                                             .K = queries,
+                                             .out = rows,
+                                             .out_row = cols,
+                                             .out_vector = W,
+                                             .add = !strip.first_of_item,
+                                             .prefetch = reinterpret_cast<const char*>(rows + PREFETCH_DISTANCE * cols),
+                                             .prefetch_row = cols * 4,
+                                             .prefetch_bytes = cols * 4},
+                                            n, cols / W);
     }
   }
   if (!f.dq || !s.dq) return;
   for (int64_t l = 0; l < queries; ++l)
-    store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, at, strip.first_query + l));
+    store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, index, strip.first_query + l));
 }
 
-// Adds an item's part of a sum, n rows of `width` floats at a pitch of `cols`, to the result. In float32 the sum is made
-// in the result, else in `sums`, laid out as the part.
+// Adds an item's part of a sum, n rows of `width` floats at a pitch of `cols`, to the result. A float32 result is
+// itself the accumulator; for other dtypes `sums` is, which has the layout of the part.
 void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* part, float* sums, bool first,
               bool last, char* result) {
   const bool in_result = dtype == Dtype::f32;
-  float row[256];
+  float row[MAX_COLS];
   for (int64_t j = 0; j < n; ++j) {
     char* const out = result + j * width * element_size(dtype);
     float* sum = in_result || (first && last) ? row : sums + j * cols;
@@ -402,15 +451,15 @@ void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* 
   }
 }
 
-// Adds the item's dk, left in its scratch, to the result; called in the order of the groups.
-void finish_dk(const Problem& pb, const Plan& plan, const Item& item, const float* part, float* sums) {
-  for (int64_t frame = 0; frame < frames_of(pb, item.chain); ++frame)
+// Adds the item's dk, which is in its scratch, to the result; called in the order of the groups.
+void finish_dk(const Problem& pb, const Plan& plan, const WorkItem& item, const float* part, float* sums) {
+  for (int64_t frame = 0; frame < chain_length(pb, item.chain); ++frame)
     for (int64_t head = 0; head < plan.map_heads; ++head) {
-      const Where at = frame_at(pb, item, frame, head);
-      if (!pb.frames[at.set].dk) continue;
+      const MapIndex index = map_index(pb, item, frame, head);
+      if (!pb.frames[index.set].dk) continue;
       const int64_t offset = (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
       add_rows(pb.dtype, pb.Nk, pb.D, plan.d_cols, part + offset, sums + offset, item.group == 0,
-               item.group == plan.groups - 1, dk_row(pb, at, 0));
+               item.group == plan.groups - 1, dk_row(pb, index, 0));
     }
 }
 

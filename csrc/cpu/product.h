@@ -1,11 +1,11 @@
-// The one matrix product of the kernels: out[r][:] (+)= sum_k b[r][k] * x[k][:], b broadcast from memory as it lies.
+// The matrix product of all kernels: out[r][:] (+)= sum_k b[r][k] * x[k][:], where b is broadcast from its own memory.
 #pragma once
 
 #include "vec.h"
 
 namespace amflow::AMFLOW_ISA {
 
-// Element types of b and x. One step along k is 4 bytes of b and one vector of x.
+// Element types of b and x. One step along k takes 4 bytes of b and one row of x.
 struct Float {
   static vec broadcast(const char* b) {
     float value;
@@ -16,7 +16,7 @@ struct Float {
 };
 
 #ifdef __AVX512BF16__
-struct Bf16Pair {  // two bf16 values each
+struct Bf16Pair {  // two bf16 values in 4 bytes
   static vec broadcast(const char* b) {
     uint32_t value;
     __builtin_memcpy(&value, b, 4);
@@ -28,42 +28,43 @@ struct Bf16Pair {  // two bf16 values each
 };
 #endif
 
-enum class Out {
-  plain,
-  max,          // and the columns' maxima
-  max_chained,  // the same for K > CHAIN, see there
+enum class Epilogue {
+  none,
+  max,          // also the columns' maxima
+  max_blocked,  // the same for K > SUM_BLOCK
 };
 
 struct ProductArgs {
   const char* b;
-  int64_t b_row, b_k;  // bytes from row to row, from k to k; one of them is 4 and known to the kernel
+  int64_t b_row, b_k;  // bytes from row to row and from k to k; one of them is 4, see rows_adjacent
   const float* x;      // [K][x_row]
   int64_t x_row;
   int64_t K;
   float* out;  // row r, vector v at out + r * out_row + v * out_vector
   int64_t out_row, out_vector;
-  bool add = false;          // to what is in `out`
-  float* maxima = nullptr;   // [V] vectors, raised to the columns' maxima (Out::max)
-  // Rows to fetch into the cache meanwhile, one for each row of b: enough to keep the memory busy, never so many at once
-  // that the CPU waits for it.
-  const char* ahead = nullptr;
-  int64_t ahead_row = 0, ahead_bytes = 0;
+  bool add = false;         // to the values in `out`
+  float* maxima = nullptr;  // [V] vectors, updated with the columns' maxima (Epilogue::max)
+  // Rows to prefetch, one for each row of b: enough to keep the memory busy, but never so
+  // many at once that the CPU stalls.
+  const char* prefetch = nullptr;
+  int64_t prefetch_row = 0, prefetch_bytes = 0;
 };
 
-// Fetches n rows of so many bytes into the second-level cache.
+// Prefetches n rows of so many bytes into the second-level cache.
 inline void prefetch_rows(const char* first, int64_t row, int64_t bytes, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + i * row + byte, 0, 2);
 }
 
-// Terms that are summed in one chain: rounding errors grow with its length. Of a longer sum every chain starts at 0 and is
-// then added to what is there.
-constexpr int64_t CHAIN = 64;
+// With Epilogue::max_blocked, terms that are summed from 0 before they are added to the total: rounding errors grow
+// with the length of a sum.
+constexpr int64_t SUM_BLOCK = 64;
 
-// R rows by V vectors in registers. Never inlined: in a larger function the compiler would spill the sums.
-template <int R, int V, class E, Out out_mode, bool rows_adjacent>
+// R rows by V vectors in registers; rows_adjacent: b_row is 4, otherwise b_k is. Never inlined: in a larger function
+// the compiler would spill the sums.
+template <int R, int V, class E, Epilogue epilogue, bool rows_adjacent>
 __attribute__((noinline)) void product_tile(const ProductArgs& a) {
-  constexpr bool chained = out_mode == Out::max_chained;
+  constexpr bool blocked = epilogue == Epilogue::max_blocked;
   const int64_t b_row = rows_adjacent ? 4 : a.b_row;
   const int64_t b_k = rows_adjacent ? a.b_k : 4;
   const char* b = a.b;
@@ -74,7 +75,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
   int64_t left = a.K;
   do {
     vec sum[R][V] = {};
-    for (int64_t k = chained && left > CHAIN ? CHAIN : left; k > 0; --k) {
+    for (int64_t k = blocked && left > SUM_BLOCK ? SUM_BLOCK : left; k > 0; --k) {
       vec xs[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
@@ -87,11 +88,11 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
       b += b_k;
       x += x_row;
     }
-    left = chained ? left - CHAIN : 0;
-    const bool raise = out_mode != Out::plain && left <= 0;
+    left = blocked ? left - SUM_BLOCK : 0;
+    const bool update_maxima = epilogue != Epilogue::none && left <= 0;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      vec top = raise ? load(maxima + v * W) : vec{};
+      vec top = update_maxima ? load(maxima + v * W) : vec{};
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         float* out = out_tile + r * out_row + v * out_vector;
@@ -99,31 +100,31 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
         store(out, sum[r][v]);
         top = max(top, sum[r][v]);
       }
-      if (raise) store(maxima + v * W, top);
+      if (update_maxima) store(maxima + v * W, top);
     }
     add = true;
-  } while (chained && left > 0);
+  } while (blocked && left > 0);
 }
 
-// Rows of a tile of V vectors, so that sums, a row of x and one value of b fill the registers.
+// Rows of a tile of V vectors: the sums, a row of x and one value of b fill the registers.
 constexpr int tile_rows(int V) { return TILE_VECTORS == 4 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (V == 2 ? 6 : 12); }
 
-template <int R, int V, class E, Out out_mode, bool rows_adjacent>
+template <int R, int V, class E, Epilogue epilogue, bool rows_adjacent>
 void product_rows(ProductArgs& a, int64_t& rows) {
   while (rows >= R) {
-    if (a.ahead) {
-      prefetch_rows(a.ahead, a.ahead_row, a.ahead_bytes, R);
-      a.ahead += R * a.ahead_row;
+    if (a.prefetch) {
+      prefetch_rows(a.prefetch, a.prefetch_row, a.prefetch_bytes, R);
+      a.prefetch += R * a.prefetch_row;
     }
-    product_tile<R, V, E, out_mode, rows_adjacent>(a);
+    product_tile<R, V, E, epilogue, rows_adjacent>(a);
     a.b += R * (rows_adjacent ? 4 : a.b_row);
     a.out += R * a.out_row;
     rows -= R;
   }
-  if constexpr (R > 1) product_rows<(R > 8 ? 8 : R > 4 ? 4 : R / 2), V, E, out_mode, rows_adjacent>(a, rows);
+  if constexpr (R > 1) product_rows<(R > 8 ? 8 : R > 4 ? 4 : R / 2), V, E, epilogue, rows_adjacent>(a, rows);
 }
 
-template <class E, Out out_mode, bool rows_adjacent>
+template <class E, Epilogue epilogue, bool rows_adjacent>
 void product(ProductArgs a, int64_t rows, int64_t vectors) {
   while (vectors > 0) {  // 5 vectors are 3 + 2 rather than 4 + 1
     const int64_t tiles = (vectors + TILE_VECTORS - 1) / TILE_VECTORS;
@@ -131,25 +132,25 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
     ProductArgs tile = a;
     int64_t left = rows;
     switch (V) {
-      case 1: product_rows<tile_rows(1), 1, E, out_mode, rows_adjacent>(tile, left); break;
-      case 2: product_rows<tile_rows(2), 2, E, out_mode, rows_adjacent>(tile, left); break;
+      case 1: product_rows<tile_rows(1), 1, E, epilogue, rows_adjacent>(tile, left); break;
+      case 2: product_rows<tile_rows(2), 2, E, epilogue, rows_adjacent>(tile, left); break;
 #ifdef __AVX512F__
-      case 3: product_rows<tile_rows(3), 3, E, out_mode, rows_adjacent>(tile, left); break;
-      case 4: product_rows<tile_rows(4), 4, E, out_mode, rows_adjacent>(tile, left); break;
+      case 3: product_rows<tile_rows(3), 3, E, epilogue, rows_adjacent>(tile, left); break;
+      case 4: product_rows<tile_rows(4), 4, E, epilogue, rows_adjacent>(tile, left); break;
 #endif
     }
     a.x += V * W;
     a.out += V * a.out_vector;
-    if constexpr (out_mode != Out::plain) a.maxima += V * W;
+    if constexpr (epilogue != Epilogue::none) a.maxima += V * W;
     vectors -= V;
   }
 }
 
-// out = b x, and its columns' maxima.
+// out = b x and its columns' maxima.
 template <class E>
 void product_and_max(const ProductArgs& a, int64_t rows, int64_t vectors) {
-  if (a.K > CHAIN) product<E, Out::max_chained, false>(a, rows, vectors);
-  else product<E, Out::max, false>(a, rows, vectors);
+  if (a.K > SUM_BLOCK) product<E, Epilogue::max_blocked, false>(a, rows, vectors);
+  else product<E, Epilogue::max, false>(a, rows, vectors);
 }
 
 }  // namespace amflow::AMFLOW_ISA

@@ -1,4 +1,4 @@
-// Rows of q, k, dq and dk between memory, in whatever dtype, and float scratch.
+// Converts rows between the tensors' dtype and float scratch memory.
 #pragma once
 
 #include "am_flow.h"
@@ -9,7 +9,7 @@ namespace amflow::AMFLOW_ISA {
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t element_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
-// One row of D values to floats, padded with zeros to a multiple of W.
+// Reads one row of D values as floats, padded with zeros to a multiple of W.
 inline void load_row(Dtype t, const char* src, int64_t D, float* dst) {
   int64_t d = 0;
   if (t == Dtype::f32) {
@@ -30,14 +30,15 @@ inline void load_row(Dtype t, const char* src, int64_t D, float* dst) {
   }
 }
 
-inline uint16_t to_bf16(float x) {  // to nearest even
+// Rounds to nearest even.
+inline uint16_t to_bf16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
 }
 
-// One row of D floats to dtype t. src is readable up to a multiple of W.
+// Writes one row of D floats as dtype t. src is readable up to a multiple of W.
 inline void store_row(Dtype t, const float* src, int64_t D, char* dst) {
   if (t == Dtype::f32) {
     __builtin_memcpy(dst, src, 4 * D);
@@ -47,12 +48,13 @@ inline void store_row(Dtype t, const float* src, int64_t D, char* dst) {
   for (int64_t d = 0; d < D; d += W) {
     const int64_t n = D - d < W ? D - d : W;
     if (t == Dtype::f16) store_f16(half, load(src + d));
-    else for (int i = 0; i < W; ++i) half[i] = to_bf16(src[d + i]);
+    else
+      for (int i = 0; i < W; ++i) half[i] = to_bf16(src[d + i]);
     __builtin_memcpy(dst + 2 * d, half, 2 * n);
   }
 }
 
-// in [rows][in_row] -> out [cols][out_row], both counts multiples of W, every bit pattern xor `flip`.
+// in [rows][in_row] -> out [cols][out_row] with every bit pattern xor `flip`. rows and cols are multiples of W.
 inline void transpose_rows(const float* in, int64_t rows, int64_t cols, int64_t in_row, float* out, int64_t out_row,
                            uint32_t flip) {
   const vec flips = set1_bits(flip);

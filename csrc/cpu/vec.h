@@ -1,7 +1,7 @@
-// One vector of floats, for the instruction set this file is compiled for.
+// One vector of floats, for the instruction set that this file is compiled for.
 //
-// Everything lives in a namespace of that instruction set and nothing of the standard library is used: an inline
-// function shared between files compiled for different instruction sets could run on a CPU that lacks one.
+// Everything is in a namespace named after that instruction set, and nothing from the standard library is used: the
+// linker keeps one copy of an inline function, which could contain instructions that the CPU lacks.
 #pragma once
 
 #include <immintrin.h>
@@ -13,8 +13,8 @@ namespace amflow::AMFLOW_ISA {
 #ifdef __AVX512F__
 
 using vec = __m512;
-constexpr int W = 16;           // lanes
-constexpr int TILE_VECTORS = 4; // vectors of a register tile (32 registers)
+constexpr int W = 16;            // lanes
+constexpr int TILE_VECTORS = 4;  // vectors in a row of a register tile (there are 32 registers)
 
 inline vec set1(float x) { return _mm512_set1_ps(x); }
 inline vec set1_bits(uint32_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x))); }
@@ -23,21 +23,22 @@ inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline vec bit_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
 inline vec abs(vec x) { return _mm512_abs_ps(x); }
-inline vec max(vec a, vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+inline vec max(vec a, vec b) { return _mm512_max_ps(a, b); }  // b if either is NaN
 inline vec round(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vec times_pow2(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
-inline vec fraction(vec x, vec& exponent) {  // x - floor(x), 0 for -inf; floor(exponent) is floor(x)
+inline vec scale_by_pow2(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
+// x - floor(x), or 0 for -inf; floor(exponent) is floor(x).
+inline vec fraction(vec x, vec& exponent) {
   exponent = x;
   return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
-// x * sign(d): exactly 0 where d is 0, x where d is NaN.
-inline vec times_sign(vec x, vec d) {
+// x * sign(d): exactly 0 if d is 0, x if d is NaN.
+inline vec multiply_by_sign(vec x, vec d) {
   const __mmask16 nonzero = _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   return _mm512_maskz_xor_ps(nonzero, x, _mm512_and_ps(d, _mm512_set1_ps(-0.f)));
 }
 
-// For every 2h lanes: lo = (a's first h, b's first h), hi = (a's last h, b's last h).
+// In every group of 2h lanes: lo = (first h of a, first h of b), hi = (last h of a, last h of b).
 template <int h>
 inline void split(vec a, vec b, vec& lo, vec& hi) {
   if constexpr (h == 8) {
@@ -68,7 +69,7 @@ inline void store_f16(uint16_t* p, vec x) {
 
 using vec = __m256;
 constexpr int W = 8;
-constexpr int TILE_VECTORS = 2;  // 16 registers
+constexpr int TILE_VECTORS = 2;  // there are 16 registers
 
 inline vec set1(float x) { return _mm256_set1_ps(x); }
 inline vec set1_bits(uint32_t x) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(x))); }
@@ -79,17 +80,18 @@ inline vec bit_xor(vec a, vec b) { return _mm256_xor_ps(a, b); }
 inline vec abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
 inline vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
 inline vec round(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vec times_pow2(vec x, vec n) {  // n whole, from -127 (which gives 0) to 127
+// x * 2^n for a whole n from -127 (gives 0) to 127.
+inline vec scale_by_pow2(vec x, vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return x * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
 inline vec fraction(vec x, vec& exponent) {
-  x = max(set1(-127.f), x);  // 2^x is 0 from there down; NaN stays
+  x = max(set1(-127.f), x);  // 2^x is 0 for -127 and below; NaN stays NaN
   exponent = _mm256_floor_ps(x);
   return x - exponent;
 }
 
-inline vec times_sign(vec x, vec d) {
+inline vec multiply_by_sign(vec x, vec d) {
   const vec nonzero = _mm256_cmp_ps(d, _mm256_setzero_ps(), _CMP_NEQ_UQ);
   return _mm256_and_ps(nonzero, _mm256_xor_ps(x, _mm256_and_ps(d, _mm256_set1_ps(-0.f))));
 }
@@ -118,7 +120,7 @@ inline void store_f16(uint16_t* p, vec x) {
 
 #endif
 
-// r[i] lane j <-> r[j] lane i.
+// Swaps lane j of r[i] with lane i of r[j].
 template <int h = W / 2>
 inline void transpose(vec* r) {
 #pragma GCC unroll 16
@@ -129,19 +131,19 @@ inline void transpose(vec* r) {
 
 // Lane i of the result is the sum of all lanes of r[i].
 template <int h = W / 2>
-inline vec sum_each(vec* r) {
+inline vec sum_lanes(vec* r) {
 #pragma GCC unroll 8
   for (int i = 0; i < h; ++i) {
     vec lo, hi;
     split<h>(r[i], r[i + h], lo, hi);
     r[i] = lo + hi;
   }
-  if constexpr (h > 1) return sum_each<h / 2>(r);
+  if constexpr (h > 1) return sum_lanes<h / 2>(r);
   else return r[0];
 }
 
-// 2^x for x <= 0 (a little above is fine): at most 0.7e-7 relative error, exactly 0 for -inf, NaN for NaN. Exactly 1 for
-// 0: sums are rescaled by it again and again.
+// 2^x for x <= 0 (or slightly above): at most 0.7e-7 relative error, exactly 0 for -inf, NaN for NaN. Exactly 1 for 0,
+// because sums are rescaled by it repeatedly.
 inline vec exp2(vec x) {
   vec exponent;
   const vec f = fraction(x, exponent);
@@ -152,7 +154,7 @@ inline vec exp2(vec x) {
   y = fma(y, f, set1(2.4022983e-1f));
   y = fma(y, f, set1(6.9314700e-1f));
   y = fma(y, f, set1(1.f));
-  return times_pow2(y, exponent);
+  return scale_by_pow2(y, exponent);
 }
 
 // e^x - 1 for x in [0, 1]: at most 2.3e-7 relative error, exactly 0 for 0.
@@ -177,7 +179,7 @@ inline vec expm1_wide(vec x) {
   y = fma(y, r, set1(1.6666506e-1f));
   y = fma(y, r, set1(4.9999997e-1f));
   y = fma(y, r, set1(1.f));
-  const vec pow2 = times_pow2(set1(1.f), n);
+  const vec pow2 = scale_by_pow2(set1(1.f), n);
   return fma(r * y, pow2, pow2 - set1(1.f));
 }
 

@@ -1,4 +1,4 @@
-// From a problem to its launches: the kernels for its numbers, and the sum over the strips of a map.
+// Dispatches a problem to the kernels for its dtype, and sums the partial flows of a map's blocks of rows.
 
 #include "table.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int FINISH_THREADS = 256;
 
-// flow = parts, summed up, less what is too much: the flows of a pair sum up to Nq. A warp for each row of flow.
+// flow = sum of the partial flows, corrected so that the flow of a pair sums to exactly Nq. One warp per row of flow.
 __global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_constant__ Problem p, int blocks) {
   const int heads = p.mean ? p.H : 1, lane = threadIdx.x % 32;
   const int64_t rows = int64_t{p.B} * p.P * p.Z * p.G, results = rows / heads;
@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(FINISH_THREADS) am_flow_finish(const __grid_co
     x[i] = 0;
     if (j < p.Nk)
       for (int h = 0; h < heads; ++h)
-        for (int block = 0; block < blocks; ++block) x[i] += p.part[(block * rows + first + int64_t{h} * p.G) * p.Nk + j];
+        for (int block = 0; block < blocks; ++block)
+          x[i] += p.partial[(block * rows + first + int64_t{h} * p.G) * p.Nk + j];
     total += x[i];
   }
   for (int lanes = 1; lanes < 32; lanes *= 2) total += shuffle_xor(total, lanes);
@@ -41,7 +42,7 @@ const char* finish(const Problem& p, const Plan& plan, const Device& device, voi
 }
 
 template <class Run>
-const char* for_numbers(Dtype dtype, const Run& run) {
+const char* for_dtype(Dtype dtype, const Run& run) {
   switch (dtype) {
     case Dtype::f32: return run(float{});
     case Dtype::bf16: return run(bf16{});
@@ -51,7 +52,7 @@ const char* for_numbers(Dtype dtype, const Run& run) {
 
 }  // namespace
 
-int64_t part_floats(const Problem& p, const Device& device) {
+int64_t partial_floats(const Problem& p, const Device& device) {
   return plan_of(p, device).blocks * (int64_t{p.B} * p.P * p.Z * p.G * p.Nk);
 }
 
@@ -66,12 +67,12 @@ std::string describe(const Problem& p, const Device& device) {
 const char* forward(const Problem& p, const Device& device, void* stream) {
   const Plan plan = plan_of(p, device);
   const auto run = [&]<class X>(X) { return run_forward<X>(p, plan, device, stream); };
-  if (const char* wrong = for_numbers(p.dtype, run)) return wrong;
+  if (const char* error = for_dtype(p.dtype, run)) return error;
   return finish(p, plan, device, stream);
 }
 
 const char* backward(const Problem& p, const Device& device, void* stream) {
-  return for_numbers(p.dtype, [&]<class X>(X) { return run_backward<X>(p, plan_of(p, device), device, stream); });
+  return for_dtype(p.dtype, [&]<class X>(X) { return run_backward<X>(p, plan_of(p, device), device, stream); });
 }
 
 }  // namespace amflow_cuda

@@ -1,4 +1,4 @@
-// What the CUDA kernels compute, on raw pointers and a stream. Strides count elements; the last dimension is contiguous.
+// Interface of the CUDA kernels, on raw pointers and a stream. Strides count elements; the last dimension has stride 1.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int MAX_HEAD_DIM = 128;
 
 // q (B, T, H, G, Nq, D) and k (B, T, H, G, Nk, D): H heads, G windows; strides of batch, frame, head, window, token.
 // Row statistics (B, T, H, G, Nq): A = exp2(logit scale log2(e) - row_max) row_norm.
-// dq, dk: contiguous, null if not wanted.
+// dq and dk are contiguous, null if not needed.
 struct Frames {
   const void* q;
   const void* k;
@@ -25,41 +25,41 @@ struct Frames {
   void* dk;
 };
 
-// Pairs of maps ((first)[p], (second)[p + shift]), p < P. Pairs p, p + step, p + 2 step ... are a chain: the second map
-// of one is the first of the next. For a clip first and second are the same frames, and shift = step = lag; in pair form
-// they are two sets, shift = 0 and step = P. Z is 1 with a mean over the heads' maps (mean_map), else H.
+// Pairs of maps (first[p], second[p + shift]) for p < P. Pairs p, p + step, p + 2 step ... form a chain: the second map
+// of one pair is the first map of the next. For a clip, first and second are the same frames and shift = step = lag; in
+// pair form they are two sets, shift = 0 and step = P. Z is 1 for mean_map, else H.
 struct Problem {
   Frames first, second;
   Dtype dtype;
-  bool mean_map, mean;  // of heads' maps; of heads' flows
+  bool mean_map, mean;  // the mean over the heads' maps; over the heads' flows
   int B, T, H, G, Nq, Nk, D, P, shift, step, Z;
-  float scale;            // of logits, by its size, times log2(e)
-  bool negate;            // its sign
-  float slope;            // of gradients: the scale itself
+  float scale;  // |scale of the logits| * log2(e)
+  bool negate;  // whether the scale is negative
+  float slope;  // the scale of the logits, for gradients
   float inv_temperature;
-  float base;             // what a flow without motion is: Nq / Nk, or 0 if centred
-  float* e_sum;           // (B, P, Z, G, Nq): sum_j expm1(|A_ij - A'_ij| / temperature)
-  float* part;            // scratch of the forward, `part_floats` of them
-  float* flow;            // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction
+  float base;      // the flow of identical frames: Nq / Nk, or 0 if centred
+  float* e_sum;    // (B, P, Z, G, Nq): sum_j expm1(|A_ij - A'_ij| / temperature)
+  float* partial;  // scratch memory of the forward, `partial_floats` floats
+  float* flow;     // (B, P, H, G, Nk), or (B, P, G, Nk) with a head reduction
   // Backward only.
-  const float* dflow;     // less its mean over Nk, (B, P, Z, G, Nk), of each head's flow
-  float* slopes;          // rows of coefficients, (B, P, Z, G, Nq) each: see backward.cu
+  const float* dflow;  // minus its mean over Nk, for the flow of every head, (B, P, Z, G, Nk)
+  float* slopes;       // coefficients of every row, (B, P, Z, G, Nq) each: see backward.cu
   float* deltas;
   float* rho;
   float* next_rho;
-  float* head_rho;        // (B, T, H, G, Nq), with a mean over the heads' maps
+  float* head_rho;  // (B, T, H, G, Nq), for mean_map
 };
 
-// What a GPU has room for.
+// The properties of a GPU that plans depend on.
 struct Device {
   int multiprocessors;
-  int shared_bytes;  // of one block
+  int shared_bytes;  // that one block can use
 };
 
-// Null, or what is wrong: a text that stays. The launches are asynchronous, on a cudaStream_t.
+// Return null, or an error message with static lifetime. Launches are asynchronous; `stream` is a cudaStream_t.
 const char* forward(const Problem& problem, const Device& device, void* stream);
 const char* backward(const Problem& problem, const Device& device, void* stream);
-int64_t part_floats(const Problem& problem, const Device& device);
-std::string describe(const Problem& problem, const Device& device);  // of the strips that it is cut into
+int64_t partial_floats(const Problem& problem, const Device& device);
+std::string describe(const Problem& problem, const Device& device);  // describes the plan
 
 }  // namespace amflow_cuda

@@ -1,5 +1,5 @@
-// The one file that knows torch: its stable ABI, so that one binary loads on every torch from 2.11 on.
-// Registers amflow_cuda::*, without autograd and without checks: amflow_kernels has made them.
+// Registers amflow_cuda::*. The only file of the CUDA kernels that uses torch, through the stable ABI: one binary loads
+// in every torch from 2.11 on. The ops have no autograd and make no checks: amflow_kernels/problem.py makes them.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +25,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-// Above 1e30 there is no flow to tell from one at 1e30, and the kernels' products would underflow.
+// The flow at a temperature above 1e30 equals that at 1e30, and the kernels' products would underflow.
 float inverse(double temperature) { return static_cast<float>(1 / std::min(temperature, 1e30)); }
 
 Dtype dtype_of(const Tensor& x) {
@@ -38,7 +38,7 @@ Dtype dtype_of(const Tensor& x) {
 
 void* data_or_null(const Tensor& x) { return x.numel() ? x.data_ptr() : nullptr; }
 
-// Strides of batch, frame, head, window, token; without windows there is one.
+// Strides of batch, frame, head, window and token. Without a window dimension there is one window.
 void set_strides(const Tensor& x, int64_t* stride) {
   const bool windows = x.dim() == 6;
   const int64_t dims[5] = {0, 1, 2, 3, x.dim() - 2};
@@ -57,7 +57,7 @@ Frames frames_of(const Tensor& q, const Tensor& k, float*& saved, int64_t rows) 
   return f;
 }
 
-// saved: row_max and row_norm of each set of frames, then e_sum. Reductions: none, mean, mean_map.
+// saved: row_max and row_norm of each set of frames, then e_sum. Reductions: 0 none, 1 mean, 2 mean_map.
 Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, const OptionalTensor& k_b,
                    const Tensor& saved, double scale, int64_t lag, double temperature, int64_t reduction) {
   const auto size = [](int64_t n) { return static_cast<int>(n); };
@@ -69,16 +69,16 @@ Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, 
   p.Nq = size(q.size(q.dim() - 2)), p.Nk = size(k.size(k.dim() - 2)), p.D = size(q.size(q.dim() - 1));
   p.P = size(p.T - lag);
   p.Z = p.mean_map ? 1 : p.H;
-  float* left = static_cast<float*>(saved.data_ptr());
+  float* next = static_cast<float*>(saved.data_ptr());
   const int64_t rows = int64_t{p.B} * p.T * p.H * p.G * p.Nq;
-  p.first = p.second = frames_of(q, k, left, rows);
+  p.first = p.second = frames_of(q, k, next, rows);
   p.shift = p.step = size(lag);
   if (q_b) {
-    p.second = frames_of(*q_b, *k_b, left, rows);
+    p.second = frames_of(*q_b, *k_b, next, rows);
     p.step = p.P;
   }
-  p.e_sum = left;
-  // A scale of 0 would make NaN of -inf.
+  p.e_sum = next;
+  // A scale of 0 would turn logits of -inf into NaN.
   p.scale = std::fmax(static_cast<float>(std::fabs(scale) * 1.4426950408889634), 1.17549435e-38f);
   p.negate = scale < 0;
   p.slope = static_cast<float>(scale);
@@ -86,15 +86,15 @@ Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, 
   return p;
 }
 
-void check(const char* wrong) {
-  if (wrong) throw std::runtime_error(std::string("amflow_kernels: impl='cuda': ") + wrong);
+void throw_on_error(const char* error) {
+  if (error) throw std::runtime_error(std::string("amflow_kernels: impl='cuda': ") + error);
 }
 
 Tensor scratch(const Tensor& like, int64_t floats) {
   const int64_t sizes[1] = {floats};
   Tensor x = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Float);
 #ifdef AMFLOW_SIMT
-  torch::stable::fill_(x, NAN);  // what nobody writes must not be read
+  torch::stable::fill_(x, NAN);  // reading what was not written gives NaN
 #endif
   return x;
 }
@@ -117,10 +117,10 @@ void forward(Tensor flow, Tensor saved, Tensor q, Tensor k, OptionalTensor q_b, 
   Problem p = problem_of(q, k, q_b, k_b, saved, scale, lag, temperature, reduction);
   p.base = center ? 0.f : static_cast<float>(static_cast<double>(p.Nq) / p.Nk);
   const Device device{static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)};
-  const Tensor part = scratch(q, amflow_cuda::part_floats(p, device));
-  p.part = static_cast<float*>(part.data_ptr());
+  const Tensor partial = scratch(q, amflow_cuda::partial_floats(p, device));
+  p.partial = static_cast<float*>(partial.data_ptr());
   p.flow = static_cast<float*>(flow.data_ptr());
-  check(amflow_cuda::forward(p, device, reinterpret_cast<void*>(stream)));
+  throw_on_error(amflow_cuda::forward(p, device, reinterpret_cast<void*>(stream)));
 }
 
 void backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tensor saved, Tensor q, Tensor k,
@@ -139,7 +139,7 @@ void backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tens
   p.rho = p.deltas + pairs;
   p.next_rho = p.rho + pairs;
   p.head_rho = p.next_rho + pairs;
-  check(amflow_cuda::backward(p, device, reinterpret_cast<void*>(stream)));
+  throw_on_error(amflow_cuda::backward(p, device, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -152,18 +152,20 @@ void backward(Tensor dq, Tensor dk, Tensor dq_b, Tensor dk_b, Tensor dflow, Tens
 #define AMFLOW_KEY CUDA
 #endif
 
-// Expanded once more, so that the name of the library and not of its macro is registered.
+// A second macro, so that AMFLOW_LIBRARY is expanded before STABLE_TORCH_LIBRARY makes a string of it.
 #define AMFLOW_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
 #define AMFLOW_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
+// The arguments of `problem_of` after `saved`, as both schemas have them.
+#define AMFLOW_PROBLEM \
+  "Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction"
+#define AMFLOW_DEVICE "int multiprocessors, int shared_bytes, int stream"
+
 AMFLOW_DEFINE(AMFLOW_LIBRARY, m) {
+  m.def("forward(Tensor(a!) flow, Tensor(b!) saved, " AMFLOW_PROBLEM ", bool center, " AMFLOW_DEVICE ") -> ()");
   m.def(
-      "forward(Tensor(a!) flow, Tensor(b!) saved, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, "
-      "float temperature, int reduction, bool center, int multiprocessors, int shared_bytes, int stream) -> ()");
-  m.def(
-      "backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor saved, Tensor q, "
-      "Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, int reduction, int "
-      "multiprocessors, int shared_bytes, int stream) -> ()");
+      "backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dq_b, Tensor(d!) dk_b, Tensor dflow, Tensor "
+      "saved, " AMFLOW_PROBLEM ", " AMFLOW_DEVICE ") -> ()");
   m.def("describe(int Nq, int Nk, int D, int bytes, bool mean_map, float temperature, int shared_bytes) -> str");
 }
 

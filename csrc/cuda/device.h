@@ -1,5 +1,5 @@
-// All that the kernels use of the machine, by name: warps, shared memory by address, asynchronous copies, matrix products.
-// tests/simt/simt.h has the same names for a host compiler, and runs them lane by lane.
+// Every GPU operation that the kernels use: warps, shared memory by address, asynchronous copies, matrix products.
+// tests/simt/simt.h implements the same functions for a host compiler, which runs them lane by lane.
 #pragma once
 
 #ifdef AMFLOW_SIMT
@@ -33,7 +33,8 @@ __device__ inline void store_shared(Shared to, float x, float y) {
 }
 
 __device__ inline void store_shared(Shared to, const uint32_t (&x)[4]) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 __device__ inline void store_shared(Shared to, const void* x) {
@@ -63,29 +64,30 @@ __device__ inline void load_shared(Shared from, float (&x)[4]) {
                : "memory");
 }
 
-// 16 bytes. Both addresses are multiples of 16.
+// Copies 16 bytes. Both addresses are multiples of 16.
 __device__ inline void copy_async(Shared to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Until this thread's copies are there; others see them after a barrier.
+// Waits for this thread's copies; other threads see them after a barrier.
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline void sync_block() { __syncthreads(); }
 
-// A barrier of `threads` of the block, by number (1 to 15).
+// A barrier, numbered from 1 to 15, for `threads` threads of the block.
 __device__ inline void sync_some(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Read anew wherever it is used: what the compiler makes of it ahead of a loop would take registers that maps need.
+// Volatile, so that it is read wherever it is used: values that the compiler computed from it ahead of a loop would
+// take registers that the maps need.
 __device__ inline int lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
 
-// The same for all lanes, as the compiler can see from where it comes.
+// Broadcast from lane 0, which tells the compiler that it is the same for all lanes.
 __device__ inline int warp_id() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 __device__ inline float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
@@ -102,7 +104,8 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 
-// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8, and gets 4 bytes of row l / 4 of each.
+// Loads four matrices of 8 rows x 16 bytes. Lane l passes the address of row l % 8 of matrix l / 8, and gets bytes
+// 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
 __device__ inline void load_matrices(uint32_t (&x)[4], Shared from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -110,7 +113,7 @@ __device__ inline void load_matrices(uint32_t (&x)[4], Shared from) {
                : "memory");
 }
 
-// The same, but each matrix turned: lane l gets of column l / 4 the rows 2 (l % 4) and the one after it.
+// The same with each matrix transposed: lane l gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
 __device__ inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -118,35 +121,40 @@ __device__ inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
                : "memory");
 }
 
-// acc (16, 8) += a (16, 32 bytes) b (8, 32 bytes)^T. Lane l has of acc the columns 2 (l % 4) and the one after it, in rows
+// acc (16, 8) += a (16, 32 bytes) b (8, 32 bytes)^T. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of acc, in rows
 // l / 4 and l / 4 + 8. `multiply_first`: acc = a b^T.
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
       : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, "
+      "%10};"
       : "=f"(acc[0]), "=f"(acc[1]), "=f"(acc[2]), "=f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
-// Of numbers that are tf32.
+// The same for operands in tf32.
 __device__ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -155,21 +163,21 @@ __device__ inline void round_to(float& to, float x) { to = x; }
 __device__ inline void round_to(bf16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ inline void round_to(f16& to, float x) { to = __float2half_rn(x); }
 
-__device__ inline uint32_t bits(float x) { return __float_as_uint(x); }
-__device__ inline float number(uint32_t x) { return __uint_as_float(x); }
+__device__ inline uint32_t as_bits(float x) { return __float_as_uint(x); }
+__device__ inline float as_float(uint32_t x) { return __uint_as_float(x); }
 
-// Two numbers of 16 bits in the order of their addresses.
+// Packs two bf16 into 32 bits, the first in the lower half, which has the lower address.
 __device__ inline uint32_t pack(float first, float second, bf16) {
   uint32_t x;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
   return x;
 }
 
-struct Pair {
+struct FloatPair {
   float first, second;
 };
 
-__device__ inline Pair unpack(uint32_t x, f16) {
+__device__ inline FloatPair unpack(uint32_t x, f16) {
   f16 both[2];
   memcpy(both, &x, 4);
   return {static_cast<float>(both[0]), static_cast<float>(both[1])};
@@ -185,7 +193,8 @@ template <class Kernel, class... Arguments>
 const char* launch(const Device& device, Kernel* kernel, int64_t blocks, int threads, int shared, void* stream,
                    const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
-  if (shared > 48 << 10) {  // always the same, since other threads may launch it with more
+  if (shared >
+      48 << 10) {  // the GPU's maximum, since another thread may launch the same kernel with more than `shared`
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);

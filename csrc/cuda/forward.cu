@@ -1,4 +1,4 @@
-// The forward in one pass: what strips of maps add to the flows of their pairs, for q and k of AMFLOW_NUMBER.
+// The forward in one pass: what strips of maps add to the flow of each pair, for q and k of type AMFLOW_DTYPE.
 
 #include "strip.h"
 #include "table.h"
@@ -13,26 +13,26 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
   using Base::Base, Base::p, Base::plan, Base::block, Base::pairs, Base::warp, Base::group;
   using typename Base::Tiles;
 
-  // Where a pair's sums take the place of those of the pair before, which some may still read.
+  // With one buffer, a pair's sums overwrite those of the previous pair, which other threads may still be reading.
   __device__ void sync_sums() const {
     if (plan.buffers == 1 && plan.stages > 1) sync_block();
   }
 
   static constexpr int PITCH = sums_pitch(NT);
 
-  // Sums of the columns of pair n, over the two rows (of each tile) that a lane has: (groups, warps, LANE_ROWS, PITCH).
+  // The column sums of pair n over the two rows that each lane holds: (groups, warps, LANE_ROWS, PITCH).
   __device__ Shared columns(int n) const {
     return shared_memory() + plan.sums + (plan.buffers > 1 ? n % 2 * plan.sum_bytes : 0);
   }
 
-  // Pair n of the run, (a A, b B), with a and b for each row; A is lost.
+  // The n-th pair of the block's chunk, (a A, b B), with a and b for each row. Overwrites A.
   template <Growth GROWTH>
   __device__ void add_pair(Tiles& A, const float (&a)[2], const Tiles& B, const float (&b)[2], int n) {
-    constexpr float excess = GROWTH == Growth::rough ? 1 : 0;  // of what `Expm1` makes
+    constexpr float excess = GROWTH == Growth::rough ? 1 : 0;  // that the rough `Expm1` adds to its result
     float sum[1][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // a |A - (b / a) B| takes one product, and maps that are equal differ by exactly 0.
+      // a |A - (b / a) B| takes one product, and equal maps differ by exactly 0.
       const float ratio = a[half] == b[half] ? 1.f : quotient(b[half], a[half]);
       const Expm1<GROWTH> expm1(a[half]);
       float total = -2 * NT * excess;
@@ -51,7 +51,7 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
     for (int half = 0; half < 2; ++half) {
       const int row = Base::row0() + Base::row_of(half);
       w[half] = row < p.Nq ? reciprocal(p.Nk + sum[0][half]) : 0.f;
-      if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_of(n) * p.Nq + row] = sum[0][half];
+      if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_index(n) * p.Nq + row] = sum[0][half];
     }
     sync_sums();
     const int lane = lane_id();
@@ -70,14 +70,14 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
     }
   }
 
-  // What the block's rows add to the flow of pair n, four columns at a time.
+  // Writes what the block's rows add to the flow of pair n, four columns at a time.
   __device__ void store_part(int n) const {
     const int active = min(plan.groups, (p.Nq - block * plan.rows + TILE_ROWS - 1) / TILE_ROWS);
-    float* const to = static_cast<float*>(load_pointer(Base::bases() + 32)) + int64_t{n * p.step * p.Z * p.G} * p.Nk;
+    float* const to = static_cast<float*>(load_pointer(Base::pointers() + 32)) + int64_t{n * p.step * p.Z * p.G} * p.Nk;
 #pragma unroll 1
     for (int j = 4 * threadIdx.x; j < p.Nk; j += 4 * blockDim.x) {
-      const int of = j / (NT * TILE_KEYS);  // the warp whose columns these are
-      Shared from = columns(n) + (of * LANE_ROWS * PITCH + j - of * (NT * TILE_KEYS)) * 4;
+      const int owner = j / (NT * TILE_KEYS);  // the warp that has these columns
+      Shared from = columns(n) + (owner * LANE_ROWS * PITCH + j - owner * (NT * TILE_KEYS)) * 4;
       float total[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int group = 0; group < active; ++group, from += plan.warps * LANE_ROWS * PITCH * 4)
@@ -99,7 +99,7 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
     Tiles A, B;
     float a[2], b[2];
     Base::load_first();
-    const auto store_before = [&](int n) {  // what a barrier is after
+    const auto store_before = [&](int n) {  // called after a barrier
       return [this, n] {
         if (n > 1) store_part(n - 2);
       };
@@ -110,7 +110,7 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
         if (n > 0) sync_sums();
       }
     } else {
-      for (int n = 0;; n += 2) {  // two at a time: no map is moved between registers
+      for (int n = 0;; n += 2) {  // two maps per iteration, so that none is moved between registers
         Base::next_map(A, a, n, store_before(n));
         if (n > 0) add_pair<GROWTH>(B, b, A, a, n - 1);
         if (n == pairs) break;
@@ -138,7 +138,7 @@ struct Launch {
   template <int NT, bool MEAN_MAP, Growth GROWTH>
   const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
     const auto kernel = am_flow_forward<X, NT, MEAN_MAP, GROWTH>;
-    return launch(device, kernel, plan.launched(p), plan.threads, plan.shared_bytes, stream, p, plan);
+    return launch(device, kernel, plan.num_blocks(p), plan.threads, plan.shared_bytes, stream, p, plan);
   }
 };
 
@@ -149,6 +149,6 @@ const char* run_forward(const Problem& p, const Plan& plan, const Device& device
   return run_strips<X>(Launch<X>{}, p, plan, device, stream);
 }
 
-template const char* run_forward<AMFLOW_NUMBER>(const Problem&, const Plan&, const Device&, void*);
+template const char* run_forward<AMFLOW_DTYPE>(const Problem&, const Plan&, const Device&, void*);
 
 }  // namespace amflow_cuda

@@ -1,9 +1,9 @@
-// Attention maps as warps hold them, and the second exponential. docs/maths.md derives both.
+// Tiles of attention maps in a warp's registers, and the second exponential. docs/maths.md derives both.
 //
-// A warp has tiles of 16 rows (queries) and 8 columns (keys) of maps: lane l has the columns 2 (l % 4) and the one after
-// it, in rows l / 4 and l / 4 + 8. Rows of q and k go through shared memory in slices of 128 bytes, of which a step of
-// the matrix product takes 32. No product may be fused into a sum unless fmaf says so: a map has to have the same bits
-// wherever it is computed, or frames that are equal would differ.
+// A warp has tiles of 16 rows (queries) and 8 columns (keys) of maps: lane l holds columns 2 (l % 4) and 2 (l % 4) + 1
+// in rows l / 4 and l / 4 + 8. Rows of q and k pass through shared memory in slices of 128 bytes, 32 bytes of which go
+// into one step of the matrix product. The compiler must not fuse products into sums, only fmaf does: a map needs the
+// same bits wherever it is computed, or identical frames would differ.
 #pragma once
 
 #include "am_flow.h"
@@ -11,42 +11,42 @@
 
 namespace amflow_cuda {
 
-constexpr int PIECE = 16;  // bytes of one copy
-constexpr int STEP = 2 * PIECE;
-constexpr int SLICE = 4 * STEP;
-constexpr int PITCH = SLICE + PIECE;  // of rows in shared memory, so that eight of them lie in different banks
+constexpr int COPY_BYTES = 16;  // of one asynchronous copy
+constexpr int MMA_BYTES = 2 * COPY_BYTES;
+constexpr int SLICE_BYTES = 4 * MMA_BYTES;
+constexpr int PITCH = SLICE_BYTES + COPY_BYTES;  // of rows in shared memory: eight rows are in different banks
 constexpr int TILE_ROWS = 16, TILE_KEYS = 8;
 constexpr float LOWEST = -3.4028234e38f;
 
 template <class X>
-constexpr int slice_elements = SLICE / static_cast<int>(sizeof(X));
+constexpr int slice_elements = SLICE_BYTES / static_cast<int>(sizeof(X));
 
 template <class X>
 constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16> = true;
 
-// A float32 in two tf32 parts, and its first part without infinities, whose products with second parts would be NaN. Not
-// every NaN stays one in the first part, but all make one of the second.
-struct Split {
+// A float32 as the sum of two tf32 parts. `finite` is the high part without infinities, whose products with low parts
+// would be NaN. A NaN may not survive in the high part, but always does in the low part.
+struct Tf32Split {
   uint32_t high, finite, low;
-  __device__ explicit Split(uint32_t x) : high((x + 0x1000u) & TF32) {
-    const bool infinite = fabsf(number(x)) == INFINITY;
+  __device__ explicit Tf32Split(uint32_t x) : high((x + 0x1000u) & TF32) {
+    const bool infinite = fabsf(as_float(x)) == INFINITY;
     finite = infinite ? 0 : high;
-    low = infinite ? 0 : bits(number(x) - number(high)) & TF32;
+    low = infinite ? 0 : as_bits(as_float(x) - as_float(high)) & TF32;
   }
   static constexpr uint32_t TF32 = 0xffffe000u;
 };
 
-// q k^T of float32 in two parts each: all but the product of the second parts.
+// acc += q k^T of float32, each split in two parts; the product of the low parts is left out.
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
-  const Split x[4] = {Split(a[0]), Split(a[1]), Split(a[2]), Split(a[3])}, y0(b0), y1(b1);
+  const Tf32Split x[4] = {Tf32Split(a[0]), Tf32Split(a[1]), Tf32Split(a[2]), Tf32Split(a[3])}, y0(b0), y1(b1);
   multiply_tf32(acc, {x[0].low, x[1].low, x[2].low, x[3].low}, y0.finite, y1.finite);
   multiply_tf32(acc, {x[0].finite, x[1].finite, x[2].finite, x[3].finite}, y0.low, y1.low);
   multiply_tf32(acc, {x[0].high, x[1].high, x[2].high, x[3].high}, y0.high, y1.high);
 }
 
-// The sign of a number is the first bit of its 2 or 4 bytes.
+// The sign bits in 32 bits of elements.
 template <class X>
 constexpr uint32_t SIGNS = sizeof(X) == 2 ? 0x80008000u : 0x80000000u;
 
@@ -57,97 +57,99 @@ __device__ inline void multiply_first(float (&acc)[4], const uint32_t (&a)[4], u
   multiply(acc, a, b0, b1, float{});
 }
 
-// s (16 rows, 8 NT keys) += +-q k^T of one slice, or = that of the first; q and k are those of the warp, in shared memory.
+// s (16 rows, 8 NT keys) += +-q k^T of one slice; the first slice overwrites s. q and k are in shared memory.
 template <class X, int NT>
 __device__ inline void add_products(float (&s)[NT][4], Shared q, Shared k, bool first, int steps, bool negate) {
   const uint32_t signs = negate ? SIGNS<X> : 0;
   const int lane = lane_id();
-  const Shared q_row = q + lane % 16 * PITCH + lane / 16 * PIECE;
-  const Shared k_row = k + lane % 8 * PITCH + lane / 8 % 2 * PIECE;
-  const Shared second = lane / 16 * TILE_KEYS * PITCH;  // two tiles are loaded at once
+  const Shared q_row = q + lane % 16 * PITCH + lane / 16 * COPY_BYTES;
+  const Shared k_row = k + lane % 8 * PITCH + lane / 8 % 2 * COPY_BYTES;
+  const Shared second = lane / 16 * TILE_KEYS * PITCH;  // two tiles per load
 #pragma unroll
-  for (int step = 0; step < SLICE / STEP; ++step) {
+  for (int step = 0; step < SLICE_BYTES / MMA_BYTES; ++step) {
     if (step >= steps) break;
     uint32_t a[4];
-    load_matrices(a, q_row + step * STEP);
+    load_matrices(a, q_row + step * MMA_BYTES);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] ^= signs;
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       uint32_t b[4];
-      load_matrices(b, k_row + (n + 1 < NT ? second : 0) + n * TILE_KEYS * PITCH + step * STEP);
+      load_matrices(b, k_row + (n + 1 < NT ? second : 0) + n * TILE_KEYS * PITCH + step * MMA_BYTES);
 #pragma unroll
       for (int i = 0; i < 2 && n + i < NT; ++i)
-        if (step == 0 && first)
-          multiply_first(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
-        else
-          multiply(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
+        if (step == 0 && first) multiply_first(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
+        else multiply(s[n + i], a, b[2 * i], b[2 * i + 1], X{});
     }
   }
 }
 
-// Rows of a matrix (rows, D) from `first` on, their slice from column d0 on, into `count` rows of shared memory; 0 beyond
-// D. Beyond the last row comes the last one again, or (ZERO) 0. The block's threads have `jump` rows at a time, `rounds`
-// times and at most once more.
+// How the threads of a block share the copying of rows: `rows` at once, `iterations` times and at most once more.
+struct CopyRounds {
+  int rows, iterations;
+};
+
+// x is a matrix (rows, D). Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0
+// beyond D. Rows beyond the last are copies of the last, or (ZERO) 0.
 template <class X, bool ZERO>
-__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, int jump, int rounds,
+__device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, CopyRounds rounds,
                                   int rows, int d0, int D) {
-  constexpr int pieces = SLICE / PIECE, per_piece = PIECE / static_cast<int>(sizeof(X));
-  const int piece = threadIdx.x % pieces, d = d0 + piece * per_piece;
+  const int copy_rows = rounds.rows, iterations = rounds.iterations;
+  constexpr int pieces = SLICE_BYTES / COPY_BYTES, per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
+  const int piece = threadIdx.x % pieces, d = d0 + piece * per_copy;
   int n = threadIdx.x / pieces;
-  to += n * PITCH + piece * PIECE;
+  to += n * PITCH + piece * COPY_BYTES;
   if (d >= D) {
-    if (d0 + piece / 2 * 2 * per_piece >= D) return;  // no step takes it
+    if (d0 + piece / 2 * 2 * per_copy >= D) return;  // no step of the product reads it
 #pragma unroll 1
-    for (; n < count; n += jump, to += jump * PITCH) store_shared(to, {0, 0, 0, 0});
+    for (; n < count; n += copy_rows, to += copy_rows * PITCH) store_shared(to, {0, 0, 0, 0});
     return;
   }
   const unsigned row_bytes = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(X));
   const char* const column = reinterpret_cast<const char*>(x + d);
   const auto copy = [&] {
-    if (ZERO && first + n >= rows)
-      store_shared(to, {0, 0, 0, 0});
-    else
-      copy_async(to, column + uint64_t{row_bytes} * static_cast<unsigned>(min(first + n, rows - 1)));
-    n += jump;
-    to += jump * PITCH;
+    if (ZERO && first + n >= rows) store_shared(to, {0, 0, 0, 0});
+    else copy_async(to, column + uint64_t{row_bytes} * static_cast<unsigned>(min(first + n, rows - 1)));
+    n += copy_rows;
+    to += copy_rows * PITCH;
   };
 #pragma unroll 2
-  for (int i = 0; i < rounds; ++i) copy();
+  for (int i = 0; i < iterations; ++i) copy();
   if (n < count) copy();
 }
 
-// The same, element by element, for rows that do not begin at multiples of 16 bytes.
+// The same, one element at a time, for rows whose addresses are not multiples of 16 bytes.
 template <class X, bool ZERO>
-__device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride, int first, int count, int rows, int d0,
-                                           int D) {
-  constexpr int per_piece = PIECE / static_cast<int>(sizeof(X));
-  const int piece = threadIdx.x % (SLICE / PIECE);
-  const int d = d0 + piece * per_piece;
-  for (int n = threadIdx.x / (SLICE / PIECE); n < count; n += blockDim.x / (SLICE / PIECE)) {
+__device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride, int first, int count, int rows,
+                                           int d0, int D) {
+  constexpr int per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
+  const int piece = threadIdx.x % (SLICE_BYTES / COPY_BYTES);
+  const int d = d0 + piece * per_copy;
+  for (int n = threadIdx.x / (SLICE_BYTES / COPY_BYTES); n < count; n += blockDim.x / (SLICE_BYTES / COPY_BYTES)) {
     const X* const from = x + min(first + n, rows - 1) * stride + d;
     const int elements = ZERO && first + n >= rows ? 0 : D - d;
-    X part[per_piece];
+    X part[per_copy];
     uint32_t whole[4] = {0, 0, 0, 0};
-    memcpy(part, whole, PIECE);
+    memcpy(part, whole, COPY_BYTES);
 #pragma unroll
-    for (int i = 0; i < per_piece; ++i)
+    for (int i = 0; i < per_copy; ++i)
       if (i < elements) part[i] = from[i];
-    memcpy(whole, part, PIECE);
-    store_shared(to + n * PITCH + piece * PIECE, whole);
+    memcpy(whole, part, COPY_BYTES);
+    store_shared(to + n * PITCH + piece * COPY_BYTES, whole);
   }
 }
 
 __device__ inline float quotient(float x, float y) {
-  const float inverse = reciprocal(y), found = x * inverse;
-  return fmaf(fmaf(-y, found, x), inverse, found);
+  const float inverse = reciprocal(y), estimate = x * inverse;
+  return fmaf(fmaf(-y, estimate, x), inverse, estimate);
 }
 
-// How e^x - 1 is made for x >= 0. For x up to 1, or up to 64 (temperatures below 1), to 2.3e-7 relative; or rough, as e^x,
-// which is good to 2.4e-7, in a third of the instructions: what 1 is added to has no use for more.
+// How e^x - 1 is computed for x >= 0: with a relative error of 2.3e-7 for x up to 1 (small) or up to 64 (large, for
+// temperatures below 1); or as e^x with an error of 2.4e-7 in a third of the instructions (rough), which is sufficient
+// where 1 is added to the result.
 enum class Growth { small, large, rough };
 
-// e^(a x) - 1, or e^(a x); exact for 0.
+// e^(a x) - 1, or e^(a x) if rough; exact for 0.
 template <Growth GROWTH>
 struct Expm1 {
   float c[GROWTH == Growth::small ? 6 : 1];
@@ -158,7 +160,8 @@ struct Expm1 {
     } else if constexpr (GROWTH == Growth::rough) {
       c[0] = a * 1.44269504f;
     } else {  // minimax for (e^x - 1) / x on [0, 1]
-      constexpr float fit[6] = {9.9999988e-1f, 5.0000882e-1f, 1.6656032e-1f, 4.2127855e-2f, 7.4502416e-3f, 2.1345359e-3f};
+      constexpr float fit[6] = {9.9999988e-1f, 5.0000882e-1f, 1.6656032e-1f,
+                                4.2127855e-2f, 7.4502416e-3f, 2.1345359e-3f};
       float power = a;
 #pragma unroll
       for (int i = 0; i < 6; ++i, power *= a) c[i] = power * fit[i];
@@ -188,9 +191,9 @@ struct Expm1 {
   }
 };
 
-// x with the sign of d, exactly 0 where d is 0.
-__device__ inline float signed_by(float x, float d) {
-  return d == 0 ? 0.f : number(bits(x) ^ (bits(d) & 0x80000000u));
+// x * sign(d): exactly 0 if d is 0.
+__device__ inline float multiply_by_sign(float x, float d) {
+  return d == 0 ? 0.f : as_float(as_bits(x) ^ (as_bits(d) & 0x80000000u));
 }
 
 template <class X>
@@ -205,17 +208,19 @@ __device__ inline const X* keys(const Frames& f, int64_t b, int64_t t, int64_t h
   return static_cast<const X*>(f.k) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
 }
 
-// Whether rows can be copied 16 bytes at a time, and lie less than 4 GiB from each other.
-inline bool vectors(const Problem& p) {
+// Whether rows can be copied 16 bytes at a time, and are less than 4 GiB apart.
+inline bool rows_aligned(const Problem& p) {
   const int64_t size = p.dtype == Dtype::f32 ? 4 : 2;
-  bool whole = p.D * size % PIECE == 0;
+  bool aligned = p.D * size % COPY_BYTES == 0;
   for (const Frames* f : {&p.first, &p.second})
-    for (const int64_t row : {f->q_stride[4] * size, f->k_stride[4] * size}) whole = whole && row >> 32 == 0;
+    for (const int64_t row : {f->q_stride[4] * size, f->k_stride[4] * size}) aligned = aligned && row >> 32 == 0;
   for (const Frames* f : {&p.first, &p.second}) {
-    whole = whole && reinterpret_cast<uintptr_t>(f->q) % PIECE == 0 && reinterpret_cast<uintptr_t>(f->k) % PIECE == 0;
-    for (int i = 0; i < 5; ++i) whole = whole && f->q_stride[i] * size % PIECE == 0 && f->k_stride[i] * size % PIECE == 0;
+    aligned = aligned && reinterpret_cast<uintptr_t>(f->q) % COPY_BYTES == 0 &&
+              reinterpret_cast<uintptr_t>(f->k) % COPY_BYTES == 0;
+    for (int i = 0; i < 5; ++i)
+      aligned = aligned && f->q_stride[i] * size % COPY_BYTES == 0 && f->k_stride[i] * size % COPY_BYTES == 0;
   }
-  return whole;
+  return aligned;
 }
 
 }  // namespace amflow_cuda

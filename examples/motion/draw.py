@@ -1,4 +1,4 @@
-"""Draws the AM flow that a trained model sees in clips of the test list: where it looks for motion.
+"""Draws the AM flow in a trained model for clips of the test list.
 
 python -m examples.motion.draw --config examples/motion/config.yaml PNG
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from amflow_models import Gate
-from amflow_models.checkpoint import load_trained
 from amflow_models.training.build import build_model, dataset, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import find_trained
 from amflow_models.training.config import load_config
+from amflow_models.weights import load_trained
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(config).eval()
     load_trained(model, find_trained(config.output))
     items = dataset(config, videos, image_size(config, model), train=False)
-    clips = torch.stack([items[0, place]["clips"][0] for place in range(CLIPS)])
-    labels = [videos.classes[items[0, place]["label"]] for place in range(CLIPS)]
+    clips = torch.stack([items[0, index]["clips"][0] for index in range(CLIPS)])
+    labels = [videos.classes[items[0, index]["label"]] for index in range(CLIPS)]
 
     flows: list[Tensor] = []
     hooks = [
@@ -43,18 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(gate, Gate)
     ]
     with torch.no_grad():
-        guesses = [videos.classes[place] for place in model(normalisation(model, torch.device("cpu"))(clips)).argmax(1)]
+        logits = model(normalisation(model, torch.device("cpu"))(clips))
     for hook in hooks:
         hook.remove()
+    guesses = [videos.classes[label] for label in logits.argmax(1).tolist()]
     draw(clips, torch.stack(flows).mean(0), labels, guesses, args.picture)
 
 
 def draw(clips: Tensor, flow: Tensor, labels: list[str], guesses: list[str], path: Path) -> None:
-    """A row for each clip: its frames, those that a pair begins with under the pair's AM flow.
+    """Draws a row for each clip: its frames, all but the last overlaid with the AM flow to the next frame.
 
     Args:
         clips: uint8 (n, T, 3, H, W).
-        flow: (n, T - 1, tokens), the mean over blocks; the tokens of patches come last.
+        flow: (n, T - 1, tokens), the mean over blocks; patch tokens come last.
+        labels, guesses: names of the true and the predicted classes.
+        path: PNG file to write.
     """
     from matplotlib.figure import Figure
 

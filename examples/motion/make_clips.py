@@ -1,4 +1,4 @@
-"""Writes clips of a motion task as mp4 files, with lists of them: a small data set made of real pictures.
+"""Writes clips of a motion task as mp4 files, with lists of them: a small data set of real pictures.
 
 python -m examples.motion.make_clips FOLDER
 """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.motion.make_clips", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", choices=TASKS, default="direction")
-    parser.add_argument("--part", type=float, default=1.0, help="of the clips, for a quick look (default 1)")
+    parser.add_argument("--part", type=float, default=1.0, help="share of the clips, for a quick look (default 1)")
     args = parser.parse_args(argv)
     (args.folder / "videos").mkdir(parents=True, exist_ok=True)
     (args.folder / "classes.txt").write_text("\n".join(TASKS[args.task].classes) + "\n")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(path: Path, clip: Tensor) -> None:
-    """clip: uint8 (T, 3, H, W). H.264, nearly without loss: what moves are a few pixels."""
+    """Writes a clip, uint8 (T, 3, H, W), as H.264, nearly lossless: only a few pixels move."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=Fraction(10), options={"crf": "12", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = clip.shape[-2], clip.shape[-1], "yuv420p"

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from amflow_models.adapters import FORMS, Adapter
-    from amflow_models.add import PLACEMENTS, AdapterReport, add_adapters, grow_am_flow, placement
     from amflow_models.alignment import AligningEncoder, load_aligning_encoders
     from amflow_models.backbones import create_backbone
     from amflow_models.blocks import AdaptedBlock, AdapterOptions, read_qk
-    from amflow_models.checkpoint import load_trained, save_trained
     from amflow_models.classifier import VideoClassifier
     from amflow_models.gates import GATES, Gate
+    from amflow_models.insertion import PLACEMENTS, AdapterReport, add_adapters, grow_am_flow, placement
     from amflow_models.temporal import UNITS, TemporalUnit
+    from amflow_models.weights import load_trained, save_trained
 
 __all__ = [
     "FORMS",
@@ -44,14 +44,14 @@ __all__ = [
 
 _NAMES = {  # the imports above, by module
     "adapters": ("FORMS", "Adapter"),
-    "add": ("PLACEMENTS", "AdapterReport", "add_adapters", "grow_am_flow", "placement"),
     "alignment": ("AligningEncoder", "load_aligning_encoders"),
     "backbones": ("create_backbone",),
     "blocks": ("AdaptedBlock", "AdapterOptions", "read_qk"),
-    "checkpoint": ("load_trained", "save_trained"),
     "classifier": ("VideoClassifier",),
     "gates": ("GATES", "Gate"),
+    "insertion": ("PLACEMENTS", "AdapterReport", "add_adapters", "grow_am_flow", "placement"),
     "temporal": ("UNITS", "TemporalUnit"),
+    "weights": ("load_trained", "save_trained"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -10,26 +10,27 @@ from amflow_models.gates import Gate
 from amflow_models.temporal import TemporalUnit
 
 FORMS = ("serial", "parallel", "scaled_parallel")
-INITIAL_SCALE = 1.0  # s of the scaled form; with 0, neither it nor W_up would ever learn
+INITIAL_SCALE = 1.0  # of s in the scaled form; with 0, neither s nor W_up would get a gradient
 
 
 class Adapter(nn.Module):
     """``Adapter(x) = x + s f(x W_down) W_up``, with W_up = 0 at the start: a fresh adapter changes nothing.
 
-    `branch` is the second term alone: beside a block the block's own residual is the x.
+    `branch` computes only the second term: a parallel adapter is added to the output of its block, which has x in it.
 
-    With a temporal unit U, the bottleneck z = f(x W_down) becomes ``z + U(weight * (z - mean of z over time))``: what
-    stays the same in all frames does not enter U (with ``centred=False`` it does). The weight is a `Gate`'s, by default
-    from AM flow.
+    With a temporal unit U, the bottleneck z = f(x W_down) becomes ``z + U(weight * (z - mean of z over time))``: U sees
+    only changes (with ``centred=False`` the mean is not subtracted). The weight comes from a `Gate`, by default from AM
+    flow.
 
     Args:
         width: channels C of x.
-        bottleneck: channels r.
-        width_out: channels of the result, where the block changes them; None means `width`.
-        scaled: learn the scalar s; else it is 1.
+        bottleneck: channels r of the bottleneck.
+        width_out: channels of the output, where the block changes them; None means `width`.
+        scaled: learn the scalar s; otherwise it is 1.
         activation: f.
         centred: whether the mean over time is subtracted before U.
-        gate, unit: of a temporal processing adapter; without `unit` the adapter sees single frames.
+        gate, unit: gate and temporal unit of a temporal processing adapter; without `unit` the adapter sees single
+            frames.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, num_frames: int | None = None, flow: Tensor | None = None) -> Tensor:
-        """x + `branch`."""
+        """``x + branch(x)``; arguments as for `branch`."""
         return x + self.branch(x, num_frames, flow)
 
     def branch(
@@ -66,12 +67,15 @@ class Adapter(nn.Module):
 
         Args:
             x: tokens (B * T, N, C), the frames of a clip side by side.
-            num_frames: T; only with a temporal unit.
-            flow: AM flow (B, T - 1, N) of the block, as the gate wants it, if it does.
-            tokens_out: tokens of the result, where a block pools them; they are pooled as Hiera pools its own.
+            num_frames: T; needed with a temporal unit.
+            flow: AM flow (B, T - 1, N) of the block, centred or not as the gate expects; None if it needs none.
+            tokens_out: number of output tokens, where the block pools tokens as Hiera does; None means N.
 
         Returns:
-            (B * T, tokens_out, C_out)
+            (B * T, tokens_out, C_out), in the dtype of x.
+
+        Raises:
+            ValueError: num_frames is missing.
         """
         z = self.activation(self.down(x))
         if self.unit is not None:
@@ -90,15 +94,18 @@ class Adapter(nn.Module):
         if self.gate is not None:
             weight = self.gate(in_clips(x, num_frames), flow)
             moving = (weight[..., None] if weight.dim() > 1 else weight) * moving
-        mixed = self.unit(moving.to(z.dtype))  # a weight is float32
+        mixed = self.unit(moving.to(z.dtype))  # weights are float32
         return rearrange(mixed.expand_as(z), "b t n r -> (b t) n r")
 
 
 def in_clips(x: Tensor, num_frames: int) -> Tensor:
-    """(B * T, ...) as (B, T, ...); B may be 0."""
+    """Unfolds (B * T, ...) into (B, T, ...); B may be 0."""
     return x.unflatten(0, (len(x) // num_frames, num_frames))
 
 
 def pool(x: Tensor, tokens: int) -> Tensor:
-    """Tokens (B, N, ...) in groups: (B, N / tokens, tokens, ...). In Hiera's order, those pooled are far apart."""
+    """Groups tokens for pooling: (B, N, ...) to (B, N / tokens, tokens, ...), pooled over dimension 1.
+
+    In Hiera's order of tokens, those that are pooled together lie `tokens` apart.
+    """
     return x.unflatten(1, (-1, tokens))

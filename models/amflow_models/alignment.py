@@ -1,4 +1,4 @@
-"""The aligning encoder: for a moving camera, the next frame on the token grid of this one."""
+"""The aligning encoder: for moving cameras, it re-expresses the next frame on the token grid of this one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 class AligningEncoder(nn.Module):
     """Frame t+1, re-expressed on frame t's tokens: ``x[t+1] + g CrossAttention(query x[t], key and value x[t+1])``.
 
-    Where the camera moves, all tokens change. Each token of frame t looks for itself in frame t+1; the attention map of
-    what it finds is then compared with frame t's. The paper says what its aligning encoder does, not what it is made
-    of: this is our reading. The scalar g starts at 0, which is plain AM flow.
+    When the camera moves, all tokens change. Here each token of frame t attends to frame t+1, and the attention map of
+    the result is compared with frame t's. The paper says what its aligning encoder does but not how it is built: this
+    is our reading. The scalar g starts at 0, which is plain AM flow.
 
     Args:
         width: channels C of the tokens.
@@ -36,22 +36,22 @@ class AligningEncoder(nn.Module):
         self.g = nn.Parameter(torch.zeros(1))
 
     def forward(self, this: Tensor, following: Tensor) -> Tensor:
-        """this, following: tokens (..., N, C) of frames t and t+1. Returns (..., N, C)."""
+        """Args: this, following: tokens (..., N, C) of frames t and t+1. Returns (..., N, C)."""
         batch = this.shape[:-2]
         q = self._heads(self.query(self.norm(this)))
         k, v = (self._heads(part) for part in self.key_value(self.norm(following)).chunk(2, -1))
-        found = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        return following + self.g * self.out(found).unflatten(0, batch)
+        attended = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        return following + self.g * self.out(attended).unflatten(0, batch)
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x.flatten(0, -3), "b n (h d) -> b h n d", h=self.HEADS)
 
 
 def load_aligning_encoders(path: str | Path) -> dict[int, AligningEncoder]:
-    """The aligning encoders in a file of `save_trained`, by block; what else it holds is left aside.
+    """Loads the aligning encoders from a file of `save_trained`, by block index; other parameters are ignored.
 
     Raises:
-        ValueError: the file can't be read, or has no aligning encoder.
+        ValueError: the file can't be read, has no aligning encoder, or lacks a part of one.
     """
     try:
         tensors = load_file(path)

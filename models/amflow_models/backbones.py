@@ -1,4 +1,4 @@
-"""Image backbones by name, frozen or not, with weights from a package, timm's hub or a file."""
+"""Image backbones by name, with weights from a package, timm's hub or a file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ OFFLINE_BACKBONE = "vit_small_patch14_dinov2"
 
 
 def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int | None = None) -> nn.Module:
-    """A vision transformer or Hiera of timm that gives one vector per image, in eval mode.
+    """Creates a vision transformer or Hiera of timm that maps an image to one vector, in eval mode.
 
     Args:
-        name: timm's name, as ``vit_small_patch14_dinov2`` (S, B, L, g, with registers), ``vit_base_patch16_224`` or
-            ``hiera_base_224`` (T, S, B, L).
-        weights: ``"hub"``, timm's pretrained ones; ``"offline"``, DINOv2 ViT-S/14 from the demo extra; a safetensors or
-            PyTorch file; None, random.
-        img_size: side of the square input in pixels; None is the model's own. Position embeddings are resampled.
+        name: timm's name, such as ``vit_small_patch14_dinov2`` (S, B, L, g, with registers), ``vit_base_patch16_224``
+            or ``hiera_base_224`` (T, S, B, L).
+        weights: ``"hub"``, timm's pretrained weights; ``"offline"``, DINOv2 ViT-S/14 from the demo extra; a safetensors
+            or PyTorch file; None, random weights.
+        img_size: side of the square input in pixels; None uses the model's own. Position embeddings are resampled.
 
     Raises:
-        ValueError: an unknown name (the nearest known ones are named) or a size the model can't have; a file whose
-            weights do not fit (what is missing and unexpected is listed), or is not there.
+        ValueError: an unknown name (the nearest known ones are named), a size that the model does not support, or a
+            file that does not exist or does not fit (missing and unexpected names are listed).
         ModuleNotFoundError: timm, or a package of the demo extra, is missing.
     """
     import timm
@@ -45,8 +45,8 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
         options["img_size"] = img_size
     try:
         if file is not None:
-            # Without the classifier's weights, and not as those of another number of classes: else timm would take
-            # what fits and leave the rest of the model random.
+            # The classifier's weights are dropped and the number of classes is stated as 0: otherwise timm would load
+            # only the weights that fit and leave the rest of the model random.
             heads: Any = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
             heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
             state = {key: x for key, x in load_state_dict(str(file)).items() if not key.startswith(heads)}
@@ -54,6 +54,6 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
         return timm.create_model(name, **options).eval()
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # of timm, of a file's reader, of the hub: they have no common ancestor
-        told = str(error) or type(error).__name__
-        raise ValueError(f"backbone {name}, weights {weights}, img_size {img_size}: {told}") from error
+    except Exception as error:  # errors of timm, of file readers and of the hub have no common base class
+        message = str(error) or type(error).__name__
+        raise ValueError(f"backbone {name}, weights {weights}, img_size {img_size}: {message}") from error

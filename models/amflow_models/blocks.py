@@ -1,4 +1,4 @@
-"""A frozen transformer block with its adapter, and where a model has its blocks."""
+"""A frozen transformer block with its adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from amflow_models.errors import check_known
 from amflow_models.gates import GATES, Gate
 from amflow_models.temporal import UNITS, TemporalUnit
 
-UNREAD = (
+NOT_READ = (
     "AM flow is read where a block calls scaled_dot_product_attention, and this one did not (fused attention switched "
     "off, an eager implementation, nn.MultiheadAttention)"
 )
@@ -27,19 +27,22 @@ UNREAD = (
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What the adapters of a model are like.
+    """The options of all adapters of a model.
 
     Attributes:
-        num_frames: T, frames of a clip.
-        form: one of `FORMS`. Serial reads what the block gives, parallel what the block is given.
-        bottleneck: channels r.
-        activation: f.
+        num_frames: T, frames of a clip, at least 2.
+        form: one of `FORMS`. A serial adapter reads the block's output, a parallel one its input.
+        bottleneck: channels r of the bottleneck, at least 1.
+        activation: f, the nonlinearity in the bottleneck.
         unit: one of `UNITS`, the temporal unit of temporal processing adapters.
-        pooled: whether it sees the mean over tokens, in place of each.
-        centred: whether what stays the same in all frames is subtracted before it.
-        gate: one of `GATES`, what weighs tokens for it.
+        pooled: whether the unit sees the mean over tokens instead of each token.
+        centred: whether the mean over time is subtracted before the unit.
+        gate: one of `GATES`, the source of the weights of tokens in the unit.
         align: an `AligningEncoder` in every block with AM flow, for moving cameras.
         impl: as in `am_flow`.
+
+    Raises:
+        ValueError: an option is unknown, out of range, or does not fit another one.
     """
 
     num_frames: int
@@ -67,18 +70,18 @@ class AdapterOptions:
 
 
 class AdaptedBlock(nn.Module):
-    """A block of a vision transformer, as it was, and an adapter.
+    """An unchanged block of a vision transformer with an adapter.
 
-    ``block(x) + branch(x)``; the serial form is ``y + branch(y)`` of ``y = block(x)``.
+    Parallel forms compute ``block(x) + branch(x)``, the serial form ``y + branch(y)`` with ``y = block(x)``.
 
-    AM flow is taken from q and k in the block's own attention call, which `am_flow_attention` takes the place of: they
-    are computed once. In windows (Hiera) the call stays, and each window has its own flow.
+    AM flow is computed from q and k of the block's own attention call. `am_flow_attention` replaces that call, so q and
+    k are computed once. Where attention runs in windows (Hiera) the call stays, and each window has its own flow.
 
     Args:
-        block: maps tokens (B * T, N, C) to (B * T, N', C'), whatever else it takes.
-        options: of the adapter.
-        temporal: whether it is a temporal processing adapter.
-        name: of the block, for messages.
+        block: maps tokens (B * T, N, C) to (B * T, N', C'); other arguments are passed through.
+        options: the adapter's options.
+        temporal: whether the adapter is a temporal processing adapter.
+        name: the block's name, for messages.
     """
 
     def __init__(self, block: nn.Module, options: AdapterOptions, *, temporal: bool, name: str) -> None:
@@ -105,7 +108,7 @@ class AdaptedBlock(nn.Module):
         return self.adapter.unit is not None
 
     def __getattr__(self, name: str) -> Any:
-        """What is asked of the block that was here (its `attn`, say) is the block's."""
+        """Attributes that this module lacks, such as `attn`, are those of the wrapped block."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -114,10 +117,11 @@ class AdaptedBlock(nn.Module):
             return getattr(self.block, name)
 
     def make_temporal(self, *, at_identity: bool = False) -> None:
-        """Gives the adapter a gate and a temporal unit, and the block an aligning encoder if the options say so.
+        """Adds a gate and a temporal unit to the adapter, and an aligning encoder if the options ask for one.
 
         Args:
-            at_identity: the unit gives 0 at first, so that an adapter that is trained goes on as it was.
+            at_identity: the unit's output is 0 until it is trained, so that a trained adapter computes the same as
+                before.
         """
         options, like = self.options, self.adapter.down.weight
         unit = TemporalUnit(options.unit, options.bottleneck, pooled=options.pooled).to(like)
@@ -132,7 +136,8 @@ class AdaptedBlock(nn.Module):
             raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
         block: Any = self.block
         if self.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
-            # A layer of transformers that checkpoints itself would run its attention again unseen: all of this is.
+            # A transformers layer that checkpoints itself would recompute its attention outside of our reader, so the
+            # whole adapted block is checkpointed instead.
             return block._gradient_checkpointing_func(partial(self._without_checkpointing, **kwargs), x, *args)
         return self._forward(x, args, kwargs)
 
@@ -152,7 +157,7 @@ class AdaptedBlock(nn.Module):
             result = self.block(x, *args, **kwargs)
         y, *rest = result if isinstance(result, tuple) else (result,)
         if self.options.form == "serial":
-            if flow is not None and flow.shape[-1] != y.shape[1]:  # the block pools: the most of those pooled
+            if flow is not None and flow.shape[-1] != y.shape[1]:  # the block pools tokens: keep the largest flow
                 flow = pool(flow.flatten(0, 1), y.shape[1]).amax(1).unflatten(0, flow.shape[:2])
             y = y + self.adapter.branch(y, self.options.num_frames, flow)
         else:
@@ -160,15 +165,15 @@ class AdaptedBlock(nn.Module):
         return (y, *rest) if isinstance(result, tuple) else y
 
     def _with_flow(self, gate: Gate, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
-        """What the block gives, and its flow (B, T - 1, N) in the order of its tokens."""
+        """The block's output, and its flow (B, T - 1, N) in the order of its tokens."""
         frames = self.options.num_frames
-        seen: list[Tensor] = []
-        wanted: Any = {"head_reduction": "mean", "center": gate.centred, "impl": self.options.impl}
+        flows: list[Tensor] = []
+        flow_options: Any = {"head_reduction": "mean", "center": gate.centred, "impl": self.options.impl}
         aligned = None
         if self.align is not None:
             tokens = in_clips(x, frames)
-            moved = self.align(tokens[:, :-1], tokens[:, 1:]).flatten(0, 1)
-            aligned = read_qk(self.block, self.name, moved, *args, **kwargs)
+            aligned_tokens = self.align(tokens[:, :-1], tokens[:, 1:]).flatten(0, 1)
+            aligned = read_qk(self.block, self.name, aligned_tokens, *args, **kwargs)
 
         def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
             if len(q) != len(x):
@@ -176,80 +181,67 @@ class AdaptedBlock(nn.Module):
             q, k, v = (in_clips(part, frames) for part in (q, k, v))
             if aligned is not None:
                 q_next, k_next = (in_clips(part, frames - 1) for part in aligned)
-                seen.append(am_flow_pair(q[:, :-1], k[:, :-1], q_next, k_next, **wanted))
+                flows.append(am_flow_pair(q[:, :-1], k[:, :-1], q_next, k_next, **flow_options))
                 return None
-            if q.dim() > 5 or reader.dropout_p:  # windows, whose bits would not be those of the block's own; dropout
-                seen.append(am_flow(q, k, **wanted))
+            if q.dim() > 5 or reader.dropout_p:  # keep the block's own call: for its bits in windows, for its dropout
+                flows.append(am_flow(q, k, **flow_options))
                 return None
-            out, flow = am_flow_attention(q, k, v, **wanted)
-            seen.append(flow)
+            out, flow = am_flow_attention(q, k, v, **flow_options)
+            flows.append(flow)
             return out.flatten(0, 1)
 
         reader = AttentionReader(self.name, on_attention)
         with reader:
             result = self.block(x, *args, **kwargs)
-        if not seen:
-            raise RuntimeError(f"{self.name}: {UNREAD}")
-        flow = seen[0]
-        if flow.dim() == 4:  # (B, T - 1, windows, N): in Hiera's order of tokens windows are innermost
+        if not flows:
+            raise RuntimeError(f"{self.name}: {NOT_READ}")
+        flow = flows[0]
+        if flow.dim() == 4:  # (B, T - 1, windows, N); in Hiera's order of tokens windows are innermost
             flow = rearrange(flow, "b t w n -> b t (n w)")
         return result, flow
 
 
-class _EnoughSeenError(Exception):
-    """Ends a block's forward once q and k are known."""
+class _AttentionReachedError(Exception):
+    """Ends a block's forward as soon as q and k are known."""
 
 
 def read_qk(block: Callable[..., Any], name: str, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """q and k that a block makes of tokens x (batch, N, C): it runs up to its attention call, and no further."""
+    """Computes q and k of a block for tokens x.
+
+    The block runs up to its attention call and no further.
+
+    Args:
+        block: the block, called as ``block(x, *args, **kwargs)``.
+        name: its name, for messages.
+        x: tokens, (batch, N, C).
+
+    Returns:
+        q and k as they enter ``scaled_dot_product_attention``, (batch, heads, [windows,] N, D).
+
+    Raises:
+        RuntimeError: the block does not call it, or its attention map is not softmax(D ** -0.5 q k^T).
+    """
     qk: list[Tensor] = []
 
     def on_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
         qk.extend((q, k))
-        raise _EnoughSeenError
+        raise _AttentionReachedError
 
     try:
         with AttentionReader(name, on_attention):
             block(x, *args, **kwargs)
-    except _EnoughSeenError:
+    except _AttentionReachedError:
         return qk[0], qk[1]
-    raise RuntimeError(f"{name}: {UNREAD}")
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    """The list of a model's transformer blocks and its name: the outermost one called as such lists are.
-
-    Raises:
-        TypeError: there is none, or more than one.
-    """
-    usual = ("blocks", "layers", "layer", "resblocks")
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in usual and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
-    ]
-    if not lists:
-        raise TypeError(
-            f"model: expected a list of transformer blocks (a ModuleList or Sequential called {', '.join(usual)}), "
-            f"found none in {type(model).__name__}"
-        )
-    path, blocks = min(lists, key=lambda found: found[0].count("."))
-    others = [name for name, _ in lists if name != path and not name.startswith(f"{path}.")]
-    if others:
-        raise TypeError(
-            f"model: expected one list of transformer blocks, found {path}, {', '.join(others)} in "
-            f"{type(model).__name__}; pass the part that has the one meant"
-        )
-    return path, blocks
+    raise RuntimeError(f"{name}: {NOT_READ}")
 
 
 def widths(block: nn.Module) -> tuple[int, int]:
-    """Channels of the tokens that a block takes and gives: those of its first normalisation and last linear layer."""
-    into = [m for m in block.modules() if hasattr(m, "normalized_shape")]
-    out_of = [m for m in block.modules() if isinstance(m, nn.Linear)]
-    if not into or not out_of:
+    """Channels of a block's input and output tokens: those of its first normalisation and of its last linear layer."""
+    norms = [m for m in block.modules() if hasattr(m, "normalized_shape")]
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    if not norms or not linears:
         raise TypeError(
             f"model: expected blocks of a transformer, with a LayerNorm and linear layers, got {type(block).__name__}"
         )
-    shape: Any = into[0].normalized_shape
-    return int(shape[-1]), out_of[-1].out_features
+    shape: Any = norms[0].normalized_shape
+    return int(shape[-1]), linears[-1].out_features

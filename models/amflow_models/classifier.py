@@ -7,26 +7,26 @@ from typing import Any
 from einops import reduce
 from torch import Tensor, nn
 
-from amflow_models.add import AdapterReport, add_adapters, report_of
-from amflow_models.blocks import find_blocks
+from amflow_kernels.integrations.blocks import find_blocks
+from amflow_models.insertion import AdapterReport, add_adapters, report_of
 
 
 class VideoClassifier(nn.Module):
     """Classifies clips of T frames with a frozen image backbone and adapters.
 
     Args:
-        backbone: gives one vector (C,) for an image; `create_backbone` makes one.
-        num_classes: how many logits.
+        backbone: maps images to vectors (C,); `create_backbone` makes one.
+        num_classes: number of logits.
         num_frames: T.
-        adapters: whether the backbone gets adapters; else only the head trains.
-        options: as `add_adapters` takes them: blocks, form, unit, gate, ...
+        adapters: whether the backbone gets adapters; otherwise only the head trains.
+        options: options of `add_adapters`: blocks, form, unit, gate, ...
 
     Attributes:
-        report: what trains, the head included, as `add_adapters` reports it; None without adapters.
+        report: the report of `add_adapters`, which here includes the head; None without adapters.
 
     Raises:
-        TypeError: the backbone does not say its `num_features`, or as `add_adapters`.
-        ValueError: num_classes is below 1, the backbone has a head of its own, or as `add_adapters`.
+        TypeError: the backbone has no `num_features`, or for the reasons of `add_adapters`.
+        ValueError: num_classes is below 1, the backbone has a head of its own, or for the reasons of `add_adapters`.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class VideoClassifier(nn.Module):
             self.report = report_of(self)
 
     def features(self, clips: Tensor) -> Tensor:
-        """clips: (B, T, 3, height, width), normalised as the backbone takes images. Returns (B, C)."""
+        """Args: clips (B, T, 3, height, width), normalised for the backbone. Returns (B, C), the mean over frames."""
         if clips.dim() != 5 or clips.shape[1] != self.num_frames:
             raise ValueError(f"clips: expected (B, {self.num_frames}, 3, height, width), got {tuple(clips.shape)}")
         frames = self.backbone(clips.flatten(0, 1))
         return reduce(frames.unflatten(0, clips.shape[:2]), "b t c -> b c", "mean")
 
     def forward(self, clips: Tensor) -> Tensor:
-        """clips: as `features`. Returns logits (B, classes)."""
+        """Args: clips, as for `features`. Returns logits (B, classes)."""
         return self.head(self.features(clips))

@@ -1,4 +1,4 @@
-"""One way to say that a name is not known."""
+"""Error messages for unknown names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def check_known(argument: str, name: object, known: Iterable[str]) -> None:
-    """Raises ValueError, which names the nearest known one, unless `name` is one of `known`."""
+    """Raises ValueError unless `name` is one of `known`; the message suggests the nearest known names."""
     names = list(known)
     if name in names:
         return
@@ -16,6 +16,6 @@ def check_known(argument: str, name: object, known: Iterable[str]) -> None:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """A question about the nearest known names, to put behind an error; empty if none is near."""
-    found = get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    """The suggestion "; did you mean ...?" to append to an error message; empty if no known name is near."""
+    matches = get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""

@@ -1,4 +1,4 @@
-"""How much each token of each frame counts in a temporal unit."""
+"""Gates: the weight of each token of each frame in a temporal unit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from torch import Tensor, nn
 from amflow_models.errors import check_known
 
 GATES = ("am_flow", "raw", "frame_difference", "constant")
-EPS = 1e-12  # of a standard deviation: the flow's own is 1e-4 to 1e-2
+EPS = 1e-12  # added to a standard deviation; that of AM flow is 1e-4 to 1e-2
 
 
 class Gate(nn.Module):
-    """Weights of tokens from AM flow, or from one of its rivals.
+    """Weights of tokens from AM flow, or from an alternative for comparison.
 
-    AM flow is 1 plus a signal of 1e-4 to 1e-2, and multiplying by it changes nothing that a network could see. So the
-    default standardises it: ``weight = 1 + gain (flow - mean) / std``, mean and standard deviation over a frame's
-    tokens, `gain` learnable from 1.
+    AM flow is 1 plus a signal of 1e-4 to 1e-2, so multiplying by it has hardly any effect. The default therefore
+    standardises it: ``weight = 1 + gain (flow - mean) / std``, with mean and standard deviation over a frame's tokens
+    and a learnable `gain` that starts at 1.
+
+    T frames have T - 1 flows, one per pair. The flow of a frame is the mean over its pairs: one pair for the first and
+    the last frame, two for the others.
 
     Args:
         kind: ``"am_flow"``, as above; ``"raw"``, weight = flow, the paper's formula to the letter;
-            ``"frame_difference"``, in the place of flow the norm of the difference between frames of the tokens that
-            the adapter reads, standardised; ``"constant"``, weight = gain, which sees nothing.
+            ``"frame_difference"``, as ``"am_flow"`` with the norm of the difference of the adapter's input tokens
+            between frames instead of the flow; ``"constant"``, weight = gain.
 
-    Of T frames, T - 1 pairs have a flow. A frame's is the mean over the pairs that it belongs to: one for the first and
-    the last frame, two for the others.
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(self, kind: str = "am_flow") -> None:
@@ -35,22 +38,33 @@ class Gate(nn.Module):
 
     @property
     def needs_flow(self) -> bool:
+        """Whether `forward` takes a flow."""
         return self.kind in ("am_flow", "raw")
 
     @property
     def centred(self) -> bool:
-        """Whether the flow is wanted as flow - Nq / Nk, which keeps its precision, or as it is."""
+        """Whether `forward` takes the centred flow, flow - Nq / Nk, which keeps full relative precision."""
         return self.kind == "am_flow"
 
     def forward(self, x: Tensor, flow: Tensor | None) -> Tensor:
-        """x: the tokens that the adapter reads (B, T, N, C); flow: (B, T - 1, N), if needed. Returns (B, T, N) float32,
-        or a number (1,)."""
+        """Computes the weights.
+
+        Args:
+            x: the adapter's input tokens, (B, T, N, C).
+            flow: AM flow, (B, T - 1, N); None unless `needs_flow`.
+
+        Returns:
+            Weights (B, T, N), float32; (1,) for the kind "constant".
+
+        Raises:
+            ValueError: the flow is missing.
+        """
         if self.kind == "constant":
             return self.gain
         change = flow if self.needs_flow else (x[:, 1:] - x[:, :-1]).float().norm(dim=-1)
         if change is None:
             raise ValueError(f"flow: expected a tensor for the gate {self.kind!r}, got None")
-        change = of_frames(change.float())
+        change = pairs_to_frames(change.float())
         if self.kind == "raw":
             return change
         std, mean = torch.std_mean(change, dim=-1, correction=0, keepdim=True)
@@ -60,7 +74,7 @@ class Gate(nn.Module):
         return self.kind
 
 
-def of_frames(pairs: Tensor) -> Tensor:
-    """From what belongs to pairs of frames (B, T - 1, N) to frames (B, T, N): the mean over a frame's pairs."""
+def pairs_to_frames(pairs: Tensor) -> Tensor:
+    """Values of frames, (B, T, N), from values of pairs of frames, (B, T - 1, N): the mean over a frame's pairs."""
     before, after = pairs[:, :1], pairs[:, -1:]
     return (torch.cat([before, pairs], 1) + torch.cat([pairs, after], 1)) / 2

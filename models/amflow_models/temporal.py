@@ -1,4 +1,4 @@
-"""Temporal units: what looks along time at the bottleneck of an adapter."""
+"""Temporal units: layers that mix the frames of a clip in the bottleneck of an adapter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ UNITS = ("conv", "lstm", "gru", "transformer", "set")
 
 
 class TemporalUnit(nn.Module):
-    """Mixes the frames of a clip, token by token or of all tokens at once.
+    """Mixes the frames of a clip, for each token or for the mean over tokens.
 
     Args:
-        kind: ``"conv"``, a convolution over three frames; ``"lstm"``, ``"gru"``, in the order of time;
-            ``"transformer"``, one pre-norm encoder layer over the frames, with sines for their places; ``"set"``, the
-            same without them: blind to the order of frames, for comparison.
+        kind: ``"conv"``, a convolution over three frames; ``"lstm"``, ``"gru"``, forward in time; ``"transformer"``,
+            one pre-norm encoder layer over the frames, with a sinusoidal position embedding; ``"set"``, the same
+            without the embedding: blind to the order of frames, for comparison.
         width: channels r of the bottleneck.
-        pooled: the unit sees the mean over tokens, and all tokens get its result; else each token has its own time
-            line, and all share the unit's parameters.
+        pooled: the unit sees the mean over tokens, and all tokens get its result; otherwise each token is a sequence of
+            its own, and all share the unit's parameters.
 
-    The last projection `out` may be set to zero (`reset_to_zero`): then the unit gives exactly 0.
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(self, kind: str, width: int, *, pooled: bool = False) -> None:
@@ -45,12 +46,12 @@ class TemporalUnit(nn.Module):
         self.out = nn.Linear(width, width)
 
     def reset_to_zero(self) -> None:
-        """Makes the unit give exactly 0 until it is trained."""
+        """Sets the last projection to zero: the output is exactly 0 until the unit is trained."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z: (B, T, N, r). Returns (B, T, N, r), or (B, T, 1, r) if pooled."""
+        """Args: z (B, T, N, r). Returns (B, T, N, r), or (B, T, 1, r) if pooled."""
         batch, _, tokens, _ = z.shape
         if self.pooled:
             z = reduce(z, "b t n r -> b t 1 r", "mean")
@@ -58,7 +59,7 @@ class TemporalUnit(nn.Module):
         if self.kind == "conv":
             z = nn.functional.gelu(rearrange(self.mix(rearrange(z, "m t r -> m r t")), "m r t -> m t r"))
         elif self.kind == "transformer":
-            z = self.mix(z + places(z.shape[1], z.shape[2], z))
+            z = self.mix(z + sinusoidal_embedding(z.shape[1], z.shape[2], z))
         elif self.kind == "set":
             z = self.mix(z)
         else:
@@ -69,8 +70,8 @@ class TemporalUnit(nn.Module):
         return f"{self.kind}, {'pooled' if self.pooled else 'per token'}"
 
 
-def places(frames: int, width: int, like: Tensor) -> Tensor:
-    """Sines and cosines that tell a frame's place, (frames, width), device and dtype as `like`."""
+def sinusoidal_embedding(frames: int, width: int, like: Tensor) -> Tensor:
+    """Sinusoidal position embedding (arXiv 1706.03762): (frames, width), with the device and dtype of `like`."""
     time = torch.arange(frames, device=like.device, dtype=torch.float32)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(1e4) / width))
     return torch.cat([torch.sin(time * rate), torch.cos(time * rate)], -1)[:, :width].to(like.dtype)

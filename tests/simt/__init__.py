@@ -1,34 +1,51 @@
-"""The CUDA kernels on the CPU: compiled by the host compiler against simt.h, for tests alone."""
+"""The CUDA kernels on the CPU: compiled by the host compiler against simt.h, for the tests."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from amflow_kernels import _build, ops
+from amflow_kernels import _build, _ext
+from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl import cuda
 
 HERE = Path(__file__).parent
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-march=native", "-Wall", "-Wno-unknown-pragmas"]
 
 
-def build(folder: Path) -> Path:
-    """The library, of the sources that `_build.CUDA` lists."""
-    library, sources = folder / "amflow_simt.so", _build.source_dir()
+def library() -> Path:
+    """The library, compiled once for its sources and kept beside the native libraries."""
+    file = _ext.cache_dir() / f"simt_{_key()}" / "amflow_simt.so"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            shutil.move(_compile(Path(scratch)), file)
+    return file
+
+
+def _key() -> str:
+    """A hash of all that the library depends on."""
+    cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
+    flags = next((line for line in cpu.split("\n") if line.startswith("flags")), "")  # -march=native
+    parts = (_build.source_key(_build.CUDA), torch.__version__, _build.compiler(), _FLAGS, flags)
+    sources = (HERE / "simt.h").read_bytes() + Path(__file__).read_bytes()
+    return hashlib.sha256(repr(parts).encode() + sources).hexdigest()[:20]
+
+
+def _compile(folder: Path) -> Path:
+    """Compiles the sources that `_build.CUDA` lists."""
+    built, sources = folder / "amflow_simt.so", _build.source_dir()
     torch_dir = Path(torch.__file__).parent
-    headers = [
-        "-DAMFLOW_SIMT",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        f"-I{HERE}",
-        "-isystem",
-        torch_dir / "include",
-    ]
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+    headers = ["-DAMFLOW_SIMT", target, f"-I{HERE}", "-isystem", torch_dir / "include"]
     compilers = []
     for name, (source, own) in _build.CUDA.objects.items():
         command = [_build.compiler(), *_FLAGS, *headers, *own, "-x", "c++", "-c", sources / source, "-o", folder / name]
@@ -37,10 +54,10 @@ def build(folder: Path) -> Path:
     assert not any(statuses)
     objects = [str(folder / name) for name in _build.CUDA.objects]
     subprocess.run(
-        [_build.compiler(), "-shared", *objects, "-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"],
+        [_build.compiler(), "-shared", *objects, "-o", str(built), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"],
         check=True,
     )
-    return library
+    return built
 
 
 @contextmanager
@@ -51,8 +68,9 @@ def machine(processors: int = 1, shared: int = 232448) -> Iterator[None]:
             "_ops": lambda: torch.ops.amflow_simt,
             "_on": lambda q: nullcontext(),
             "_device": lambda q: (processors, shared, 0),
-            "unavailable": lambda: None,
         }.items():
             stack.enter_context(mock.patch.object(cuda, name, value))
-        stack.enter_context(mock.patch.dict(ops.IMPLS, {"cuda": replace(ops.IMPLS["cuda"], devices=("cpu",))}))
+        implementation = IMPLEMENTATIONS["cuda"]
+        stack.enter_context(mock.patch.object(implementation, "devices", ("cpu",)))
+        stack.enter_context(mock.patch.object(implementation, "unavailable", return_value=None))
         yield

@@ -1,10 +1,11 @@
-"""Host code of the Triton kernels: shapes and strides in, memory and launches out. Meaning as in the reference."""
+"""Host code of the Triton kernels: allocates memory and launches kernels. The reference defines what they compute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from math import e, log2, prod
 from typing import Any
 
@@ -17,17 +18,19 @@ from amflow_kernels.impl.base import empty_gradients
 from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
-from amflow_kernels.impl.triton.kernels.maps import Frames, Pairs
+from amflow_kernels.impl.triton.kernels.maps import Constants, FramePair, Frames, Grid, Pairs, Tiling, constexprs
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 LARGEST_FEATURES = 64  # columns of x that one program multiplies
-FLOW = {"C": 0, "SOFTMAX": True}  # a gradient of flows, and not of products with features
+FLOW: dict[str, int | bool] = {"C": 0, "SOFTMAX": True}  # constants of the gradient of a flow
 TINY = torch.finfo(torch.float32).tiny
 
+AnyConfig = configs.Config | configs.Strip | configs.GradientStrip
 
-class _Problem:
-    """One call's arguments in the form that the kernels take."""
+
+class _Launch:
+    """A problem in the form that the kernels take, and their launches."""
 
     def __init__(self, problem: MapPairs, saved: Tensor) -> None:
         q, k, q_b, k_b = problem.frames
@@ -44,11 +47,12 @@ class _Problem:
         self.step = self.P if self.pair else problem.lag
         *statistics, self.e_sum = saved.split(saved_sizes(problem))
         tensors = [q, k]
-        self.first = self.second = self._frames(q, k, *statistics[:2])
+        first = second = self._frames(q, k, *statistics[:2])
         if q_b is not None and k_b is not None:
             tensors += [q_b, k_b]
-            self.second = self._frames(q_b, k_b, *statistics[2:])
-        scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would make NaN of -inf
+            second = self._frames(q_b, k_b, *statistics[2:])
+        self.frames = FramePair(first, second)
+        scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
         self.pairs = Pairs(
             self.P,
             problem.shift,
@@ -62,15 +66,8 @@ class _Problem:
             1 / problem.temperature,
         )
         self.device = configs.Device.of(q.device)
-        self.common = {
-            "D": self.D,
-            "BLOCK_D": configs.block_d(self.D),
-            "NEGATE": scale < 0,
-            "INDEX": _index_type(tensors),
-            "enable_fp_fusion": True,  # of products into sums: where bits matter, kernels say so (`maps.product`)
-        }
-        self.product = {**self.common, "PRECISION": _precision(q)}
-        self.options = {"MEAN_MAP": self.mean_map, "SHARP": problem.temperature < 1}
+        self.constants = Constants(self.D, configs.block_d(self.D), scale < 0, _index_type(tensors), _precision(q))
+        self.low_temperature = problem.temperature < 1
 
     def _frames(self, q: Tensor, k: Tensor, row_max: Tensor, row_norm: Tensor) -> Frames:
         return Frames(q, k, _strides(q), _strides(k), row_max, row_norm, self.T)
@@ -78,86 +75,92 @@ class _Problem:
     def config(self, name: str) -> configs.Config:
         return configs.config(name, self.D, self.q.dtype, self.device)
 
-    def frame_kernel(self, kernel: Any, name: str, *arguments: Any, owns: str, **constants: Any) -> None:
+    def frame_kernel(
+        self, kernel: Any, name: str, arguments: tuple[Any, ...], owns: str, constants: Constants, **options: Any
+    ) -> None:
         """Launch a kernel whose programs own a block of rows (queries) or columns (keys) of one head's map."""
         config = self.config(name)
         blocks = self._blocks(config, owns)
         programs = blocks * self.B * self.T * self.H * self.G
-        run(kernel, programs, (*arguments, blocks), {**self.product, **constants, **asdict(config)})
+        run(kernel, programs, (*arguments, blocks), _options(constants, config, options))
 
-    def pair_kernel(self, kernel: Any, name: str, *arguments: Any, owns: str, **constants: Any) -> None:
-        """Launch a kernel whose programs own a block of rows or columns of a run of pairs of a chain."""
-        config = self.config(name)
-        blocks = self._blocks(config, owns)
-        chunk, chunks, programs = self._chunks(blocks)
-        arguments = (self.first, self.second, self.pairs, *arguments, blocks, chunks)
-        constants = {**self.product, **self.options, **constants, "CHUNK": chunk}
-        run(kernel, programs, arguments, {**constants, **asdict(config)})
-
-    def strip_kernel(
-        self, kernel: Any, config: configs.GradientStrip, *arguments: Any, owns: str, **constants: Any
+    def pair_kernel(
+        self,
+        kernel: Any,
+        config: AnyConfig,
+        arguments: tuple[Any, ...],
+        owns: str,
+        constants: Constants,
+        **options: Any,
     ) -> None:
-        """Launch a strip kernel of the backward."""
+        """Launch a kernel whose programs own a block of rows or columns, and a chunk of a chain of pairs."""
         blocks = self._blocks(config, owns)
-        chunk, chunks, programs = self._chunks(blocks)
-        arguments = (self.first, self.second, self.pairs, *arguments, blocks, chunks)
-        constants = {**self.common, **constants, "SHARP": self.options["SHARP"], "CHUNK": chunk}
-        run(kernel, programs, arguments, {**constants, **asdict(config)})
+        chunk, grid, programs = self._chunks(blocks)
+        constants = constants._replace(CHUNK=chunk)
+        run(kernel, programs, (self.frames, self.pairs, *arguments, grid), _options(constants, config, options))
+
+    def map_constants(self, **kind: int | bool) -> Constants:
+        """Compile-time constants of kernels that compare the maps of a pair."""
+        return self.constants._replace(MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, **kind)
 
     def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
-        """Three passes over tiles, the first only where the rows' log-sum-exps are not given."""
+        """Three passes over tiles; the first is skipped for frames whose log-sum-exps are given."""
         self.row_statistics(lse, lse_b)
         w = self.weights()
-        lost = (w * self.e_sum).view(-1, self.Nq).sum(-1)  # sum_i w_i e_ij lies sum_i w_i ebar_i too high
-        base_of_pairs = lost.div_(-self.Nk).add_(base)
-        tail = configs.tail(self.Nq, self.config("fwd").BLOCK_M)
-        self.pair_kernel(forward.am_flow_fwd_kernel, "fwd", w, base_of_pairs, flow, owns="columns", TAIL=tail)
+        mean = (w * self.e_sum).view(-1, self.Nq).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
+        config = self.config("fwd")
+        arguments = (w, mean.neg_().add_(base), flow)
+        constants, tail = self.map_constants(), configs.tail(self.Nq, config.BLOCK_M)
+        self.pair_kernel(forward.am_flow_fwd_kernel, config, arguments, "columns", constants, TAIL=tail)
 
     def row_statistics(self, lse: Tensor | None, lse_b: Tensor | None) -> None:
-        """Row maxima and normalisers of all maps, from log-sum-exps where they are known."""
-        for f, known in ((self.first, lse), (self.second, lse_b)) if self.pair else ((self.first, lse),):
+        """Row maxima and normalisers of all maps, from log-sum-exps where those are given."""
+        tail = configs.tail(self.Nk, self.config("rows").BLOCK_N)
+        for f, known in zip(self.frames, (lse, lse_b) if self.pair else (lse,), strict=False):
             if known is not None:
-                self._take(known, f)
-                continue
-            tail = configs.tail(self.Nk, self.config("rows").BLOCK_N)
-            self.frame_kernel(
-                forward.am_flow_rows_kernel, "rows", f, self.pairs, f.row_max, f.row_norm, owns="rows", TAIL=tail
-            )
+                self._statistics_from_lse(known, f)
+            else:
+                arguments = (f, self.pairs)
+                self.frame_kernel(forward.am_flow_rows_kernel, "rows", arguments, "rows", self.constants, TAIL=tail)
 
     def weights(self) -> Tensor:
         """w of all pairs' rows; fills e_sum."""
         w = torch.empty_like(self.e_sum)
-        tail = configs.tail(self.Nk, self.config("weights").BLOCK_N)
-        self.pair_kernel(forward.am_flow_weights_kernel, "weights", self.e_sum, w, owns="rows", TAIL=tail)
+        config = self.config("weights")
+        constants, tail = self.map_constants(), configs.tail(self.Nk, config.BLOCK_N)
+        self.pair_kernel(forward.am_flow_weights_kernel, config, (self.e_sum, w), "rows", constants, TAIL=tail)
         return w
 
     def times(self, x: Tensor, transpose: bool, softmax: bool, w: Tensor | None) -> Tensor:
         """The motion operator, or its transpose, times x (B, P, *G, N, C): float32."""
-        C = x.shape[-1]
-        kernel, name = (
-            (matmul.am_flow_matmul_k_kernel, "matmul_k") if transpose else (matmul.am_flow_matmul_q_kernel, "matmul_q")
-        )
-        config = self.config(name)
         weight = None if w is None else w.view(*x.shape[:-2], self.Nq, 1)
         x = x.float() if weight is None or not transpose else x.float() * weight
-        y = x.new_empty((*x.shape[:-2], self.Nk if transpose else self.Nq, C))
-        blocks = self._blocks(config, "columns" if transpose else "rows")
-        width = min(LARGEST_FEATURES, max(16, triton.next_power_of_2(C)))
-        columns = -(-C // width)
-        arguments = (self.first, self.second, self.pairs, x.contiguous(), y, C, blocks, columns)
-        constants = {**self.product, "SOFTMAX": softmax, "SHARP": self.options["SHARP"], "BLOCK_C": width}
-        run(kernel, blocks * columns * self.B * self.P * self.H * self.G, arguments, {**constants, **asdict(config)})
+        y = self._change_times(x, transpose, softmax)
         if weight is not None:
             y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
             if not transpose:
                 y *= weight
         return y
 
-    def _take(self, lse: Tensor, f: Frames) -> None:
-        """Row statistics from log-sum-exps; one that is not finite makes NaN of its row.
+    def _change_times(self, x: Tensor, transpose: bool, softmax: bool) -> Tensor:
+        """M x, or with softmax e x, or their transposes times x."""
+        C = x.shape[-1]
+        y = x.new_empty((*x.shape[:-2], self.Nk if transpose else self.Nq, C))
+        kernel = matmul.am_flow_matmul_k_kernel if transpose else matmul.am_flow_matmul_q_kernel
+        config = self.config("matmul_k" if transpose else "matmul_q")
+        width = min(LARGEST_FEATURES, max(16, triton.next_power_of_2(C)))
+        grid = Grid(self._blocks(config, "columns" if transpose else "rows"), -(-C // width))
+        constants = self.constants._replace(LOW_TEMPERATURE=self.low_temperature, SOFTMAX=softmax)
+        programs = grid.blocks * grid.columns * self.B * self.P * self.H * self.G
+        arguments = (self.frames, self.pairs, x.contiguous(), y, C, grid)
+        run(kernel, programs, arguments, _options(constants, config, {"BLOCK_C": width}))
+        return y
 
-        What row_max can't hold of one goes into row_norm. The factor is the logits' as the kernels round it: with
-        log2(e) itself the large elements of a map would be wrong by that rounding.
+    def _statistics_from_lse(self, lse: Tensor, f: Frames) -> None:
+        """Row statistics from log-sum-exps; one that is not finite turns its row into NaN.
+
+        The part of an lse that float32 row_max can't hold goes into row_norm. The factor is the logits' scale_log2 as
+        the kernels round it: with log2(e) itself, large elements of a map would be off by the rounding of scale_log2.
         """
         rounded = torch.tensor(self.pairs.scale_log2, dtype=torch.float32).item()
         exact = lse.detach().flatten().double() * (rounded / abs(self.scale) if self.scale else log2(e))
@@ -165,225 +168,213 @@ class _Problem:
         torch.exp2((f.row_max - exact).float(), out=f.row_norm)
 
     def strip_forward(self, config: configs.Strip, flow: Tensor, base: float) -> None:
-        """One pass; each program leaves the flow of its rows, to be summed up."""
-        blocks = -(-self.Nq // config.rows)
-        left = self.Nq % config.rows
-        chunk, chunks, programs = self._chunks(blocks)
+        """One pass; each program stores its rows' share of the flow, and the shares are added up afterwards."""
+        remaining = self.Nq % config.rows
+        short = 0 < remaining <= 16 < config.rows
+        tail = constexprs(_tiling(replace(config, ROW_TILES=1, BLOCK_M=16))) if short else None
+        blocks = self._blocks(config, "rows")
         part = torch.empty((blocks, *flow.shape), dtype=torch.float32, device=flow.device)
-        arguments = (self.first, self.second, self.pairs, self.e_sum, part, flow.numel(), blocks, chunks)
-        constants = {
-            **self.common,
-            "SHARP": self.options["SHARP"],
-            "CHUNK": chunk,
-            "TAIL": 0 < left <= 16 < config.rows,
-        }
-        run(strip.am_flow_strip_kernel, programs, arguments, {**constants, **asdict(config)})
+        arguments = (self.e_sum, part, flow.numel())
+        self.pair_kernel(strip.am_flow_strip_kernel, config, arguments, "rows", self.map_constants(), TAIL=tail)
         torch.sum(part, 0, out=flow).add_(base)
 
-    def _chunks(self, blocks: int) -> tuple[int, int, int]:
-        """Pairs of a chain in one program, such chunks in a chain, and programs."""
+    def _chunks(self, blocks: int) -> tuple[int, Grid, int]:
+        """Pairs of a chain in one program, the blocks and chunks of a chain, and the number of programs."""
         longest = -(-self.P // self.step)
         chains = blocks * min(self.step, self.P) * self.B * self.Z * self.G
         chunk = configs.chunk(longest, chains, self.device.processors)
         chunks = -(-longest // chunk)
-        return chunk, chunks, chains * chunks
+        return chunk, Grid(blocks, chunks), chains * chunks
 
-    def _blocks(self, config: configs.Config | configs.GradientStrip, owns: str) -> int:
-        return -(-self.Nq // config.BLOCK_M) if owns == "rows" else -(-self.Nk // config.BLOCK_N)
+    def _blocks(self, config: AnyConfig, owns: str) -> int:
+        rows = config.rows if isinstance(config, configs.Strip) else config.BLOCK_M
+        return -(-self.Nq // rows) if owns == "rows" else -(-self.Nk // config.BLOCK_N)
+
+
+def _options(constants: Constants, config: AnyConfig, extra: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments and launch options of a kernel."""
+    return {
+        "CONST": constexprs(constants),
+        "TILING": constexprs(_tiling(config)),
+        **extra,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # of products into sums; where it would change bits, kernels use `maps.product`
+    }
+
+
+@cache
+def _tiling(config: AnyConfig) -> Tiling:
+    fields = {name.replace("KEY_TILES", "TILES"): value for name, value in asdict(config).items()}
+    return Tiling(**{name: fields[name] for name in Tiling._fields if name in fields})
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch."""
+    """Launch a kernel. All launches go through this function."""
     kernel[(programs,)](*arguments, **options)
 
 
 def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
     """The flow, and the statistics that its backward takes."""
     saved = new_saved(problem)
-    pb = _Problem(problem, saved)
-    base = 0.0 if problem.center else pb.Nq / pb.Nk
+    launch = _Launch(problem, saved)
+    base = 0.0 if problem.center else launch.Nq / launch.Nk
     mean = problem.head_reduction == "mean"
-    shape = (pb.B, pb.P, *([] if pb.mean_map else [pb.H]), *pb.q.shape[3:-2], pb.Nk)
-    flow = torch.empty(shape, dtype=torch.float32, device=pb.q.device)
-    with _on(pb.q):
-        config = None if pb.mean_map else configs.strip(pb.Nk, pb.D, pb.q.dtype, pb.device)
+    shape = (launch.B, launch.P, *([] if launch.mean_map else [launch.H]), *launch.q.shape[3:-2], launch.Nk)
+    flow = torch.empty(shape, dtype=torch.float32, device=launch.q.device)
+    with _on(launch.q):
+        config = None if launch.mean_map else configs.strip(launch.Nk, launch.D, launch.q.dtype, launch.device)
         if config is not None:
-            pb.strip_forward(config, flow, 0.0 if mean else base)
+            launch.strip_forward(config, flow, 0.0 if mean else base)
         else:
-            pb.tiled_forward(problem.lse, problem.lse_b, flow, 0.0 if mean else base)
+            launch.tiled_forward(problem.lse, problem.lse_b, flow, 0.0 if mean else base)
     return flow.mean(HEADS).add_(base) if mean else flow, saved
 
 
 def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """dq, dk, dq_b, dk_b; without elements where `needs` is False."""
-    pb = _Problem(problem, saved)
+    launch = _Launch(problem, saved)
     q = problem.q
     dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
     g = subtract_mean(dflow)
     if problem.head_reduction == "mean":
-        g = (g / pb.H).unsqueeze(HEADS).expand(pb.B, pb.P, pb.H, *g.shape[2:])
-    elif pb.mean_map:
+        g = (g / launch.H).unsqueeze(HEADS).expand(launch.B, launch.P, launch.H, *g.shape[2:])
+    elif launch.mean_map:
         g = g.unsqueeze(HEADS)
     if q.dim() == 5:
         g = g.unsqueeze(-2)
     with _on(q):
-        if _strips_backward(pb, g, pb.scale, (dq, dk, dq_b, dk_b)):
+        if _strips_backward(launch, g, launch.scale, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
-        rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=q.device)
+        rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=q.device)
         d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
-        _tiled_backward(pb, d, pb.scale, (dq, dk, dq_b, dk_b), FLOW)
+        _tiled_backward(launch, d, launch.scale, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
 
 
 def am_flow_matmul(problem: MatmulProblem) -> Tensor:
     """The motion operator times x."""
-    pb = _matmul_problem(problem)
-    with _on(pb.q):
-        pb.row_statistics(None, None)
-        w = pb.weights() if problem.softmax else None
-        return pb.times(problem.x, problem.transpose, problem.softmax, w)
+    launch = _matmul_launch(problem)
+    with _on(launch.q):
+        launch.row_statistics(None, None)
+        w = launch.weights() if problem.softmax else None
+        return launch.times(problem.x, problem.transpose, problem.softmax, w)
 
 
 def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """dq, dk, dq_b, dk_b, dx; without elements where `needs` is False."""
-    pb = _matmul_problem(problem)
+    launch = _matmul_launch(problem)
     x, transpose, softmax = problem.x, problem.transpose, problem.softmax
     dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs[:4])
     dx = x.new_empty(0)
-    with _on(pb.q):
-        pb.row_statistics(None, None)
-        w = pb.weights() if softmax else None
+    with _on(launch.q):
+        launch.row_statistics(None, None)
+        w = launch.weights() if softmax else None
         if needs[4]:
-            dx = pb.times(dy, not transpose, softmax, w).to(x.dtype)
+            dx = launch.times(dy, not transpose, softmax, w).to(x.dtype)
         if any(needs[:4]):
-            u, v = (x, dy) if transpose else (dy, x)  # of the queries, of the keys
+            u, v = (x, dy) if transpose else (dy, x)  # features of the queries and of the keys
             v = v.float()
-            if softmax:  # a constant in a column has no effect: without it v that are equal for all keys give exactly 0
+            if softmax:  # a constant added to all keys has no effect; subtracting the mean makes equal v give 0 exactly
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
             u, v = u.float().contiguous(), v.contiguous()
-            rows = torch.empty((4, pb.e_sum.numel()), dtype=torch.float32, device=pb.q.device)
+            rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=launch.q.device)
             d = backward.Gradient(u, (0, 0, 0, 0), u, v, *rows)
-            _tiled_backward(pb, d, pb.scale, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
+            _tiled_backward(launch, d, launch.scale, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
     return dq, dk, dq_b, dk_b, dx
 
 
-def _matmul_problem(problem: MatmulProblem) -> _Problem:
+def _matmul_launch(problem: MatmulProblem) -> _Launch:
     saved = problem.q.new_empty(sum(saved_sizes(problem)), dtype=torch.float32)
-    return _Problem(problem, saved)
+    return _Launch(problem, saved)
 
 
 def _tiled_backward(
-    pb: _Problem,
+    launch: _Launch,
     d: backward.Gradient,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     kind: dict[str, int | bool],
 ) -> None:
     """dq, dk, dq_b, dk_b in three passes over tiles."""
-    pb.pair_kernel(backward.am_flow_bwd_rows_kernel, "bwd_rows", d, pb.e_sum, scale, owns="rows", **kind)
-    dq, dk, dq_b, dk_b = grads
-    if pb.pair:
-        _frames_backward(pb, backward.Frame(pb.second, pb.first, pb.second, pb.P, pb.P), d, dq, dk, kind)
-        _frames_backward(pb, backward.Frame(pb.first, pb.second, pb.first, 0, 0), d, dq_b, dk_b, kind)
+    constants = launch.map_constants(**kind)
+    config = launch.config("bwd_rows")
+    launch.pair_kernel(backward.am_flow_bwd_rows_kernel, config, (d, launch.e_sum, scale), "rows", constants)
+    first, second = launch.frames
+    if launch.pair:
+        _frames_backward(launch, backward.Frame(second, first, second, launch.P, launch.P), d, grads[:2], constants)
+        _frames_backward(launch, backward.Frame(first, second, first, 0, 0), d, grads[2:], constants)
     else:
-        _frames_backward(pb, backward.Frame(pb.first, pb.first, pb.first, pb.pairs.shift, pb.P), d, dq, dk, kind)
-        _clear_unpaired(pb, grads)
+        _frames_backward(
+            launch, backward.Frame(first, first, first, launch.pairs.shift, launch.P), d, grads[:2], constants
+        )
+        _clear_unpaired(launch, grads)
 
 
-def _clear_unpaired(pb: _Problem, grads: tuple[Tensor, ...]) -> None:
-    """The gradients of frames that are in no pair, whose maps a forward by strips does not make: 0."""
+def _clear_unpaired(launch: _Launch, grads: tuple[Tensor, ...]) -> None:
+    """Set the gradients of frames in no pair to 0. A forward by strips leaves their row statistics uninitialised."""
     for grad in grads:
         if grad.numel():
-            grad[:, pb.P : pb.step] = 0
+            grad[:, launch.P : launch.step] = 0
 
 
-def _strips_backward(pb: _Problem, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
-    """All gradients in two passes by strips, if those fit."""
-    by_rows = configs.gradient_strip("bwd_strip_q", pb.Nk, pb.D, pb.q.dtype)
-    by_columns = configs.gradient_strip("bwd_strip_k", pb.Nq, pb.D, pb.q.dtype)
-    if by_rows is None or by_columns is None or pb.mean_map:
+def _strips_backward(launch: _Launch, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
+    """All gradients in two passes by strips, if those fit; returns whether they do."""
+    by_rows = configs.gradient_strip("bwd_strip_q", launch.Nk, launch.D, launch.q.dtype)
+    by_columns = configs.gradient_strip("bwd_strip_k", launch.Nq, launch.D, launch.q.dtype)
+    if by_rows is None or by_columns is None or launch.mean_map:
         return False
-    _clear_unpaired(pb, grads)
-    dq, dk, dq_b, dk_b = grads if pb.pair else (*grads[:2], *grads[:2])
-    slope, offset = torch.empty((2, pb.e_sum.numel()), dtype=torch.float32, device=g.device)
-    rho = torch.empty((1 + pb.pair, pb.first.row_max.numel()), dtype=torch.float32, device=g.device)
+    _clear_unpaired(launch, grads)
+    dq, dk, dq_b, dk_b = (x if x.numel() else None for x in (grads if launch.pair else (*grads[:2], *grads[:2])))
+    slope, offset = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=g.device)
+    rho = torch.empty((1 + launch.pair, launch.frames.first.row_max.numel()), dtype=torch.float32, device=g.device)
     d = strip_backward.StripGradient(g, g.stride()[:4], slope, offset, rho[0], rho[-1])
-    needed = {"NEEDED": dq.numel() > 0, "NEEDED_B": dq_b.numel() > 0}
-    arguments = (d, pb.e_sum, dq, dq_b, scale)
-    pb.strip_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, *arguments, owns="rows", **needed)
-    needed = {"NEEDED": dk.numel() > 0, "NEEDED_B": dk_b.numel() > 0}
-    if any(needed.values()):
-        pb.strip_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, d, dk, dk_b, owns="columns", **needed)
+    constants = launch.map_constants()
+    arguments = (d, launch.e_sum, (dq, dq_b), scale)
+    launch.pair_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, arguments, "rows", constants)
+    if dk is not None or dk_b is not None:
+        launch.pair_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, (d, (dk, dk_b)), "columns", constants)
     return True
 
 
 def _frames_backward(
-    pb: _Problem,
-    frame: backward.Frame,
-    d: backward.Gradient,
-    dq: Tensor,
-    dk: Tensor,
-    kind: dict[str, int | bool],
+    launch: _Launch, frame: backward.Frame, d: backward.Gradient, grads: Sequence[Tensor], constants: Constants
 ) -> None:
-    """dq and dk of one set of frames, of those that have room for them."""
+    """dq and dk of one set of frames, each only if it has elements."""
+    dq, dk = grads
     if not dq.numel() and not dk.numel():
         return
-    rho = d.rho  # mean maps have one for each head, too
-    if pb.mean_map:
-        rho = torch.empty(pb.B * pb.T * pb.H * pb.G * pb.Nq, dtype=torch.float32, device=pb.q.device)
-        pb.frame_kernel(
-            backward.am_flow_bwd_rho_kernel, "bwd_rho", frame, d, pb.pairs, rho, owns="rows", SHARP=pb.options["SHARP"]
-        )
-    wide = max(16, triton.next_power_of_2(pb.D))
+    if launch.mean_map:
+        d = d._replace(head_rho=torch.empty_like(frame.own.row_max))
+        launch.frame_kernel(backward.am_flow_bwd_rho_kernel, "bwd_rho", (frame, d, launch.pairs), "rows", constants)
+    width = max(16, triton.next_power_of_2(launch.D))
     if dq.numel():
-        pb.frame_kernel(
-            backward.am_flow_bwd_dq_kernel,
-            "bwd_dq",
-            frame,
-            d,
-            pb.pairs,
-            rho,
-            dq,
-            owns="rows",
-            WIDE_D=wide,
-            **pb.options,
-            **kind,
-        )
+        arguments = (frame, d, launch.pairs, dq)
+        launch.frame_kernel(backward.am_flow_bwd_dq_kernel, "bwd_dq", arguments, "rows", constants, WIDE_D=width)
     if dk.numel():
-        pb.frame_kernel(
-            backward.am_flow_bwd_dk_kernel,
-            "bwd_dk",
-            frame,
-            d,
-            pb.pairs,
-            rho,
-            dk,
-            owns="columns",
-            WIDE_D=wide,
-            **pb.options,
-            **kind,
-        )
+        arguments = (frame, d, launch.pairs, dk)
+        launch.frame_kernel(backward.am_flow_bwd_dk_kernel, "bwd_dk", arguments, "columns", constants, WIDE_D=width)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of batch, frame, head, window, token; without windows there is one."""
+    """Strides of (batch, frame, head, window, token); without windows, window has one element and stride 0."""
     return (*x.stride()[:3], x.stride(3) if x.dim() == 6 else 0, x.stride(-2))
 
 
 def _index_type(tensors: Sequence[Tensor]) -> tl.dtype:
-    """Of frames, and of offsets in one map's rows: 64 bits only where they are needed, since they cost registers."""
+    """Integer type of frame numbers and of offsets within the rows of one map. 64 bits take more registers than 32."""
     rows = max((x.shape[-2] + configs.LARGEST_BLOCK) * max(x.stride(-2), x.shape[-1]) + x.shape[-1] for x in tensors)
-    frames = max(x.shape[1] * max(x.stride(1), prod(x.shape[2:-1])) for x in tensors)  # of x, and of flows
+    frames = max(x.shape[1] * max(x.stride(1), prod(x.shape[2:-1])) for x in tensors)  # in x, and in flows
     return tl.int64 if max(rows, frames) >= 2**31 else tl.int32
 
 
 def _on(q: Tensor) -> AbstractContextManager[object]:
-    """Launch on the tensors' GPU, whichever is current."""
+    """A context that makes the GPU of q current, as launches need."""
     return torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext()
 
 
 def _precision(q: Tensor) -> str:
-    """tf32 for float32 only where PyTorch's own products may use it, else exact products."""
+    """Precision of q k^T: "tf32" for float32 if PyTorch's own products may use it, else "ieee", exact products."""
     if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

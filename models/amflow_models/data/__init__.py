@@ -1,6 +1,6 @@
 """Videos from disk: lists, checks of lists, reading frames, sampling, augmentation, data sets.
 
-``python -m amflow_models.data check`` looks for what is wrong with lists before anything is trained on them.
+``python -m amflow_models.data check`` finds problems in lists before a model is trained on them.
 """
 
 from amflow_models.data.checks import Problem, Report, check_lists

@@ -1,4 +1,4 @@
-"""What is wrong with lists of videos, before a training run finds out."""
+"""Checks of lists of videos: they find problems before a training run does."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Problem:
 
     Attributes:
         where: name of the list.
-        kind: what is wrong.
-        count: how often.
-        examples: the first few.
-        warning: nothing that stands in the way of training.
+        kind: the kind of problem.
+        count: number of times that it occurs.
+        examples: the first few occurrences.
+        warning: whether training can go ahead nevertheless.
     """
 
     where: str
@@ -47,12 +47,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_lists` found; prints as a table.
+    """The result of `check_lists`; prints as a table.
 
     Attributes:
-        lists: by name.
-        num_classes: as they were checked for.
-        problems: all that was found, warnings among them.
+        lists: the lists by name.
+        num_classes: the number of classes that they were checked against.
+        problems: all problems, including warnings.
     """
 
     lists: Mapping[str, VideoList]
@@ -60,10 +60,10 @@ class Report:
     problems: tuple[Problem, ...]
 
     def raise_for_problems(self) -> None:
-        """Raises one ValueError that lists all problems, if there are any besides warnings."""
-        found = [str(problem) for problem in self.problems if not problem.warning]
-        if found:
-            raise ValueError("\n  ".join([f"{len(found)} kinds of problems with the lists:", *found]))
+        """Raises a ValueError that lists all problems, if there are any besides warnings."""
+        errors = [str(problem) for problem in self.problems if not problem.warning]
+        if errors:
+            raise ValueError("\n  ".join([f"{len(errors)} kinds of problems with the lists:", *errors]))
 
     def __rich__(self) -> RenderableType:
         lists = Table("list", *("videos", "classes", "labels"), title=f"Lists, for {self.num_classes} classes")
@@ -74,7 +74,7 @@ class Report:
         if not self.problems:
             return Group(lists, "No problems found.")
         problems = Table("list", "", "problem", "count", title="Problems")
-        problems.add_column("first", overflow="fold")  # paths are shown as a whole
+        problems.add_column("first", overflow="fold")  # whole paths
         for problem in self.problems:
             kind = "[yellow]warning" if problem.warning else "[red]error"
             cells = (problem.where, kind, problem.kind, str(problem.count), "\n".join(map(escape, problem.examples)))
@@ -89,18 +89,22 @@ class Report:
 
 
 def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos: bool = True) -> Report:
-    """Looks for what is wrong with lists, each of its own and together.
+    """Looks for problems in lists, in each one and between them.
 
-    - labels below 0 or of more than `num_classes`, above all those that count from 1;
+    - labels below 0 or above `num_classes` - 1, above all labels that count from 1;
     - empty lists; classes without a video: an error in a list with "train" in its name, a warning in others;
     - missing files, folders with fewer frames than their list says, and videos that can't be opened;
-    - one video with several labels, and videos that two lists share, by the file that a path leads to. A video that
-      comes several times with the same label is no problem: some lists balance their classes so.
+    - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
+      A video may occur several times with the same label: some lists balance their classes in this way.
 
     Args:
-        lists: by name, as {"train": ..., "validation": ...}.
-        num_classes: how many the model has.
-        open_videos: open every video and decode its first frame, in a few threads; else only look whether it is there.
+        lists: the lists by name, such as {"train": ..., "validation": ...}.
+        num_classes: number of classes of the model.
+        open_videos: open every video and decode its first frame, in several threads; otherwise only check that it
+            exists.
+
+    Returns:
+        The report of all problems.
 
     Raises:
         ValueError: num_classes is below 1.
@@ -109,22 +113,22 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     videos = list({(video.path, video.frames): video for listed in lists.values() for video in listed.videos}.values())
     with ThreadPoolExecutor() as pool:
-        looked = pool.map(lambda video: _look(video, open_videos), videos)
-        progress = track(looked, "videos", len(videos), console=Console(stderr=True), disable=not sys.stderr.isatty())
-        seen = {(video.path, video.frames): found for video, found in zip(videos, progress, strict=True)}
+        checked = pool.map(lambda video: _check_video(video, open_videos), videos)
+        progress = track(checked, "videos", len(videos), console=Console(stderr=True), disable=not sys.stderr.isatty())
+        results = {(video.path, video.frames): result for video, result in zip(videos, progress, strict=True)}
     problems: list[Problem] = []
     files: dict[str, dict[str, Video]] = {}
     for name, listed in lists.items():
-        found = [seen[video.path, video.frames] for video in listed.videos]
-        files[name] = {file: video for (file, *_), video in zip(found, listed.videos, strict=True)}
+        own = [results[video.path, video.frames] for video in listed.videos]
+        files[name] = {file: video for (file, *_), video in zip(own, listed.videos, strict=True)}
         problems += _check_labels(name, listed, num_classes)
-        for kind in dict.fromkeys(kind for _, kind, _ in found if kind):
-            told = [f"{v.path}{why}" for (_, k, why), v in zip(found, listed.videos, strict=True) if k == kind]
-            problems.append(_problem(name, kind, told))
+        for kind in dict.fromkeys(kind for _, kind, _ in own if kind):
+            cases = [f"{v.path}{detail}" for (_, k, detail), v in zip(own, listed.videos, strict=True) if k == kind]
+            problems.append(_problem(name, kind, cases))
         labels: dict[str, set[int]] = {}
-        for (file, *_), video in zip(found, listed.videos, strict=True):
+        for (file, *_), video in zip(own, listed.videos, strict=True):
             labels.setdefault(file, set()).add(video.label)
-        several = [f"{files[name][file].path}: {sorted(own)}" for file, own in labels.items() if len(own) > 1]
+        several = [f"{files[name][file].path}: {sorted(all_)}" for file, all_ in labels.items() if len(all_) > 1]
         problems.append(_problem(name, "videos with several labels", several))
     for a, b in combinations(files, 2):
         shared = [str(video.path) for file, video in files[a].items() if file in files[b]]
@@ -140,19 +144,19 @@ def _check_labels(name: str, listed: VideoList, num_classes: int) -> list[Proble
     if min(labels) == 1 and max(labels) == num_classes:
         above += f" (labels run from 1 to {num_classes}, and should from 0: subtract 1 from all)"
 
-    def of(condition: Callable[[int], bool]) -> list[str]:
+    def with_label(condition: Callable[[int], bool]) -> list[str]:
         return [f"{video.path}: {video.label}" for video in listed.videos if condition(video.label)]
 
     absent = [listed.classes[k] if k < len(listed.classes) else str(k) for k in range(num_classes) if k not in labels]
     return [
-        _problem(name, "labels below 0", of(lambda label: label < 0)),
-        _problem(name, above, of(lambda label: label >= num_classes)),
+        _problem(name, "labels below 0", with_label(lambda label: label < 0)),
+        _problem(name, above, with_label(lambda label: label >= num_classes)),
         _problem(name, "classes without a video", absent, warning="train" not in name),
     ]
 
 
-def _look(video: Video, open_it: bool) -> tuple[str, str, str]:
-    """The file that a path leads to; the kind of problem it has, empty if none; more about it."""
+def _check_video(video: Video, open_it: bool) -> tuple[str, str, str]:
+    """The file that a video's path leads to, the kind of its problem (empty if it has none), and details of that."""
     file = os.path.realpath(video.path)
     if not os.path.exists(file):
         return file, "missing files", ""
@@ -167,5 +171,5 @@ def _look(video: Video, open_it: bool) -> tuple[str, str, str]:
     return file, "", ""
 
 
-def _problem(where: str, kind: str, found: Sequence[str], *, warning: bool = False) -> Problem:
-    return Problem(where, kind, len(found), tuple(found[:_EXAMPLES]), warning)
+def _problem(where: str, kind: str, cases: Sequence[str], *, warning: bool = False) -> Problem:
+    return Problem(where, kind, len(cases), tuple(cases[:_EXAMPLES]), warning)

@@ -1,4 +1,4 @@
-"""Data sets of clips. All that is random about an item is a function of seed, epoch and index, whoever loads it."""
+"""Data sets of clips. An item is a function of seed, epoch and index, whichever process loads it."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ Item = dict[str, Any]
 class VideoDataset(Dataset[Item]):
     """Clips of the videos of a list.
 
-    An index is a pair (epoch, place in the list). An item is a dict:
+    A key is a pair (epoch, index in the list). An item is a dict:
 
     - ``clips``: uint8 RGB (views, T, 3, size, size); views = clips * crops, the crops of a clip next to each other.
-    - ``label``: number of the class.
-    - ``index``: the place in the list that was asked for.
-    - ``error``: path and reason of a video that could not be read; empty if all is well.
+    - ``label``: index of the class.
+    - ``index``: the index in the list, from the key.
+    - ``error``: path and reason of a video that could not be read; empty if there was none.
     - ``valid``: whether `clips` is from a video.
 
-    What becomes of a video that can't be read: in training the next one of the list that can be read takes its place,
-    with its own label; in testing `clips` is 0 and `valid` False. `error` tells of it either way.
+    If a video can't be read, ``error`` is set. In training the next readable video of the list replaces it, with its
+    own label; in testing ``clips`` is 0 and ``valid`` False.
 
     Args:
-        videos: what `read_list` gave.
+        videos: the result of `read_list`.
         frames: T.
-        size: of the frames, in pixels.
-        train: random frames and augmentation; else the middle of the video (of each part) and no augmentation.
-        sampling: "uniform", one frame of each of T equal parts of the video, or "dense", one in `stride`.
-        stride: of dense sampling.
-        clips, crops: in testing, how many clips of each video, and crops of each clip (1, the centre, or 3).
+        size: side of the frames, in pixels.
+        train: random frames and augmentation; otherwise the middle of the video (of each part) and no augmentation.
+        sampling: "uniform", one frame of each of T equal parts of the video, or "dense", every `stride`-th frame.
+        stride: distance in frames, for dense sampling.
+        clips, crops: in testing, the number of clips per video and of crops per clip (1, the centre, or 3).
         augment: RandAugment in training; random resized crops are always made.
-        flip: mirror half of the clips in training; None: unless the classes speak of left and right.
-        scale: share of the frame's area that a crop has in training. The default is that of torchvision, PySlowFast's
-            vision transformers and MMAction2.
-        seed: at least 0.
-        strict: raise `UnreadableVideo` in place of what is said above.
+        flip: mirror half of the clips in training; None mirrors unless class names speak of left and right.
+        scale: range of the share of the frame's area that a crop has in training. The default is that of torchvision,
+            PySlowFast's vision transformers and MMAction2.
+        seed: seed of all random choices, at least 0.
+        strict: raise `UnreadableVideo` instead.
 
     Raises:
-        ValueError: an argument is out of range, the list is empty; from an item: no video of the list can be read.
-        IndexError: from an item: there is no such place in the list.
-        UnreadableVideo: from an item, if `strict`.
+        ValueError: an argument is out of range or the list is empty; for an item: no video of the list can be read.
+        IndexError: for an item: the index is not in the list.
+        UnreadableVideo: for an item, if `strict`.
     """
 
     def __init__(
@@ -89,6 +89,10 @@ class VideoDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.videos.videos)
 
+    def name(self, index: int) -> str:
+        """The path of a video, for messages."""
+        return str(self.videos.videos[index].path)
+
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         if not 0 <= index < len(self):
@@ -109,41 +113,41 @@ class VideoDataset(Dataset[Item]):
         return {"clips": clips, "label": video.label, "index": index, "error": error, "valid": False}
 
     def _train_clip(self, video: Video, epoch: int, index: int) -> Tensor:
-        of_frames, of_transform = _seeds(2, self.seed, epoch, index)
-        generator = Generator().manual_seed(of_frames)
+        frames_seed, transform_seed = _seeds(2, self.seed, epoch, index)
+        generator = Generator().manual_seed(frames_seed)
         with open_video(video.path) as reader:
             total = _total(video, len(reader))
             if self.stride is None:
-                places = uniform(total, self.frames, generator)
+                indices = uniform(total, self.frames, generator)
             else:
-                places = dense(total, self.frames, self.stride, generator)
-            clip = reader.read(places.tolist())
-        return self.transform(clip, of_transform)[None]
+                indices = dense(total, self.frames, self.stride, generator)
+            clip = reader.read(indices.tolist())
+        return self.transform(clip, transform_seed)[None]
 
     def _test_clips(self, video: Video) -> Tensor:
         with open_video(video.path) as reader:
-            places = views(_total(video, len(reader)), self.frames, self.clips, self.stride)
-            frames = reader.read(places.flatten().tolist())
+            indices = views(_total(video, len(reader)), self.frames, self.clips, self.stride)
+            frames = reader.read(indices.flatten().tolist())
         crops = spatial_crops(frames, self.size, self.crops)  # (crops, clips * T, 3, size, size)
         return crops.unflatten(1, (self.clips, self.frames)).transpose(0, 1).flatten(0, 1).contiguous()
 
 
 class SyntheticDataset(Dataset[Item]):
-    """Made-up clips, to measure speed with and to try a training run: items as those of `VideoDataset`.
+    """Synthetic clips, to measure speed and to try out a training run; items are like those of `VideoDataset`.
 
-    A clip is a grating that drifts in the direction of its class, from a random phase on. Where the number of classes
-    is even, each has the stripes of another one that drifts the other way: single frames can't tell the two apart.
+    A clip is a grating that starts at a random phase and drifts in the direction of its class. If the number of classes
+    is even, each class has the stripes of another one that drifts the other way: no single frame tells the two apart.
 
     Args:
-        num_classes: how many; labels follow one another, so every class comes equally often.
-        count: items.
+        num_classes: number of classes; labels repeat in order, so all classes are equally frequent.
+        count: number of items.
         frames, size: as for `VideoDataset`.
-        views: of each item.
-        seed: at least 0.
+        views: number of views of each item.
+        seed: seed of the phases, at least 0.
 
     Raises:
-        ValueError: a number is below 1, or the seed below 0.
-        IndexError: from an item: there is no such place.
+        ValueError: a number is below 1, or the seed is below 0.
+        IndexError: for an item: the index is not in [0, count).
     """
 
     def __init__(self, num_classes: int, count: int, *, frames: int, size: int, views: int = 1, seed: int = 0) -> None:
@@ -154,6 +158,10 @@ class SyntheticDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return self.count
+
+    def name(self, index: int) -> str:
+        """A name of a clip, for messages."""
+        return f"synthetic clip {index}"
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
@@ -171,11 +179,11 @@ class SyntheticDataset(Dataset[Item]):
 
 
 def collate(items: list[Item]) -> dict[str, Any]:
-    """A batch of items.
+    """Makes a batch of items.
 
     Returns:
         ``clips`` uint8 (B, views, T, 3, size, size); ``label`` and ``index`` int64 (B,); ``valid`` bool (B,);
-        ``errors``, a list of those that are not empty.
+        ``errors``, a list of the errors that are not empty.
     """
     batch: dict[str, Any] = {name: torch.tensor([item[name] for item in items]) for name in ("label", "index", "valid")}
     batch["clips"] = torch.stack([item["clips"] for item in items])
@@ -183,11 +191,11 @@ def collate(items: list[Item]) -> dict[str, Any]:
     return batch
 
 
-def _total(video: Video, there: int) -> int:
-    """How many frames to draw from: of a folder, as many as its list says."""
-    if video.frames is not None and there < video.frames:
-        raise UnreadableVideo(video.path, f"has {there} frames, and its list says {video.frames}")
-    return there if video.frames is None else video.frames
+def _total(video: Video, available: int) -> int:
+    """Number of frames to sample from: of a folder, the number in its list."""
+    if video.frames is not None and available < video.frames:
+        raise UnreadableVideo(video.path, f"has {available} frames, and its list says {video.frames}")
+    return available if video.frames is None else video.frames
 
 
 def _seeds(count: int, *numbers: int) -> list[int]:

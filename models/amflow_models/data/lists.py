@@ -5,27 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from amflow_models.errors import check_known, nearest
-
-ARGUMENTS = {  # of `read_list`, that a kind has a use for
-    "mmaction": ("root", "classes"),
-    "mmaction_frames": ("root", "classes"),
-    "pyslowfast": ("root", "classes"),
-    "ssv2": ("root", "labels"),
-    "smarthome": ("root", "split"),
-}
-KINDS = tuple(ARGUMENTS)
-
-# A path may hold spaces, so all that comes before the last fields is the path.
-_LINES = {
-    "mmaction": ("path label", re.compile(r"(?P<path>.+)\s(?P<label>\S+)")),
-    "mmaction_frames": ("folder total_frames label", re.compile(r"(?P<path>.+)\s(?P<frames>\S+)\s+(?P<label>\S+)")),
-    "pyslowfast": ("path label", re.compile(r"(?P<path>.+)[\s,](?P<label>[^\s,]+)")),
-}
 
 # fmt: off
 SMARTHOME_CROSS_SUBJECT = (
@@ -41,11 +25,11 @@ SMARTHOME_CROSS_VIEW = (
     "Usetablet", "Usetelephone", "Walk",
 )
 # fmt: on
-# There are clips of one more activity, which no protocol has as a class.
+# The data set has clips of one more activity, which is a class of no protocol.
 _SMARTHOME_ACTIVITIES = (*SMARTHOME_CROSS_SUBJECT, "Pour.Fromcup")
 _SMARTHOME_CLIP = re.compile(r"(?P<activity>[A-Za-z.]+)_p(?P<person>\d+)_r\d+_v\d+_c(?P<camera>\d+)")
 _TRAIN_PERSONS = {3, 4, 6, 7, 9, 12, 13, 15, 17, 19, 25}
-_SMARTHOME_SPLITS: dict[str, Callable[[int, int], bool]] = {  # of person and camera
+_SMARTHOME_SPLITS: dict[str, Callable[[int, int], bool]] = {  # whether a person and a camera belong to the split
     "cross_subject/train": lambda person, camera: person in _TRAIN_PERSONS,
     "cross_subject/test": lambda person, camera: person not in _TRAIN_PERSONS,
     "cross_view1/train": lambda person, camera: camera == 1,
@@ -64,8 +48,8 @@ class Video:
 
     Attributes:
         path: a video file, or a folder of frames.
-        label: number of the class, from 0.
-        frames: of a folder: how many its list says.
+        label: index of the class, from 0.
+        frames: number of frames that the list gives for a folder; None for a file.
     """
 
     path: Path
@@ -78,14 +62,51 @@ class VideoList:
     """The videos of a list.
 
     Attributes:
-        videos: in the list's order.
-        classes: their names by number; the numbers as strings where nothing names them.
-        source: where it was read from.
+        videos: the videos in the list's order.
+        classes: class names by label; the labels as strings if the classes have no names.
+        source: the file or folder that the list was read from.
     """
 
     videos: tuple[Video, ...]
     classes: tuple[str, ...]
     source: str
+
+
+@dataclass(frozen=True)
+class ListPaths:
+    """The arguments of a reader, with all paths resolved.
+
+    Attributes:
+        path: the list, or the folder of videos.
+        root: folder that relative paths in the list start from.
+        classes, labels, split: as for `read_list`, or None.
+    """
+
+    path: Path
+    root: Path
+    classes: Path | None
+    labels: Path | None
+    split: str | None
+
+
+@dataclass(frozen=True)
+class ListFormat:
+    """A format of lists.
+
+    Attributes:
+        arguments: the optional arguments of `read_list` that the format takes.
+        read: reads a list.
+        names_classes: whether the format itself names the classes, so that their number is known.
+        required: {argument: meaning} of the arguments that must be given.
+        splits: where one folder holds all splits: the values of `split`, ``"protocol/part"``. Otherwise each split is
+            a list of its own.
+    """
+
+    arguments: tuple[str, ...]
+    read: Callable[[ListPaths], VideoList]
+    names_classes: bool = False
+    required: dict[str, str] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
 
 
 def read_list(
@@ -97,7 +118,7 @@ def read_list(
     labels: str | Path | None = None,
     split: str | None = None,
 ) -> VideoList:
-    """Reads a list of videos. No video is looked for or opened: `check_lists` does that.
+    """Reads a list of videos. Videos are neither looked for nor opened: `check_lists` does that.
 
     Args:
         kind: one of `KINDS`.
@@ -109,57 +130,84 @@ def read_list(
             - ``"smarthome"``, the folder of Toyota Smarthome's clips, which are named like
               ``Cook.Cut_p03_r00_v02_c03.mp4``: activity, person, repetition, video, camera; with `split`.
         path: the list; for "smarthome" the folder.
-        root: folder that all relative paths start from: those in the list, `path`, `classes` and `labels`. None: those
-            in the list start from the list's own folder.
+        root: folder that all relative paths start from: those in the list, `path`, `classes` and `labels`. None: paths
+            in the list start from the list's own folder, the others from the working directory.
         classes: a file with one class name in each line, in the order of the labels. Not for "ssv2" and "smarthome".
-        labels: of "ssv2": the JSON file that numbers the templates.
-        split: of "smarthome": one of `SPLITS`. ``"cross_subject"`` has 31 classes, tests on the persons that it does
-            not train on, and has no validation list; ``"cross_view1"`` trains on camera 1 and ``"cross_view2"`` on
-            cameras 1, 3, 4, 6 and 7, both have 19 classes, validate on camera 5 and test on camera 2. Clips of other
+        labels: only for "ssv2": the JSON file that numbers the templates.
+        split: only for "smarthome": one of `SPLITS`. ``"cross_subject"`` has 31 classes, tests on the persons that it
+            does not train on, and has no validation list; ``"cross_view1"`` trains on camera 1 and ``"cross_view2"`` on
+            cameras 1, 3, 4, 6 and 7; both have 19 classes, validate on camera 5 and test on camera 2. Clips of other
             activities are left out.
 
     Raises:
-        ValueError: an unknown kind or split (the nearest known one is named), an argument that the kind does not take
-            or that is missing, a file that can't be read; what does not fit in a file, with its line or entry.
+        ValueError: an unknown kind or split (the nearest known one is named), an argument that is missing or that the
+            kind does not take, a file that can't be read, or a wrong line or entry of a file, which is named.
     """
-    check_known("kind", kind, KINDS)
+    list_format = format_of(kind)
     given = {"root": root, "classes": classes, "labels": labels, "split": split}
     for name, value in given.items():
-        if value is not None and name not in ARGUMENTS[kind]:
+        if value is not None and name not in list_format.arguments:
             raise ValueError(f"{name}: expected none for a list of kind {kind!r}, got {str(value)!r}")
+    if list_format.splits:
+        check_known("split", split, list_format.splits)
+    for name, meaning in list_format.required.items():
+        if given[name] is None:
+            raise ValueError(f"{name}: expected {meaning}, got None")
     start = Path() if root is None else Path(root)
     path = start / path
-    if kind == "smarthome":
-        check_known("split", split, SPLITS)
-        return _read_smarthome(path, str(split))
-    root = path.parent if root is None else start
-    if kind == "ssv2":
-        if labels is None:
-            raise ValueError("labels: expected the JSON file that numbers the templates, got None")
-        return _read_ssv2(path, root, start / labels)
-    return _read_lines(kind, path, root, None if classes is None else start / classes)
+    return list_format.read(
+        ListPaths(
+            path,
+            root=path.parent if root is None else start,
+            classes=None if classes is None else start / classes,
+            labels=None if labels is None else start / labels,
+            split=split,
+        )
+    )
 
 
-def _read_lines(kind: str, path: Path, root: Path, classes: Path | None) -> VideoList:
-    expected, pattern = _LINES[kind]
-    videos = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        line = line.strip()
-        if not line:
-            continue
-        found = pattern.fullmatch(line)
-        if not found:
-            raise ValueError(f"{path}:{number}: expected '{expected}', got {line!r}")
-        fields = found.groupdict()
-        name = fields["path"].rstrip(", \t").strip('"') if kind == "pyslowfast" else fields["path"].rstrip()
-        label = _whole(fields["label"], f"{path}:{number}: label")
-        frames = _whole(fields["frames"], f"{path}:{number}: total_frames") if "frames" in fields else None
-        if frames is not None and frames < 1:
-            raise ValueError(f"{path}:{number}: total_frames: expected at least 1, got {frames}")
-        videos.append(Video(root / name, label, frames))
-    highest = max((video.label for video in videos), default=-1)
-    names = tuple(map(str, range(highest + 1))) if classes is None else _read_classes(classes)
-    return VideoList(tuple(videos), names, str(path))
+def format_of(kind: str) -> ListFormat:
+    """The format of a kind of lists. Raises ValueError, which names the nearest known kind, if there is none."""
+    check_known("kind", kind, KINDS)
+    return FORMATS[kind]
+
+
+def _line_reader(
+    expected: str, pattern: str, strip: str | None = None, quote: str = ""
+) -> Callable[[ListPaths], VideoList]:
+    """A reader of files with a video in each line.
+
+    Args:
+        expected: the fields of a line, for messages.
+        pattern: a regular expression of the whole line, with the groups path, label and perhaps frames. A path may
+            contain spaces, so it is everything before the other fields.
+        strip: characters that are stripped from the end of the path; None strips white space.
+        quote: a character that may enclose the path.
+    """
+    compiled = re.compile(pattern)
+
+    def read(given: ListPaths) -> VideoList:
+        videos = []
+        for number, line in enumerate(_text(given.path).split("\n"), 1):
+            line = line.strip()
+            if not line:
+                continue
+            where = f"{given.path}:{number}"
+            match = compiled.fullmatch(line)
+            if not match:
+                raise ValueError(f"{where}: expected '{expected}', got {line!r}")
+            fields = match.groupdict()
+            name = fields["path"].rstrip(strip)
+            label = _parse_int(fields["label"], f"{where}: label")
+            frames = _parse_int(fields["frames"], f"{where}: total_frames") if "frames" in fields else None
+            if frames is not None and frames < 1:
+                raise ValueError(f"{where}: total_frames: expected at least 1, got {frames}")
+            videos.append(Video(given.root / (name.strip(quote) if quote else name), label, frames))
+        highest = max((video.label for video in videos), default=-1)
+        names = tuple(map(str, range(highest + 1))) if given.classes is None else _read_classes(given.classes)
+        return VideoList(tuple(videos), names, str(given.path))
+
+    return read
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
@@ -170,11 +218,13 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_ssv2(path: Path, root: Path, labels: Path) -> VideoList:
+def _read_ssv2(given: ListPaths) -> VideoList:
+    path, labels = given.path, given.labels
+    assert labels is not None  # it is required
     numbers: Any = _json(labels)
     if not isinstance(numbers, dict) or not numbers:
         raise ValueError(f"{labels}: expected templates and their numbers, got {type(numbers).__name__}")
-    numbers = {name: _whole(str(label), f"{labels}: {name!r}") for name, label in numbers.items()}
+    numbers = {name: _parse_int(str(label), f"{labels}: {name!r}") for name, label in numbers.items()}
     if sorted(numbers.values()) != list(range(len(numbers))):
         raise ValueError(f"{labels}: expected each number from 0 to {len(numbers) - 1} once")
     entries: Any = _json(path)
@@ -191,11 +241,12 @@ def _read_ssv2(path: Path, root: Path, labels: Path) -> VideoList:
         template = str(entry["template"]).replace("[", "").replace("]", "")
         if template not in numbers:
             raise ValueError(f"{where}: expected a template of {labels}, got {template!r}{nearest(template, numbers)}")
-        videos.append(Video(root / f"{entry['id']}.webm", numbers[template]))
+        videos.append(Video(given.root / f"{entry['id']}.webm", numbers[template]))
     return VideoList(tuple(videos), tuple(sorted(numbers, key=numbers.__getitem__)), str(path))
 
 
-def _read_smarthome(folder: Path, split: str) -> VideoList:
+def _read_smarthome(given: ListPaths) -> VideoList:
+    folder, split = given.path, str(given.split)
     names = SMARTHOME_CROSS_SUBJECT if split.startswith("cross_subject") else SMARTHOME_CROSS_VIEW
     numbers = {name: label for label, name in enumerate(names)}
     files = sorted(folder.glob("*.mp4"))
@@ -203,12 +254,12 @@ def _read_smarthome(folder: Path, split: str) -> VideoList:
         raise ValueError(f"{folder}: expected a folder with clips like Cook.Cut_p03_r00_v02_c03.mp4, found none")
     videos = []
     for file in files:
-        found = _SMARTHOME_CLIP.fullmatch(file.stem)
-        if not found:
+        match = _SMARTHOME_CLIP.fullmatch(file.stem)
+        if not match:
             raise ValueError(f"{file}: expected a name like Cook.Cut_p03_r00_v02_c03.mp4")
-        activity = found["activity"]
+        activity = match["activity"]
         check_known(f"{file}: activity", activity, _SMARTHOME_ACTIVITIES)
-        if activity in numbers and _SMARTHOME_SPLITS[split](int(found["person"]), int(found["camera"])):
+        if activity in numbers and _SMARTHOME_SPLITS[split](int(match["person"]), int(match["camera"])):
             videos.append(Video(file, numbers[activity]))
     return VideoList(tuple(videos), names, f"{folder} ({split})")
 
@@ -229,7 +280,28 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path}:{error.lineno}: expected JSON ({error.msg})") from error
 
 
-def _whole(text: str, where: str) -> int:
+def _parse_int(text: str, where: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{where}: expected a whole number, got {text!r}")
     return int(text)
+
+
+FORMATS = {
+    "mmaction": ListFormat(("root", "classes"), _line_reader("path label", r"(?P<path>.+)\s(?P<label>\S+)")),
+    "mmaction_frames": ListFormat(
+        ("root", "classes"),
+        _line_reader("folder total_frames label", r"(?P<path>.+)\s(?P<frames>\S+)\s+(?P<label>\S+)"),
+    ),
+    "pyslowfast": ListFormat(
+        ("root", "classes"),
+        _line_reader("path label", r"(?P<path>.+)[\s,](?P<label>[^\s,]+)", strip=", \t", quote='"'),
+    ),
+    "ssv2": ListFormat(
+        ("root", "labels"),
+        _read_ssv2,
+        names_classes=True,
+        required={"labels": "the JSON file that numbers the templates"},
+    ),
+    "smarthome": ListFormat(("root", "split"), _read_smarthome, names_classes=True, splits=SPLITS),
+}
+KINDS = tuple(FORMATS)

@@ -1,7 +1,7 @@
-"""Which frames of a video are taken: indices alone, no pixels.
+"""Sampling the frames of a clip: functions from the number of frames of a video to indices.
 
-Everywhere `total` is how many frames the video has and `frames` how many are taken (T). Indices are int64, in order, in
-[0, total). A video with fewer frames than are asked for is spread over them: frames come several times, evenly.
+In all of them `total` is the number of frames of the video and `frames` the number of frames to take (T). Indices are
+int64, in ascending order, in [0, total). If the video has fewer frames than are taken, frames repeat evenly.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ def uniform(total: int, frames: int, generator: Generator | None = None) -> Tens
     """One frame of each of `frames` equal parts of the video, as in TSN (arXiv 1608.00859).
 
     Args:
-        generator: a random frame of each part; None takes the one in its middle.
+        generator: takes a random frame of each part; None takes the one in its middle.
 
     Returns:
-        (frames,). A part that is shorter than a frame gives the frame that it lies in.
+        (frames,). A part that is shorter than a frame yields the frame that contains it.
 
     Raises:
         ValueError: total or frames is below 1.
@@ -29,13 +29,13 @@ def uniform(total: int, frames: int, generator: Generator | None = None) -> Tens
 
 
 def dense(total: int, frames: int, stride: int, generator: Generator | None = None) -> Tensor:
-    """One frame in `stride`, from somewhere on.
+    """Every `stride`-th frame from a starting point.
 
     Args:
-        generator: a random start; None takes the clip in the middle of the video.
+        generator: takes a random starting point; None takes the clip in the middle of the video.
 
     Returns:
-        (frames,). A video that is shorter than the clip is covered as a whole, as by `uniform`.
+        (frames,). A video that is shorter than the clip is sampled by `uniform`.
 
     Raises:
         ValueError: total, frames or stride is below 1.
@@ -49,12 +49,13 @@ def dense(total: int, frames: int, stride: int, generator: Generator | None = No
 
 
 def views(total: int, frames: int, clips: int, stride: int | None = None) -> Tensor:
-    """Several clips of one video, to average a model's predictions over in testing.
+    """Several clips of one video, over which a model's predictions are averaged in testing.
 
     Args:
-        clips: how many. One is what `uniform` and `dense` give without a generator.
-        stride: of dense clips, which start at equal distances from the first to the last possible frame. None: uniform
-            clips, which take other frames of the same parts, at equal distances. Videos too short as in `dense`.
+        clips: number of clips. One clip is that of `uniform` or `dense` without a generator.
+        stride: for dense clips, which start at equal distances from the first to the last possible frame; videos that
+            are too short are sampled as in `dense`. None: uniform clips, which take different frames of the same parts,
+            at equal distances.
 
     Returns:
         (clips, frames).
@@ -74,14 +75,14 @@ def _span(frames: int, stride: int) -> int:
     return (frames - 1) * stride + 1
 
 
-def _spread(total: int, frames: int, places: Tensor | float) -> Tensor:
-    """`places`: within each part, from 0 to 1."""
-    indices = (torch.arange(frames, dtype=torch.float64) + places) * total / frames
-    return indices.long().clamp_(max=total - 1)  # a place just below 1 may round up
+def _spread(total: int, frames: int, offsets: Tensor | float) -> Tensor:
+    """One frame of each of `frames` equal parts; `offsets` are positions within the parts, in [0, 1)."""
+    indices = (torch.arange(frames, dtype=torch.float64) + offsets) * total / frames
+    return indices.long().clamp_(max=total - 1)  # an offset just below 1 may round up
 
 
 def check_least(least: int, **numbers: int) -> None:
-    """Raises ValueError that names the first argument below `least`."""
+    """Raises a ValueError that names the first argument below `least`."""
     for name, number in numbers.items():
         if number < least:
             raise ValueError(f"{name}: expected at least {least}, got {number}")

@@ -1,4 +1,4 @@
-"""What is done to clips, uint8 (T, 3, H, W), before they become a batch: the same to all frames of a clip."""
+"""Transforms of clips, uint8 (T, 3, H, W), before batching: all frames of a clip are transformed alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIRECTIONS = {
 
 
 def names_directions(classes: Iterable[str]) -> bool:
-    """Whether a class name speaks of left and right, or of a sense of rotation: its mirror image is another class."""
+    """Whether a class name mentions left, right or a sense of rotation, so that mirrored clips show another class."""
     return any(_DIRECTIONS & set(re.split(r"[^a-z]+", name.lower())) for name in classes)
 
 
@@ -24,8 +24,8 @@ class TrainTransform:
     """Random resized crop, horizontal flip and RandAugment (arXiv 1909.13719), in this order.
 
     Args:
-        size: of the result, in pixels.
-        scale: share of the frame's area that a crop has; its aspect ratio is from 3/4 to 4/3.
+        size: side of the result, in pixels.
+        scale: range of the share of the frame's area that a crop has; its aspect ratio is from 3/4 to 4/3.
         flip: mirror half of all clips.
         augment: RandAugment: two operations of magnitude 9 in [0, 30].
     """
@@ -41,9 +41,16 @@ class TrainTransform:
         self.steps = torch.nn.Sequential(*steps)
 
     def __call__(self, clip: Tensor, seed: int) -> Tensor:
-        """clip: uint8 (T, 3, H, W). Returns uint8 (T, 3, size, size), a function of clip and seed.
+        """Transforms a clip; the result is a function of clip and seed.
 
-        torchvision draws from PyTorch's global generator of the CPU, which is put back as it was.
+        torchvision draws from PyTorch's global CPU generator, whose state is restored afterwards.
+
+        Args:
+            clip: uint8 (T, 3, H, W).
+            seed: seed of the random choices.
+
+        Returns:
+            uint8 (T, 3, size, size).
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -55,6 +62,7 @@ def spatial_crops(clip: Tensor, size: int, crops: int = 1) -> Tensor:
 
     Args:
         clip: uint8 (T, 3, H, W).
+        size: side of the crops, in pixels.
         crops: 1, the centre; 3, the beginning, middle and end of the longer side.
 
     Returns:
@@ -70,6 +78,6 @@ def spatial_crops(clip: Tensor, size: int, crops: int = 1) -> Tensor:
     shape = [max(size, round(height * scale)), max(size, round(width * scale))]
     clip = v2.functional.resize(clip, shape, interpolation=InterpolationMode.BICUBIC, antialias=True)
     spare = [side - size for side in shape]
-    places = [1] if crops == 1 else [0, 1, 2]  # in halves of what is spare
-    corners = [(spare[0] * place // 2, spare[1] * place // 2) for place in places]
+    halves = [1] if crops == 1 else [0, 1, 2]  # position of the crop, in halves of the spare pixels
+    corners = [(spare[0] * half // 2, spare[1] * half // 2) for half in halves]
     return torch.stack([clip[..., y : y + size, x : x + size] for y, x in corners])

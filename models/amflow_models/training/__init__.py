@@ -1,4 +1,4 @@
-"""Training and evaluation of video classifiers: what ``python -m amflow_models.train`` and ``.evaluate`` are made of.
+"""Training and evaluation of video classifiers: the parts of ``python -m amflow_models.train`` and ``.evaluate``.
 
 Needs ``pip install 'amflow-kernels[train]'``.
 """

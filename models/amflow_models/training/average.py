@@ -1,4 +1,4 @@
-"""An exponential moving average of what trains."""
+"""An exponential moving average of the trainable parameters."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from amflow_models.checkpoint import own_name
+from amflow_models.weights import unwrapped_name
 
 
 class Average:
-    """``average = decay * average + (1 - decay) * parameter`` after each step, of each parameter that trains.
+    """``average = decay * average + (1 - decay) * parameter`` after each step, for each trainable parameter.
 
     Args:
-        model: what the average starts from.
-        decay: from 0 to 1.
+        model: the model; the average starts at its parameters.
+        decay: between 0 and 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = {own_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
+        """Updates the average after a step."""
         for name, p in self.parameters.items():
             self.values[name].lerp_(p, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the average's values, for testing or saving it."""
+        """Inside the ``with`` block the model's parameters have the average's values."""
         self._swap()
         try:
             yield
@@ -44,7 +45,11 @@ class Average:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """What `save_trained` wrote while it was `applied`. ValueError if it can't be read or has other names."""
+        """Loads a file that `save_trained` wrote while the average was `applied`.
+
+        Raises:
+            ValueError: the file can't be read or has other names.
+        """
         try:
             loaded = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -57,13 +62,13 @@ class Average:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            kept = p.detach().clone()
+            value = p.detach().clone()
             p.copy_(self.values[name])
-            self.values[name] = kept
+            self.values[name] = value
 
 
 def _like(own: Tensor, whole: Tensor) -> Tensor:
-    """The part of a tensor that this process holds of `own`."""
+    """Shards a whole tensor like `own`."""
     if not isinstance(own, DTensor):
         return whole
     return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)

@@ -1,4 +1,4 @@
-"""From a config to a model, lists and data sets."""
+"""Builds a model, lists and data sets from a config."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amflow_models.add import grow_am_flow, report_of
+from amflow_kernels.integrations.blocks import find_blocks
 from amflow_models.backbones import create_backbone
-from amflow_models.blocks import find_blocks
-from amflow_models.checkpoint import load_trained
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
+from amflow_models.data.lists import format_of
+from amflow_models.insertion import grow_am_flow, report_of
 from amflow_models.training.checkpoints import check_backbone, find_trained
 from amflow_models.training.config import Config
+from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
-SYNTHETIC_STEPS = 20  # of an epoch on made-up clips
+SYNTHETIC_STEPS = 20  # per epoch of synthetic clips
 _ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
 
 Images = Callable[[Tensor], Tensor]
 
 
 def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) -> VideoClassifier:
-    """The model of a config.
+    """Builds the model of a config.
 
     Args:
-        synthetic: random weights in the place of pretrained ones that would have to be downloaded, and no `start`.
-        grown: AM flow in all of `blocks` from the beginning; else, where there is a `start`, as it was trained so far,
-            and then grown.
+        config: the config.
+        synthetic: use random weights where pretrained ones would be downloaded, and ignore `model.start`.
+        grown: build AM flow in all of `model.blocks` at once, to load a checkpoint of this stage; otherwise a model
+            with a `model.start` is built and loaded as the first stage left it, and then grown.
 
     Raises:
-        ValueError: a name, size or file that does not fit, see `create_backbone`, `add_adapters` and `load_trained`.
+        ValueError: a name, size or file does not fit, see `create_backbone`, `add_adapters` and `load_trained`.
     """
     wanted = config.model
-    torch.manual_seed(config.seed)  # random weights are of the run, too
+    torch.manual_seed(config.seed)  # random weights depend on the run's seed, too
     weights = None if synthetic and wanted.weights == "hub" else wanted.weights
     backbone: Any = create_backbone(wanted.backbone, weights, wanted.img_size)
     options = {name: getattr(wanted, name) for name in _ADAPTERS}
@@ -67,12 +69,12 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
 
 
 def image_size(config: Config, model: VideoClassifier) -> int:
-    """Side of the frames that the backbone takes, in pixels."""
+    """Side of the backbone's input, in pixels."""
     return config.model.img_size or int(_pretrained(model.backbone, "input_size")[-1])
 
 
 def normalisation(model: VideoClassifier, device: torch.device) -> Images:
-    """Turns uint8 clips (B, T, 3, H, W) into what the backbone was trained on, float32, on the device."""
+    """A function that normalises uint8 clips (B, T, 3, H, W) for the backbone: float32, on the device."""
     mean, std = (
         torch.tensor(_pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
     )
@@ -80,29 +82,30 @@ def normalisation(model: VideoClassifier, device: torch.device) -> Images:
 
 
 def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -> dict[str, VideoList]:
-    """The lists of a config.
+    """Reads the lists of a config.
 
     Args:
-        check: look for what is wrong with them together, as `check_lists` does; no video is opened. Warnings are
-            printed.
+        config: the config.
+        splits: names of the lists to read; those that the config does not have are left out.
+        check: run `check_lists` on them, without opening videos. Warnings are printed.
 
     Raises:
-        ValueError: a list can't be read or names other classes than there are, or a check fails: all problems are
-            listed.
+        ValueError: a list can't be read, the number of classes is wrong, or a check fails: all problems are listed.
     """
     data, lists = config.data, {}
-    distinct = {}  # a list that is there to validate and to test on shares all of its videos with itself
+    list_format = format_of(data.kind)
+    distinct = {}  # a list that serves both validation and test would share all of its videos with itself
     for split in splits:
         path = getattr(data, split)
         if path is not None:
-            part = f"{data.split}/{split}" if data.kind == "smarthome" else data.split
+            part = f"{data.split}/{split}" if list_format.splits else data.split
             distinct[split == "train", path, part] = split
             lists[split] = read_list(
                 data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part
             )
-            found = len(lists[split].classes)
-            if found != data.num_classes and (data.classes is not None or data.kind in ("ssv2", "smarthome")):
-                raise ValueError(f"data.num_classes: expected the {found} that have names, got {data.num_classes}")
+            named = len(lists[split].classes)
+            if named != data.num_classes and (data.classes is not None or list_format.names_classes):
+                raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")
     if check:
         checked = {split: lists[split] for split in distinct.values()}
         report = check_lists(checked, data.num_classes, open_videos=False)
@@ -113,23 +116,25 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
 
 
 def digest(lists: dict[str, VideoList]) -> str:
-    """Of the clips to train on: their names without folders, labels and order."""
-    told = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos) if lists else "synthetic"
-    return hashlib.sha256(told.encode()).hexdigest()
+    """A hash of the training list: its videos' names without folders, their labels and their order."""
+    text = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos) if lists else "synthetic"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def class_names(config: Config, videos: VideoList) -> list[str]:
-    """A name for every class; a list that names none may not have the last ones."""
+    """A name for every class: a list without names may end before the last class."""
     return [*videos.classes, *map(str, range(len(videos.classes), config.data.num_classes))]
 
 
 def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool, views: bool = False) -> Any:
-    """The clips of a list, or made-up ones if there is none.
+    """The data set of a list, or synthetic clips without one.
 
     Args:
-        size: of frames, in pixels.
-        train: with augmentation, and random in time; else from the middle.
-        views: the clips and crops that the config tests on.
+        config: the config.
+        videos: the list; None makes synthetic clips.
+        size: side of the frames, in pixels.
+        train: augmented clips at random times; otherwise clips from the middle.
+        views: the clips and crops of the config's evaluation.
     """
     data, tested = config.data, config.evaluation
     clips, crops = (tested.clips, tested.crops) if views else (1, 1)
@@ -145,7 +150,7 @@ def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool,
 
 
 def _pretrained(backbone: nn.Module, name: str) -> Any:
-    found: Any = getattr(backbone, "pretrained_cfg", None)
-    if not found:
+    pretrained: Any = getattr(backbone, "pretrained_cfg", None)
+    if not pretrained:
         raise ValueError(f"backbone: expected one of timm with a pretrained_cfg, got {type(backbone).__name__}")
-    return found[name]
+    return pretrained[name]

@@ -1,4 +1,4 @@
-"""What a run can be resumed from: written whole or not at all, the newest few kept."""
+"""Checkpoints, from which a run is resumed: written completely or not at all; the newest few are kept."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from amflow_models.checkpoint import save_trained, trained_state
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config
+from amflow_models.weights import save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# What a resumed run may change: anything else would make it another run.
-FREE = {
+# Keys of the config that may differ in a resumed run: any other difference would make it another run.
+RESUMABLE_CHANGES = {
     "output", "evaluation", "data.root", "data.train", "data.validation", "data.test", "data.classes", "data.labels",
     "data.workers", "data.strict", "training.keep", "training.save_every", "training.compile", "training.recompute",
     "training.parallel",
@@ -34,24 +34,25 @@ FREE = {
 class Checkpoints:
     """The folder `checkpoints` of a run: `step_00000100`, ...
 
-    In each, `model.safetensors` (what trains, as of `save_trained`), `ema.safetensors` if there is an average, and
-    `state.pt` (the optimizer's state, the step and the config). None depends on how many processes wrote it.
+    Each holds `model.safetensors` (the trainable parameters, written by `save_trained`), `ema.safetensors` if there is
+    an average, and `state.pt` (the optimizer's state, the step and the config). They do not depend on the number of
+    processes.
 
     Args:
         output: folder of the run.
-        keep: how many stay.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, output: Path, keep: int) -> None:
         self.folder, self.keep = output / "checkpoints", keep
 
     def all(self) -> list[Path]:
-        """From the oldest to the newest; what was not written to its end is none."""
+        """All complete checkpoints, from the oldest to the newest."""
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".part")
 
     def check_space(self, model: nn.Module, average: bool) -> None:
-        """Raises OSError if the disk has no room for the checkpoints of a run: the kept ones, and one being written."""
-        copies = 3 + average  # the weights, AdamW's two moments, the average
+        """Raises OSError unless the disk has room for the checkpoints that are kept and the one being written."""
+        copies = 3 + average  # weights, AdamW's two moments, average
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         needed = (self.keep + 1) * copies * trained
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +72,17 @@ class Checkpoints:
         clips: str,
         accelerator: Accelerator,
     ) -> None:
-        """Writes a checkpoint and removes the oldest; all processes call it.
+        """Writes a checkpoint and removes the oldest; all processes must call it.
 
         Args:
-            clips: what tells these clips from others, see `digest`.
+            step: the step that was done last.
+            model, optimizer, average: the state to save; the average may be None.
+            config: the run's config.
+            clips: `digest` of the training list.
+            accelerator: the processes.
 
         Raises:
-            OSError: it can't be written; those that there are stay.
+            OSError: the checkpoint can't be written; the existing ones are kept.
         """
         trained = trained_state(model)
         averaged = None
@@ -96,8 +101,8 @@ class Checkpoints:
 
     def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, state: Any) -> None:
         part = path.with_suffix(".part")
-        for left in self.folder.glob("step_*.part"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in self.folder.glob("step_*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             part.mkdir(parents=True)
             save_trained(model, part / TRAINED, trained)
@@ -108,36 +113,40 @@ class Checkpoints:
                 _flush(file)
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
-        except Exception as error:  # of the file system, of safetensors, of torch.save: they have no common ancestor
+        except Exception as error:  # those of the file system, safetensors and torch.save differ
             shutil.rmtree(part, ignore_errors=True)
             last = self.all()
             kept = f"the last one is {last[-1]}" if last else "there is none yet"
             raise OSError(f"{path}: the checkpoint can't be written ({error}); {kept}") from error
         _flush(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)  # a network's file system keeps what somebody reads
+            shutil.rmtree(old, ignore_errors=True)  # a network file system keeps files that are open
 
 
 def find_trained(path: Path, name: str = TRAINED) -> Path:
-    """The file of weights that a path means: itself, that of a checkpoint, or that of a run's newest checkpoint.
+    """Finds the file of weights that a path stands for.
+
+    Args:
+        path: a file, a checkpoint, or a run, whose newest checkpoint is taken.
+        name: name of the file in a checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
-    found = path
+    file = path
     if (path / "checkpoints").is_dir():
-        found = next(reversed(Checkpoints(path, 1).all()), path)
-    if found.is_dir():
-        found = found / name
-    if not found.is_file():
-        raise ValueError(f"{path}: expected a run, a checkpoint or a file, and there is no file {found}")
-    return found
+        file = next(reversed(Checkpoints(path, 1).all()), path)
+    if file.is_dir():
+        file = file / name
+    if not file.is_file():
+        raise ValueError(f"{path}: expected a run, a checkpoint or a file, and there is no file {file}")
+    return file
 
 
 def check_backbone(trained: Path, config: Config) -> None:
-    """Raises ValueError if a checkpoint's weights belong to another backbone: names and shapes may be the same."""
+    """Raises ValueError if weights were trained on another backbone, whose names and shapes may be the same."""
     if not (trained.parent / STATE).is_file():
-        return  # a file of weights alone does not say
+        return  # only checkpoints name their backbone
     before, now = _read_state(trained.parent)["config"]["model"], config.model.model_dump(mode="json")
     changed = [
         f"{key} {before[key]!r}, now {now[key]!r}" for key in ("backbone", "depth", "pool") if before[key] != now[key]
@@ -157,15 +166,21 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
-    """The state of a checkpoint.
+    """Loads the state of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        config: the config of the run that resumes it.
+        clips: `digest` of that run's training list.
 
     Raises:
-        ValueError: it can't be read, or is of another config (what differs is listed) or of other clips.
+        ValueError: the checkpoint can't be read, or belongs to another config (the differences are listed) or to other
+            clips.
     """
     state = _read_state(path)
     if state["clips"] != clips:
         raise ValueError(f"{path}: was trained on other clips, another order of them, or with or without --synthetic")
-    # Keys that are newer than the checkpoint have the values that they have by default.
+    # Keys that the checkpoint's config lacks have their default values.
     before, now = (
         _flat(Config.model_validate(state["config"]).model_dump(mode="json")),
         _flat(config.model_dump(mode="json")),
@@ -173,7 +188,8 @@ def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
     changed = [
         f"{key} {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in RESUMABLE_CHANGES)
     ]
     if changed:
         raise ValueError(f"{path}: is of another run: {'; '.join(changed)}")
@@ -181,7 +197,7 @@ def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives the optimizer its state back; each process takes its part."""
+    """Restores the optimizer's state; each process takes its part."""
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_WHOLE)
 
 
@@ -193,10 +209,10 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """What was written is on the disk, not on its way there."""
+    """Forces a file or folder to disk."""
     file = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems do that for folders
+        with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems support it for folders
             os.fsync(file)
     finally:
         os.close(file)

@@ -1,4 +1,4 @@
-"""What a run is: YAML, checked before anything else happens."""
+"""The config of a run: YAML, validated before anything else happens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Section(BaseModel):
 
 
 class Start(_Section):
-    """Where a second stage begins: what was trained with AM flow in fewer blocks.
+    """The start of a second stage: a model that was trained with AM flow in fewer blocks.
 
     Attributes:
         trained: a run (its newest checkpoint), a checkpoint, or its `model.safetensors`.
-        blocks: the placement it was trained with.
+        blocks: the placement that it was trained with.
     """
 
     trained: Path
@@ -37,8 +37,10 @@ class Model(_Section):
     """A `VideoClassifier`: `backbone`, `weights`, `img_size` as for `create_backbone`, the rest as for `add_adapters`.
 
     Attributes:
-        depth: how many of the backbone's first blocks are used; None is all.
-        pool: how the backbone makes one vector of its tokens: their mean or the class token; None is its own way.
+        depth: number of blocks that are used, from the first; None uses all.
+        pool: the backbone's vector for an image: "avg", the mean of its tokens, or "token", the class token; None keeps
+            the backbone's own choice.
+        start: the first stage, if this is the second.
     """
 
     backbone: str
@@ -58,27 +60,28 @@ class Model(_Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> Model:
-        """Knows their names before a backbone is downloaded."""
+        """Checks the names before a backbone is downloaded."""
         AdapterOptions(2, self.form, unit=self.unit, gate=self.gate, align=self.align)
         return self
 
 
 class Data(_Section):
-    """Where the videos are, and what is taken from each.
+    """The videos and the sampling of clips.
 
     Attributes:
-        kind: of list, see `amflow_models.data.read_list`.
-        train, validation, test: list files; a folder for "smarthome", whose `split` tells the three apart.
-        root: folder that all relative paths start from; None: those in a list start from the list's own folder.
-        classes, labels, split: as for `read_list`, where the kind has them.
-        num_classes: how many.
-        frames: T, of a clip.
-        sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (one in `stride`).
-        scale: share of a frame's area that a random crop has, from and to.
+        kind: format of the lists, see `amflow_models.data.read_list`.
+        train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
+        root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
+        classes, labels, split: as for `read_list`, where the kind takes them.
+        num_classes: number of classes.
+        frames: T, frames of a clip.
+        sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (every `stride`-th frame).
+        stride: distance in frames, for dense sampling.
+        scale: least and largest share of a frame's area that a random crop has.
         augment: RandAugment, besides random crops and flips.
-        flip: mirror clips at random; None: unless class names speak of left and right.
-        workers: processes that load, per process that trains.
-        strict: stop at the first video that can't be read, in place of leaving it out (`--strict`).
+        flip: mirror clips at random; None mirrors unless class names speak of left and right.
+        workers: loader processes per training process.
+        strict: stop at the first video that can't be read instead of leaving it out (`--strict`).
     """
 
     kind: str
@@ -101,19 +104,23 @@ class Data(_Section):
 
 
 class Training(_Section):
-    """AdamW at a rate that rises linearly for `warmup_epochs` and then falls to 0 as half a cosine.
+    """AdamW with a learning rate that rises linearly for `warmup_epochs` and then falls to 0 as half a cosine.
 
     Attributes:
-        batch: clips of a step, over all processes.
-        accumulate: how many parts of a step's batch go through the model one after the other.
-        clip_grad: the norm that gradients are clipped to; None does not clip.
-        precision: "bf16" is autocast; AM flow stays float32 either way.
-        ema: decay of an exponential moving average of what trains; None keeps none.
-        recompute: store the blocks' inputs only, and run them again in the backward pass.
-        compile: torch.compile of each block.
-        parallel: over processes: "ddp", or "fsdp2", which shards the frozen backbone, too.
-        save_every: steps between checkpoints, besides one at the end of each epoch; None is the latter alone.
-        keep: how many checkpoints stay.
+        epochs, warmup_epochs: length of the run and of the rise, in passes over the training list.
+        batch: clips per step, over all processes.
+        accumulate: number of parts that a step's batch is divided into, to save memory.
+        lr, weight_decay, betas: of AdamW; `lr` is the peak.
+        clip_grad: norm that gradients are clipped to; None does not clip.
+        label_smoothing: of the cross-entropy.
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 on GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM
+            flow is float32 in any case.
+        ema: decay of an exponential moving average of the trainable parameters; None keeps no average.
+        recompute: store only the inputs of blocks and recompute the blocks in the backward pass.
+        compile: compile each block with torch.compile.
+        parallel: with several processes: "ddp", or "fsdp2", which also shards the frozen backbone.
+        save_every: steps between checkpoints, besides the one at the end of each epoch; None saves only the latter.
+        keep: number of checkpoints to keep.
     """
 
     epochs: PositiveInt = 30
@@ -125,7 +132,7 @@ class Training(_Section):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: PositiveFloat | None = 1.0
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     ema: float | None = Field(default=None, gt=0, lt=1)
     recompute: bool = False
     compile: bool = False
@@ -138,9 +145,9 @@ class Evaluation(_Section):
     """Testing on several views of a video, whose probabilities are averaged.
 
     Attributes:
-        clips: in time.
+        clips: number of clips in time.
         crops: 1 (the centre) or 3 (along the longer side).
-        batch: videos loaded at a time, over all processes; as many clips go through the model at a time.
+        batch: videos loaded at a time, over all processes; the model also takes this many clips at a time.
     """
 
     clips: PositiveInt = 1
@@ -149,7 +156,7 @@ class Evaluation(_Section):
 
 
 class Config(_Section):
-    """A run. `output` is where it writes; `seed` decides about everything random."""
+    """A run. `output` is the folder that it writes to; `seed` determines everything random."""
 
     output: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -164,11 +171,11 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
 
     Args:
         name: a YAML file, or the name of one that comes with the package.
-        changes: ``"section.key=value"``, values in YAML.
+        changes: changes to the file, ``"section.key=value"``, with values in YAML.
 
     Raises:
-        ValueError: no such file or name, not YAML, an unknown key (the nearest known one is named), a value out of
-            range. All problems are listed.
+        ValueError: there is no such file or name, it is not YAML, a key is unknown (the nearest known one is named), or
+            a value is out of range. All problems are listed.
     """
     path = Path(name)
     if not path.is_file():
@@ -188,8 +195,8 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        told = "\n".join(f"  {_told(dict(problem))}" for problem in error.errors())
-        raise ValueError(f"{path}:\n{told}") from None
+        message = "\n".join(f"  {_describe(dict(problem))}" for problem in error.errors())
+        raise ValueError(f"{path}:\n{message}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
@@ -209,18 +216,20 @@ def _change(content: dict[str, Any], change: str) -> None:
         raise ValueError(f"{change}: the value can't be read as YAML: {error}") from error
 
 
-def _told(problem: dict[str, Any]) -> str:
-    place = [part for part in problem["loc"] if isinstance(part, str)]
+def _describe(problem: dict[str, Any]) -> str:
+    """A line about one of pydantic's errors."""
+    keys = [part for part in problem["loc"] if isinstance(part, str)]
     name = ".".join(map(str, problem["loc"])) or "config"
     if problem["type"] == "extra_forbidden":
-        return f"{name}: there is no such key{nearest(place[-1], _keys(place[:-1]))}"
+        return f"{name}: there is no such key{nearest(keys[-1], _known_keys(keys[:-1]))}"
     value = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
     return f"{name}: {problem['msg']}{value}"
 
 
-def _keys(place: Sequence[str]) -> list[str]:
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys of the section at a path of sections."""
     section: type[BaseModel] = Config
-    for name in place:
+    for name in path:
         kind: Any = section.model_fields[name].annotation
         if get_origin(kind) in (Union, UnionType):
             kind = next(part for part in get_args(kind) if isinstance(part, type) and issubclass(part, BaseModel))

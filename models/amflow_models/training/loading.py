@@ -1,4 +1,4 @@
-"""Which clips each process gets at which step."""
+"""Loading clips: the batches of each process, and the loaders."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch.utils.data import DataLoader, Sampler
 
 from amflow_models.data import collate
 
-Key = tuple[int, int]  # epoch, place in the list
+Key = tuple[int, int]  # epoch, index in the list
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """The batches of one process, a function of seed and step alone: whoever resumes goes on with the same clips.
+    """The batches of one process. They depend only on seed and step, so a resumed run sees the same clips.
 
-    Each epoch has an order of its own, in which every step takes the next `batch` clips, and every process its part of
-    them: N processes see what one would see. What is left over at the end of an epoch is left out.
+    Each epoch has its own order, from which every step takes the next `batch` clips, and every process takes its part
+    of
+    them: N processes together see the clips that one process would see. An incomplete last batch is dropped.
 
     Args:
-        count: clips.
-        batch: clips of a step, over all processes.
-        rank, world: of this process, of how many.
-        start, stop: the steps.
+        count: number of clips.
+        batch: clips per step, over all processes.
+        rank, world: index of this process and number of processes.
+        seed: seed of the orders.
+        start, stop: range of steps.
 
     Raises:
-        ValueError: there are less clips than in a batch, or it can't be divided.
+        ValueError: there are fewer clips than in a batch, or the batch is not a multiple of the processes.
     """
 
     def __init__(self, count: int, batch: int, *, rank: int, world: int, seed: int, start: int, stop: int) -> None:
@@ -45,39 +47,39 @@ class TrainBatches(Sampler[list[Key]]):
         part, steps = self.batch // self.world, self.count // self.batch
         order: list[int] = []
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, steps)
-            if not order or place == 0:
+            epoch, position = divmod(step, steps)
+            if not order or position == 0:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.count, generator=generator).tolist()
-            first = place * self.batch + self.rank * part
+            first = position * self.batch + self.rank * part
             yield [(epoch, index) for index in order[first : first + part]]
 
 
 class EvaluationBatches(Sampler[list[Key]]):
-    """All clips once, in turn to the processes; so that all have as many batches, the last clip may come again."""
+    """All clips, dealt to the processes in turn. The last clip may repeat so that all have equally many batches."""
 
     def __init__(self, count: int, batch: int, *, rank: int, world: int) -> None:
         self.part = max(1, batch // world)
         own = -(-count // world)
-        self.places = [min(rank + world * place, count - 1) for place in range(own)]
+        self.indices = [min(rank + world * number, count - 1) for number in range(own)]
 
     def __len__(self) -> int:
-        return -(-len(self.places) // self.part)
+        return -(-len(self.indices) // self.part)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for first in range(0, len(self.places), self.part):
-            yield [(0, index) for index in self.places[first : first + self.part]]
+        for first in range(0, len(self.indices), self.part):
+            yield [(0, index) for index in self.indices[first : first + self.part]]
 
 
 def loader(dataset: Any, batches: Sampler[list[Key]], workers: int, device: torch.device) -> DataLoader[Any]:
-    """Loads batches, in other processes if `workers` is not 0."""
+    """A loader of batches, in `workers` other processes if that is not 0."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_ignore_interrupts,
     )  # fmt: skip
 
 
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes; what becomes of them is for the one that trains to say."""
+def _ignore_interrupts(_: int) -> None:
+    """Workers ignore SIGINT and SIGTERM, which reach all processes; the trainer decides how to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

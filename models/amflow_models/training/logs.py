@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, CSV files, TensorBoard."""
+"""The log of a run: a progress bar, CSV files, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINES = 50  # steps between lines where there is no terminal to draw a bar on
+LINES = 50  # steps between lines of text, if there is no terminal for a progress bar
 
 
 class Log:
-    """Writes what happens at a step. Only the main process has a log; the others' says nothing.
+    """Logs the steps of a run. Only the main process writes and prints anything.
 
-    Files in `output`: `train.csv` and `validation.csv`, with a line per step or epoch, and TensorBoard's.
+    Files in `output`: `train.csv` with a line per step, `validation.csv` with a line per epoch, and TensorBoard's.
 
     Args:
         output: folder of the run.
-        total: steps of the run.
-        step: lines after it are dropped: the run that wrote them was cut off, and this one does those steps again.
+        total: number of steps of the run.
+        step: the last step that is done. Later lines in the files are dropped: they were written by a run that was cut
+            off, and this run repeats their steps.
         main: whether this is the main process.
     """
 
@@ -33,7 +34,7 @@ class Log:
 
         output.mkdir(parents=True, exist_ok=True)
         for name in ("train", "validation"):
-            _cut(output / f"{name}.csv", step)
+            _drop_lines_after(output / f"{name}.csv", step)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -46,7 +47,7 @@ class Log:
         self.progress.start()
 
     def write(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """A line of a file, and points of TensorBoard's curves."""
+        """Appends a line to the file `name` and points to TensorBoard's curves."""
         if not self.main:
             return
         path = self.output / f"{name}.csv"
@@ -59,32 +60,34 @@ class Log:
         for key, value in values.items():
             self.board.add_scalar(f"{name}/{key}", value, step)
 
-    def step(self, step: int, told: str) -> None:
+    def step(self, step: int, message: str) -> None:
         """Moves the progress bar."""
         if self.main:
-            self.progress.update(self.task, completed=step, description=told)
+            self.progress.update(self.task, completed=step, description=message)
             if not self.console.is_terminal and step % LINES == 0:
-                self.say(f"step {step}: {told}")
+                self.say(f"step {step}: {message}")
 
-    def say(self, what: str, style: str | None = None) -> None:
-        self.console.print(what, style=style, highlight=False, markup=False, soft_wrap=True)
+    def say(self, message: str, style: str | None = None) -> None:
+        """Prints a line."""
+        self.console.print(message, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def has(self, name: str, step: int) -> bool:
-        """Whether a file has a line of a step."""
+        """Whether the file `name` has a line for a step."""
         path = self.output / f"{name}.csv"
         return path.exists() and any(line.startswith(f"{step},") for line in path.read_text().splitlines())
 
     def close(self) -> None:
+        """Closes the files and ends the progress bar."""
         if self.main:
             self.progress.stop()
             self.board.close()
 
 
-def _cut(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    # A line that the process was killed in is not whole, and the step it is of is done again.
+    # If the process was killed while it wrote a line, the line is incomplete and its step is repeated.
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= step]
     part = path.with_suffix(".part")
     part.write_text("".join([*lines[:1], *kept]))

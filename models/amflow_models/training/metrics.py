@@ -1,4 +1,4 @@
-"""How good predictions are."""
+"""Metrics of predictions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What the field reports of a classifier; fractions from 0 to 1.
+    """The usual scores of a classifier; fractions from 0 to 1.
 
     Attributes:
-        top1, top5: videos whose label is the most probable class, or one of the five most probable.
-        mean_class: the mean over classes (of those that have videos) of the top-1 accuracy on the class's videos.
-        confusion: int64 (classes, classes), how many videos of a row's class were taken for a column's.
+        top1, top5: share of the videos whose label is the most probable class, or one of the five most probable.
+        mean_class: mean over the classes that have videos of the top-1 accuracy on the class's videos.
+        confusion: int64 (classes, classes), number of videos of the row's class that were predicted as the column's.
     """
 
     top1: float
@@ -31,23 +31,31 @@ class Scores:
 
 
 def scores(probabilities: Tensor, labels: Tensor) -> Scores:
-    """Args: probabilities (or logits) (videos, classes), labels (videos,). ValueError if there is no video."""
+    """Scores predictions.
+
+    Args:
+        probabilities: probabilities or logits, (videos, classes).
+        labels: int64 (videos,).
+
+    Raises:
+        ValueError: there is no video.
+    """
     if not len(labels):
         raise ValueError("labels: expected at least one video to score, got none")
     classes = probabilities.shape[1]
-    found = probabilities.topk(min(5, classes), dim=1).indices
-    right = found == labels[:, None]
-    pairs = labels * classes + found[:, 0]
+    predicted = probabilities.topk(min(5, classes), dim=1).indices
+    correct = predicted == labels[:, None]
+    pairs = labels * classes + predicted[:, 0]
     confusion = pairs.bincount(minlength=classes * classes).view(classes, classes)
     counts = confusion.sum(1)
     recall = confusion.diagonal()[counts > 0] / counts[counts > 0]
     return Scores(
-        right[:, 0].double().mean().item(), right.any(1).double().mean().item(), recall.mean().item(), confusion
+        correct[:, 0].double().mean().item(), correct.any(1).double().mean().item(), recall.mean().item(), confusion
     )
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """The confusion matrix, each row as fractions of its class's videos."""
+    """Draws the confusion matrix, each row as fractions of its class's videos, to a PNG file."""
     from matplotlib.figure import Figure
 
     side = min(20.0, 3 + 0.3 * len(classes))
@@ -55,7 +63,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     axes: Any = figure.subplots()
     rows = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
     image = axes.imshow(rows.to(torch.float32).numpy(), vmin=0, vmax=1, cmap="Blues")
-    if len(classes) <= 60:  # more names can't be read
+    if len(classes) <= 60:  # more names would be illegible
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axes.set_yticks(range(len(classes)), classes, fontsize=8)
     axes.set_xlabel("predicted")

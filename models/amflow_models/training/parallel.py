@@ -1,4 +1,4 @@
-"""One process or many: accelerate knows the machines; the model is copied (DDP) or sharded (FSDP2)."""
+"""One process or many: accelerate finds the machines; the model is replicated (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,43 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from amflow_models.blocks import AdaptedBlock, find_blocks
+from amflow_kernels.integrations.blocks import find_blocks
+from amflow_models.blocks import AdaptedBlock
 from amflow_models.classifier import VideoClassifier
 from amflow_models.training.config import Training
 
 T = TypeVar("T")
 
 
+def choose_precision(precision: str) -> str:
+    """The precision that "auto" stands for on this machine; other names are returned as they are.
+
+    "auto" is "bf16" where it is faster than "fp32": on accelerators, and on CPUs with AVX512_BF16 or AMX. Other CPUs
+    emulate bf16 products, which take 20 to 35 times as long as fp32 ones.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.accelerator.is_available() or cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether PyTorch multiplies bf16 matrices with AVX512_BF16 or AMX here."""
+    # The capability also respects ATEN_CPU_CAPABILITY, the other two only the hardware.
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
 def make_accelerator(precision: str) -> Accelerator:
-    """Of the processes that torchrun (or ``accelerate launch``) started, or of this one alone."""
-    # Unless told that it is on a CPU, accelerate takes each process on one for a run of its own.
+    """The accelerator of the processes that torchrun (or ``accelerate launch``) started, or of this one process.
+
+    Args:
+        precision: "fp32" or "bf16", see `choose_precision`.
+
+    Raises:
+        RuntimeError: accelerate found another number of processes than were started.
+    """
+    # Without `cpu`, accelerate would treat each process on a CPU as a run of its own.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision="no" if precision == "fp32" else precision
     )
@@ -34,19 +61,24 @@ def make_accelerator(precision: str) -> Accelerator:
 
 
 def distribute(model: VideoClassifier, training: Training, accelerator: Accelerator) -> nn.Module:
-    """The model on this process's device, ready to be trained by all processes together.
+    """Moves the model to this process's device and prepares it for training by all processes.
 
-    FSDP2 shards each block, frozen or not, and gathers it when it runs: per device, a backbone that N processes train
-    takes an N-th of its memory. It is PyTorch's own, as accelerate's does not run on a CPU.
+    FSDP2 shards each block, frozen or not, and gathers it when it runs: each of N processes holds an N-th of the
+    backbone. PyTorch's FSDP2 is used directly, since accelerate's does not run on a CPU.
+
+    Args:
+        model: the model, on the CPU.
+        training: the config's section.
+        accelerator: the processes.
     """
     blocks = list(find_blocks(model.backbone)[1])
     if training.compile:
         for block in blocks:
             if isinstance(block, AdaptedBlock):
-                block.name = "a compiled block"  # with names of their own, each would be a graph of its own
+                block.name = "a compiled block"  # different names would compile to different graphs
             block.compile()
     shards = training.parallel == "fsdp2" and accelerator.num_processes > 1
-    if shards:  # before anything is moved: whole, the model may not fit
+    if shards:  # before the model is moved: unsharded it may not fit
         for block in blocks:
             fully_shard(block)
         fully_shard(model)
@@ -58,36 +90,37 @@ def distribute(model: VideoClassifier, training: Training, accelerator: Accelera
 
 
 def without_sync(model: nn.Module, accelerator: Accelerator, last: bool) -> AbstractContextManager[Any]:
-    """Gradients of copies are averaged in the last part of a step alone; shards always are, they have no room else."""
+    """DDP averages gradients only in the last part of a step. FSDP always reduces: a rank has no memory for unsharded
+    gradients."""
     return nullcontext() if last or isinstance(model, FSDPModule) else accelerator.no_sync(model)
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: float | None) -> float:
-    """Clips to a norm, if any; returns what the norm was, over all processes."""
-    found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Clips gradients to a norm, or not if it is None; returns their norm before, over all processes."""
+    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, norm, found)
-    return float(found.full_tensor() if isinstance(found, DTensor) else found)
+        nn.utils.clip_grads_with_norm_(parameters, norm, total)
+    return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether it is so in one of the processes: all get the same answer."""
+    """Whether the flag is set in any process; all processes get the same answer."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def of_main(found: T, accelerator: Accelerator) -> T:
-    """What the main process found, in all of them."""
-    return found if accelerator.num_processes == 1 else broadcast_object_list([found])[0]
+def broadcast_from_main(value: T, accelerator: Accelerator) -> T:
+    """The main process's value, in all processes."""
+    return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process, at once if it is one of several.
+def exit_process(status: int) -> NoReturn:
+    """Ends this process, immediately if it is one of several.
 
-    A thread of gloo's may come to drop the last collective's tensors only when Python is being taken down, which
-    aborts the process: a run that succeeded would be told as failed. The group can't be relied on to end its threads
-    before, as FSDP2 keeps it alive.
+    A gloo thread may release the tensors of the last collective only while Python shuts down. That aborts the process,
+    and a successful run would be reported as failed. The process group does not end its threads earlier, since FSDP2
+    keeps it alive.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)

@@ -1,27 +1,31 @@
 """Device code that all kernels share: tiles of attention maps, and the second exponential. docs/maths.md derives both.
 
 No map is ever stored. A tile of a map, A = exp2(scale log2(e) q k^T - row_max) * row_norm, is computed where it is
-needed, and the frames of a clip are the innermost loop, so that a tile that belongs to two pairs of frames is computed
-once for both. Programs own the rows or the columns they sum up: nothing is atomic, and the same input gives the same
-bits.
+needed. The innermost loop runs over the frames of a clip, so a tile that belongs to two pairs of frames is computed
+once for both. Each program owns the rows or the columns that it sums, so no sum needs atomics and equal inputs give
+equal bits.
 
-Shapes: q (B, T, H, G, Nq, D), k (B, T, H, G, Nk, D), H heads, G windows; row statistics (B, T, H, G, Nq). What belongs
-to pairs of maps is (B, P, Z, G, N): Z = 1 with a mean over the heads' maps, else H. A pair p is
-((q, k)[p], (q, k)[p + shift]) of two sets of frames, which are one and the same for a clip (shift = lag) and two in
-pair form (shift = 0). Pairs p, p + step, p + 2 step ... are a chain: the second map of one is the first of the next.
+Shapes: q (B, T, H, G, Nq, D), k (B, T, H, G, Nk, D), H heads, G windows; row statistics (B, T, H, G, Nq). Results for
+pairs of maps are (B, P, Z, G, N), where Z is 1 if the heads' maps are averaged and H otherwise. Pair p is
+((q, k)[p], (q, k)[p + shift]) of two sets of frames: one and the same set for a clip (shift = lag), two sets in pair
+form (shift = 0). Pairs p, p + step, p + 2 step ... are a chain: the second map of one is the first of the next.
 
-Rows and keys beyond the last are read as the last one again: they can be NaN only where it is. They are never stored,
-and weigh nothing in a sum.
+Reads of rows and keys beyond the last repeat the last one, so they yield NaN only if the last one does. Their results
+are never stored and have weight 0 in sums.
+
+Compile-time constants travel in named tuples of `tl.constexpr` (`constexprs`). The fields can't be plain values because
+Triton 3.6 rejects those as bounds of `tl.static_range`.
 """
 
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LOWEST = tl.constexpr(-3.4028234e38)  # about the lowest float32; a digit more, and Triton takes it for a float64
+LOWEST = tl.constexpr(-3.4028234e38)  # about the lowest float32; with one more digit, Triton makes it a float64
 
 
 class Frames(NamedTuple):
@@ -36,8 +40,15 @@ class Frames(NamedTuple):
     T: Any
 
 
+class FramePair(NamedTuple):
+    """The frames whose maps come first and second in the pairs; for a clip both are the same."""
+
+    first: Any
+    second: Any
+
+
 class Pairs(NamedTuple):
-    """How pairs of maps are made of the frames, and the sizes that all frames share."""
+    """Which frames form pairs of maps (see the module's docstring), and the sizes that all frames share."""
 
     P: Any
     shift: Any
@@ -47,19 +58,77 @@ class Pairs(NamedTuple):
     G: Any
     Nq: Any
     Nk: Any
-    scale_log2: Any  # |scale| log2(e); the kernels' NEGATE is its sign
+    scale_log2: Any  # |scale| log2(e); `Constants.NEGATE` holds the sign of scale
     inv_temperature: Any
+
+
+class Grid(NamedTuple):
+    """Programs along the two fastest dimensions of a launch; program id 0 numbers all dimensions."""
+
+    blocks: Any  # blocks of rows or keys
+    columns: Any  # chunks of a chain, or blocks of features
+
+
+class Constants(NamedTuple):
+    """Compile-time constants. The host sets only the fields that a kernel reads, so that no other recompiles it."""
+
+    D: Any
+    BLOCK_D: Any  # columns of q and k in one step of a product
+    NEGATE: Any  # scale < 0
+    INDEX: Any  # integer type of frame numbers, and of offsets within the rows of one map
+    PRECISION: Any = "ieee"  # of float32 products
+    MEAN_MAP: Any = False
+    LOW_TEMPERATURE: Any = False  # temperature < 1, which extends the range of expm1
+    CHUNK: Any = 1  # pairs of a chain for one program
+    C: Any = 0  # features of the motion operator; 0 for flow
+    SOFTMAX: Any = True
+
+
+class Tiling(NamedTuple):
+    """Compile-time shape of a program's tiles. The last four fields are for strips (strip.py)."""
+
+    BLOCK_M: Any  # queries of a tile
+    BLOCK_N: Any  # keys of a tile
+    ROW_TILES: Any = 1  # tiles of rows that a program owns
+    TILES: Any = 1  # tiles of keys (in the backward for dk, of rows) that a program loops over
+    REST: Any = 0  # single keys (or rows) after them
+    PARTIAL: Any = False  # whether the tiles hold more keys (or rows) than there are
+
+
+class MapIndex(NamedTuple):
+    """Batch element, frame, head (or 0 for a mean over heads) and window of a map; for pairs, t is the pair."""
+
+    b: Any
+    t: Any
+    h: Any
+    g: Any
+
+
+class Run(NamedTuple):
+    """The pairs of one program: `length` pairs of a chain from `first` on, of one batch element, head and window."""
+
+    b: Any
+    z: Any
+    g: Any
+    first: Any
+    length: Any
+
+
+@cache
+def constexprs(values: Constants | Tiling) -> Any:
+    """The same named tuple with `tl.constexpr` fields, as kernels take it. The interpreter needs plain values."""
+    return values if INTERPRETED else type(values)(*map(tl.constexpr, values))
 
 
 @triton.jit
 def product(x, y):
-    """x * y that the compiler can't fuse into a sum: a map has to have the same bits wherever it is computed."""
+    """x * y, never fused with a following sum: a map must have the same bits wherever it is computed."""
     return tl.fma(x, y, 0.0)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to one unit in the last place, for x >= 1, and infinity for 0; a division would test for what can't be."""
+    """1 / x to one unit in the last place for x >= 1, infinity for 0; cheaper than a division, which handles any x."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -67,14 +136,17 @@ def reciprocal(x):
 
 
 @triton.jit
-def of_rows(x, TURNED: tl.constexpr):
-    """One value for each row of a map, to go with a tile of it, [BLOCK_M, 1], or TURNED."""
-    return x[None, :] if TURNED else x[:, None]
+def expand_rows(x, TRANSPOSED: tl.constexpr):
+    """Row values [BLOCK_M] in the shape that broadcasts over a tile: [BLOCK_M, 1], or TRANSPOSED [1, BLOCK_M]."""
+    return x[None, :] if TRANSPOSED else x[:, None]
 
 
 @triton.jit
 def tile(base, stride, n, d, D: tl.constexpr, MASK_D: tl.constexpr):
-    """Rows n, columns d of a matrix of D columns, 0 beyond; n, d broadcast: [BLOCK, 1] and [1, BLOCK_D], or turned."""
+    """Rows n and columns d of a matrix with D columns, 0 beyond D.
+
+    n and d broadcast against each other: [BLOCK, 1] and [1, BLOCK_D], or [1, BLOCK] and [BLOCK_D, 1].
+    """
     if MASK_D:
         return tl.load(base + n * stride + d, mask=d < D, other=0.0)
     else:
@@ -82,81 +154,90 @@ def tile(base, stride, n, d, D: tl.constexpr, MASK_D: tl.constexpr):
 
 
 @triton.jit
-def queries(f, b, t, h, g):
-    """Where the queries of a map begin."""
+def queries(f, m):
+    """Pointer to the first query of map m."""
     sb, st, sh, sg, _ = f.q_stride
-    return f.q + b * sb + t * st + h * sh + g * sg
+    return f.q + m.b * sb + m.t * st + m.h * sh + m.g * sg
 
 
 @triton.jit
-def keys(f, b, t, h, g):
-    """Where the keys of a map begin."""
+def keys(f, m):
+    """Pointer to the first key of map m."""
     sb, st, sh, sg, _ = f.k_stride
-    return f.k + b * sb + t * st + h * sh + g * sg
+    return f.k + m.b * sb + m.t * st + m.h * sh + m.g * sg
 
 
 @triton.jit
-def logits(
-    f, b, t, h, g, i, j,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """+-q k^T, [BLOCK_M rows i, BLOCK_N keys j], or TURNED."""
-    q = queries(f, b, t, h, g)
-    k = keys(f, b, t, h, g)
-    if TURNED:
+def map_index(run, t):
+    """Map t, or pair t, of a run."""
+    return MapIndex(run.b, t, run.z, run.g)
+
+
+@triton.jit
+def map_number(f, p, m):
+    """Position of map m in (B, T, H, G)."""
+    return ((m.b * f.T + m.t) * p.H + m.h) * p.G + m.g
+
+
+@triton.jit
+def pair_number(p, m):
+    """Position of pair m in (B, P, Z, G)."""
+    return ((m.b * p.P + m.t) * p.Z + m.h) * p.G + m.g
+
+
+@triton.jit
+def logits(f, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """+-q k^T, [BLOCK_M rows i, BLOCK_N keys j], or TRANSPOSED."""
+    q = queries(f, m)
+    k = keys(f, m)
+    if TRANSPOSED:
         s = tl.zeros([j.shape[0], i.shape[0]], tl.float32)
     else:
         s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for d0 in tl.static_range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        if TURNED:
-            k_tile = tile(k, f.k_stride[4], j[:, None], d[None, :], D, D % BLOCK_D != 0)
-            q_tile = tile(q, f.q_stride[4], i[None, :], d[:, None], D, D % BLOCK_D != 0)
-            s = tl.dot(k_tile, q_tile, acc=s, input_precision=PRECISION)
+    MASK_D: tl.constexpr = CONST.D % CONST.BLOCK_D != 0
+    for d0 in tl.static_range(0, CONST.D, CONST.BLOCK_D):
+        d = d0 + tl.arange(0, CONST.BLOCK_D)
+        if TRANSPOSED:
+            k_tile = tile(k, f.k_stride[4], j[:, None], d[None, :], CONST.D, MASK_D)
+            q_tile = tile(q, f.q_stride[4], i[None, :], d[:, None], CONST.D, MASK_D)
+            s = tl.dot(k_tile, q_tile, acc=s, input_precision=CONST.PRECISION)
         else:
-            q_tile = tile(q, f.q_stride[4], i[:, None], d[None, :], D, D % BLOCK_D != 0)
-            k_tile = tile(k, f.k_stride[4], j[None, :], d[:, None], D, D % BLOCK_D != 0)
-            s = tl.dot(q_tile, k_tile, acc=s, input_precision=PRECISION)
-    if NEGATE:
+            q_tile = tile(q, f.q_stride[4], i[:, None], d[None, :], CONST.D, MASK_D)
+            k_tile = tile(k, f.k_stride[4], j[None, :], d[:, None], CONST.D, MASK_D)
+            s = tl.dot(q_tile, k_tile, acc=s, input_precision=CONST.PRECISION)
+    if CONST.NEGATE:
         s = -s
     return s
 
 
 @triton.jit
-def head_map(
-    f, p, b, t, h, g, i, j, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """A * factor of one head, [BLOCK_M, BLOCK_N], or TURNED."""
-    s = logits(f, b, t, h, g, i, j, D, BLOCK_D, PRECISION, NEGATE, TURNED)
-    row = (((b * f.T + t) * p.H + h) * p.G + g) * p.Nq
+def head_map(f, p, m, i, j, factor, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A * factor of one head, [BLOCK_M, BLOCK_N], or TRANSPOSED."""
+    s = logits(f, m, i, j, CONST, TRANSPOSED)
+    row = map_number(f, p, m) * p.Nq
     row_max = tl.load(f.row_max + row + i)
     row_norm = tl.load(f.row_norm + row + i) * factor
-    x = tl.exp2(tl.fma(s, p.scale_log2, -of_rows(row_max, TURNED)))
-    return product(x, of_rows(row_norm, TURNED))
+    x = tl.exp2(tl.fma(s, p.scale_log2, -expand_rows(row_max, TRANSPOSED)))
+    return product(x, expand_rows(row_norm, TRANSPOSED))
 
 
 @triton.jit
-def any_map(
-    f, p, b, t, z, g, i, j, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, MEAN_MAP: tl.constexpr,
-    TURNED: tl.constexpr,
-):  # fmt: skip
-    """The map whose change is measured, times factor: head z's, or the mean of all heads'."""
-    if MEAN_MAP:
-        unit = factor / p.H
-        A = head_map(f, p, b, t, 0, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, TURNED)
+def scaled_map(f, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A / temperature, where A is the map whose change is measured: one head's, or the mean over heads."""
+    if CONST.MEAN_MAP:
+        factor = p.inv_temperature / p.H
+        A = head_map(f, p, MapIndex(m.b, m.t, 0, m.g), i, j, factor, CONST, TRANSPOSED)
         for h in range(1, p.H):
-            A += head_map(f, p, b, t, h, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, TURNED)
+            A += head_map(f, p, MapIndex(m.b, m.t, h, m.g), i, j, factor, CONST, TRANSPOSED)
         return A
     else:
-        return head_map(f, p, b, t, z, g, i, j, factor, D, BLOCK_D, PRECISION, NEGATE, TURNED)
+        return head_map(f, p, m, i, j, p.inv_temperature, CONST, TRANSPOSED)
 
 
 @triton.jit
-def expm1(x, SHARP: tl.constexpr):
-    """e^x - 1, on [0, 1] or (SHARP) on [0, 64], to 2.3e-7 relative; exactly 0 for 0."""
-    if SHARP:
+def expm1(x, LOW_TEMPERATURE: tl.constexpr):
+    """e^x - 1, on [0, 1], or for a LOW_TEMPERATURE on [0, 64], to 2.3e-7 relative; 0 exactly at 0."""
+    if LOW_TEMPERATURE:
         n = tl.floor(tl.fma(x, 1.44269504, 0.5))
         r = tl.fma(n, -0.693145752, x)  # ln 2 in two parts: n * the first is exact
         r = tl.fma(n, -1.42860677e-6, r)
@@ -177,35 +258,31 @@ def expm1(x, SHARP: tl.constexpr):
 
 
 @triton.jit
-def pair_owner(p, n_blocks, n_chunks, INDEX: tl.constexpr):
-    """Block, chunk, chain, b, z, g of this program; sizes that can be large in 64 bits, frames as INDEX says."""
+def pair_owner(p, grid, CONST: tl.constexpr):
+    """Block, chunk and `Run` of this program. Values that can be large are 64 bits wide, frame numbers CONST.INDEX."""
     pid = tl.program_id(0)
-    block = pid % n_blocks
-    pid = pid // n_blocks
-    chunk = pid % n_chunks
-    pid = pid // n_chunks
+    block = pid % grid.blocks
+    pid = pid // grid.blocks
+    chunk = pid % grid.columns
+    pid = pid // grid.columns
     chains = tl.minimum(p.step, p.P)
-    chain = (pid % chains).to(INDEX)
+    chain = (pid % chains).to(CONST.INDEX)
     pid = pid // chains
     g = pid % p.G
     pid = pid // p.G
-    return block, chunk, chain, (pid // p.Z).to(tl.int64), (pid % p.Z).to(tl.int64), g.to(tl.int64)
-
-
-@triton.jit
-def run_of_pairs(p, chain, chunk, CHUNK: tl.constexpr):
-    """The first pair of a chunk of a chain, and how many are in it."""
-    first_pair = chain + chunk * CHUNK * p.step
-    return first_pair, tl.minimum(CHUNK, tl.cdiv(p.P - first_pair, p.step))
+    b, z, g = (pid // p.Z).to(tl.int64), (pid % p.Z).to(tl.int64), g.to(tl.int64)
+    first = chain + chunk * CONST.CHUNK * p.step
+    length = tl.minimum(CONST.CHUNK, tl.cdiv(p.P - first, p.step))
+    return block, chunk, Run(b, z, g, first, length)
 
 
 @triton.jit
 def frame_owner(p, T, n_blocks):
-    """Block and b, t, h, g of this program, which owns a block of one map's rows or columns; and (((b, t), h), g)."""
+    """Block, map and map number (`map_number`) of this program, which owns a block of one map's rows or columns."""
     pid = tl.program_id(0)
-    at = (pid // n_blocks).to(tl.int64)
-    g = at % p.G
-    h = at // p.G % p.H
-    t = at // (p.G * p.H) % T
-    b = at // (p.G * p.H) // T
-    return pid % n_blocks, b, t, h, g, at
+    number = (pid // n_blocks).to(tl.int64)
+    g = number % p.G
+    h = number // p.G % p.H
+    t = number // (p.G * p.H) % T
+    b = number // (p.G * p.H) // T
+    return pid % n_blocks, MapIndex(b, t, h, g), number

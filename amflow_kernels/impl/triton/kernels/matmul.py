@@ -1,91 +1,87 @@
-"""The motion operator times features: M x and e x by programs that own queries, their transposes by owners of keys.
+"""The motion operator times features: programs that own queries compute M x and e x, owners of keys the transposes.
 
-e = expm1(M / temperature) is what P = w (1 + e) has besides a constant, whose part the host adds. docs/maths.md.
+P = w (1 + e) with e = expm1(M / temperature): the host adds the term of the constant 1. See docs/maths.md.
 """
 
 import triton
 import triton.language as tl
 
-from amflow_kernels.impl.triton.kernels.maps import expm1, head_map
+from amflow_kernels.impl.triton.kernels.maps import MapIndex, expm1, head_map
 
 
 @triton.jit
-def _pair(p, n_blocks, n_columns):
-    """Block of rows, block of features, b, pair, h, g of this program, which has one pair of a head; its number."""
+def _pair_owner(p, grid):
+    """Block of rows or keys, block of features, pair and its position in (B, P, H, G) of this program."""
     pid = tl.program_id(0)
-    block = pid % n_blocks
-    column = pid // n_blocks % n_columns
-    at = (pid // (n_blocks * n_columns)).to(tl.int64)
-    g = at % p.G
-    h = at // p.G % p.H
-    pair = at // (p.G * p.H) % p.P
-    return block, column, at // (p.G * p.H) // p.P, pair, h, g, at
+    block = pid % grid.blocks
+    column = pid // grid.blocks % grid.columns
+    number = (pid // (grid.blocks * grid.columns)).to(tl.int64)
+    g = number % p.G
+    h = number // p.G % p.H
+    pair = number // (p.G * p.H) % p.P
+    return block, column, MapIndex(number // (p.G * p.H) // p.P, pair, h, g), number
 
 
 @triton.jit
-def _change(
-    first, second, p, b, pair, h, g, i, j,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr,
-    SOFTMAX: tl.constexpr, SHARP: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """M, or with SOFTMAX e: [BLOCK_M, BLOCK_N], or TURNED."""
-    unit = p.inv_temperature
-    A = head_map(first, p, b, pair, h, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, TURNED)
-    B = head_map(second, p, b, pair + p.shift, h, g, i, j, unit, D, BLOCK_D, PRECISION, NEGATE, TURNED)
+def _change(frames, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """M, or with SOFTMAX e, of pair m: [BLOCK_M, BLOCK_N], or TRANSPOSED."""
+    A = head_map(frames.first, p, m, i, j, p.inv_temperature, CONST, TRANSPOSED)
+    m_second = MapIndex(m.b, m.t + p.shift, m.h, m.g)
+    B = head_map(frames.second, p, m_second, i, j, p.inv_temperature, CONST, TRANSPOSED)
     change = tl.abs(A - B)
-    if SOFTMAX:
-        change = expm1(change, SHARP)
+    if CONST.SOFTMAX:
+        change = expm1(change, CONST.LOW_TEMPERATURE)
     return change
 
 
 @triton.jit
 def am_flow_matmul_q_kernel(
-    first, second, p, v_ptr, y_ptr, C, n_blocks, n_columns,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr,
-    SOFTMAX: tl.constexpr, SHARP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    frames, p, v_ptr, y_ptr, C, grid, CONST: tl.constexpr, TILING: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """y (B, P, H, G, Nq, C) = M v or e v, v (B, P, H, G, Nk, C). A program: BLOCK_M rows, BLOCK_C features, a pair."""
-    block, column, b, pair, h, g, at = _pair(p, n_blocks, n_columns)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
+    block, column, m, number = _pair_owner(p, grid)
+    row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for j0 in range(0, p.Nk, BLOCK_N):
-        key = j0 + tl.arange(0, BLOCK_N).to(INDEX)
+    acc = tl.zeros([TILING.BLOCK_M, BLOCK_C], tl.float32)
+    for j0 in range(0, p.Nk, TILING.BLOCK_N):
+        key = j0 + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
         j = tl.minimum(key, p.Nk - 1)
-        m = _change(first, second, p, b, pair, h, g, i, j, D, BLOCK_D, PRECISION, NEGATE, SOFTMAX, SHARP, False)
-        m = tl.where(key[None, :] < p.Nk, m, 0.0)
+        change = _change(frames, p, m, i, j, CONST, False)
+        change = tl.where(key[None, :] < p.Nk, change, 0.0)
         v = tl.load(
-            v_ptr + (at * p.Nk + j[:, None]) * C + c[None, :], mask=(key[:, None] < p.Nk) & (c[None, :] < C), other=0.0
+            v_ptr + (number * p.Nk + j[:, None]) * C + c[None, :],
+            mask=(key[:, None] < p.Nk) & (c[None, :] < C),
+            other=0.0,
         )
-        acc = tl.dot(m, v, acc=acc, input_precision="ieee")
-    to = y_ptr + (at * p.Nq + row[:, None]) * C + c[None, :]
-    tl.store(to, acc, mask=(row[:, None] < p.Nq) & (c[None, :] < C))
+        acc = tl.dot(change, v, acc=acc, input_precision="ieee")
+    y_ptrs = y_ptr + (number * p.Nq + row[:, None]) * C + c[None, :]
+    tl.store(y_ptrs, acc, mask=(row[:, None] < p.Nq) & (c[None, :] < C))
 
 
 @triton.jit
 def am_flow_matmul_k_kernel(
-    first, second, p, u_ptr, y_ptr, C, n_blocks, n_columns,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr,
-    SOFTMAX: tl.constexpr, SHARP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    frames, p, u_ptr, y_ptr, C, grid, CONST: tl.constexpr, TILING: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """y (B, P, H, G, Nk, C) = M^T u or e^T u, u (B, P, H, G, Nq, C). A program: BLOCK_N keys, BLOCK_C features, a pair.
 
-    Maps are turned.
+    Tiles of the maps are transposed.
     """
-    block, column, b, pair, h, g, at = _pair(p, n_blocks, n_columns)
-    key = block * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX)
+    block, column, m, number = _pair_owner(p, grid)
+    key = block * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     j = tl.minimum(key, p.Nk - 1)
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for i0 in range(0, p.Nq, BLOCK_M):
-        row = i0 + tl.arange(0, BLOCK_M).to(INDEX)
+    acc = tl.zeros([TILING.BLOCK_N, BLOCK_C], tl.float32)
+    for i0 in range(0, p.Nq, TILING.BLOCK_M):
+        row = i0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
         i = tl.minimum(row, p.Nq - 1)
-        m = _change(first, second, p, b, pair, h, g, i, j, D, BLOCK_D, PRECISION, NEGATE, SOFTMAX, SHARP, True)
-        m = tl.where(row[None, :] < p.Nq, m, 0.0)
+        change = _change(frames, p, m, i, j, CONST, True)
+        change = tl.where(row[None, :] < p.Nq, change, 0.0)
         u = tl.load(
-            u_ptr + (at * p.Nq + i[:, None]) * C + c[None, :], mask=(row[:, None] < p.Nq) & (c[None, :] < C), other=0.0
+            u_ptr + (number * p.Nq + i[:, None]) * C + c[None, :],
+            mask=(row[:, None] < p.Nq) & (c[None, :] < C),
+            other=0.0,
         )
-        acc = tl.dot(m, u, acc=acc, input_precision="ieee")
-    to = y_ptr + (at * p.Nk + key[:, None]) * C + c[None, :]
-    tl.store(to, acc, mask=(key[:, None] < p.Nk) & (c[None, :] < C))
+        acc = tl.dot(change, u, acc=acc, input_precision="ieee")
+    y_ptrs = y_ptr + (number * p.Nk + key[:, None]) * C + c[None, :]
+    tl.store(y_ptrs, acc, mask=(key[:, None] < p.Nk) & (c[None, :] < C))

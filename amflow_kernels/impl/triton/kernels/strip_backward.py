@@ -1,8 +1,8 @@
 """The backward in two passes, where whole rows or columns of a few maps fit in registers: dq by rows, dk by columns.
 
-Frames stream by as in the forward's strips, whose tiles and columns these are, too (kernels/strip.py). A frame's
-gradient has a part from the pair that it ends, carried along, and one from the pair that it begins. Meaning and units
-are those of kernels/backward.py.
+Programs loop over frames as in the forward's strips, with the same tiles and columns (strip.py). A frame's gradient is
+the sum of its parts from the pair that it ends, which is carried along, and from the pair that it begins. Meaning and
+units are those of backward.py.
 """
 
 from typing import Any, NamedTuple
@@ -13,291 +13,275 @@ import triton.language as tl
 from amflow_kernels.impl.triton.kernels.backward import product_with, signed_exp
 from amflow_kernels.impl.triton.kernels.maps import (
     keys,
+    map_index,
+    map_number,
+    pair_number,
     pair_owner,
     product,
     queries,
     reciprocal,
-    run_of_pairs,
     tile,
 )
-from amflow_kernels.impl.triton.kernels.strip import begins, members, own_members, row_sum, whole_rows
+from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_offsets, tile_start, whole_rows
 
 
 class StripGradient(NamedTuple):
-    """What the first pass leaves the second: coefficients of the pairs, (B, P, Z, G, Nq), and of the frames' maps."""
+    """Row coefficients of the pairs, (B, P, Z, G, Nq), and of the maps, (B, T, H, G, Nq).
 
-    g: Any  # dflow less its mean
+    The pass by rows computes all but g, and the pass by columns reads them.
+    """
+
+    g: Any  # dflow minus its mean
     g_stride: Any  # of (batch, pair, Z, window)
-    slope: Any
+    slope: Any  # of the pairs, as in `backward.Gradient`
     offset: Any
-    rho: Any  # temperature * rowsum(A * gradient of A), of the frames that begin pairs (of all, in a clip)
-    rho_b: Any  # of those that end them
+    rho: Any  # temperature * rowsum(A * gradient of A) of the frames that begin pairs (of all frames of a clip)
+    rho_b: Any  # the same of the frames that end them
+
+
+class RowOutput(NamedTuple):
+    """Destinations of the results for the rows of one frame."""
+
+    rho: Any
+    dq: Any  # None: not needed
+    store: Any  # False: another program, which owns the pair, stores them
 
 
 @triton.jit
-def _row_maps(
-    f, p, b, t, z, g, row0,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Whole rows of A / temperature; 0 beyond the last key."""
-    s = whole_rows(f, p, b, t, z, g, row0, D, BLOCK_D, NEGATE, INDEX, 1, BLOCK_M, TILES, BLOCK_N, REST, PARTIAL)
-    i = tl.minimum(row0 + tl.arange(0, BLOCK_M).to(INDEX), p.Nq - 1)
-    at = (((b * f.T + t) * p.H + z) * p.G + g) * p.Nq + i
-    row_max = tl.load(f.row_max + at)
-    factor = tl.load(f.row_norm + at) * p.inv_temperature
+def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Whole rows of A / temperature from row0 on; 0 beyond the last key."""
+    s = whole_rows(f, p, m, row0, CONST, TILING)
+    i = tl.minimum(row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX), p.Nq - 1)
+    offset = map_number(f, p, m) * p.Nq + i
+    row_max = tl.load(f.row_max + offset)
+    factor = tl.load(f.row_norm + offset) * p.inv_temperature
     A = ()
-    for c in tl.static_range(TILES):
+    for c in tl.static_range(TILING.TILES):
         A = A + (product(tl.exp2(tl.fma(s[c], p.scale_log2, -row_max[:, None])), factor[:, None]),)
-    for c in tl.static_range(TILES, TILES + REST):
+    for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
         A = A + (product(tl.exp2(tl.fma(s[c], p.scale_log2, -row_max)), factor),)
     return A
 
 
 @triton.jit
-def _finish_rows(
-    f, p, b, t, z, g, row, A, dA, rho_ptr, dq_ptr, wanted,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, INDEX: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-    REST: tl.constexpr, PARTIAL: tl.constexpr, NEEDED: tl.constexpr,
-):  # fmt: skip
-    """rho and, if NEEDED, dq of the rows of a map whose gradient dA is complete."""
+def _finish_rows(f, p, m, row, A, dA, out, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores rho and, if needed, dq of the rows of a map whose gradient dA is complete."""
     x = ()
-    for c in tl.static_range(TILES + REST):
+    for c in tl.static_range(TILING.TILES + TILING.REST):
         x = x + (A[c] * dA[c],)
-    rho = row_sum(x, 0, TILES, REST) / p.inv_temperature
-    at = (((b * f.T + t) * p.H + z) * p.G + g) * p.Nq
-    tl.store(rho_ptr + at + row, rho, mask=(row < p.Nq) & wanted)
-    if NEEDED:
-        j = members(p.Nk, BLOCK_N, TILES, PARTIAL).to(INDEX)
-        d = tl.arange(0, BLOCK_D)
-        k = keys(f, b, t, z, g)
+    rho = row_sum(x, 0, TILING) / p.inv_temperature
+    first = map_number(f, p, m) * p.Nq
+    tl.store(out.rho + first + row, rho, mask=(row < p.Nq) & out.store)
+    if out.dq is not None:
+        MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
+        j = tile_offsets(p.Nk, TILING.BLOCK_N, TILING).to(CONST.INDEX)
+        d = tl.arange(0, CONST.BLOCK_D)
+        k = keys(f, m)
         kn = f.k_stride[4]
-        dq = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
-        for c in tl.static_range(TILES):
-            k_tile = tile(
-                k + begins(c, p.Nk, BLOCK_N, TILES, PARTIAL) * kn, kn, j[:, None], d[None, :], D, D != BLOCK_D
-            )
+        dq = tl.zeros([row.shape[0], CONST.BLOCK_D], tl.float32)
+        for c in tl.static_range(TILING.TILES):
+            start = tile_start(c, p.Nk, TILING.BLOCK_N, TILING)
+            k_tile = tile(k + start * kn, kn, j[:, None], d[None, :], CONST.D, MASK_D)
             dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
-        for c in tl.static_range(TILES, TILES + REST):
-            k_row = tile(k + tl.full([], TILES * (BLOCK_N - 1) + c, INDEX) * kn, kn, 0, d, D, D != BLOCK_D).to(
-                tl.float32
-            )
+        for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
+            key = tl.full([], TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST.INDEX)
+            k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
             dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
-        to = dq_ptr + (at + row[:, None]) * D + d[None, :]
-        tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=(row[:, None] < p.Nq) & (d[None, :] < D) & wanted)
+        dq_ptrs = out.dq + (first + row[:, None]) * CONST.D + d[None, :]
+        inside = (row[:, None] < p.Nq) & (d[None, :] < CONST.D) & out.store
+        tl.store(dq_ptrs, dq.to(out.dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
+    """dflow of all keys: [1, BLOCK_N] for each tile, 0 where it repeats keys; then scalars for the REST."""
+    g_j = ()
+    for c in tl.static_range(TILING.TILES):
+        g_c = tl.load(dflow + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + key)
+        if TILING.PARTIAL and c == TILING.TILES - 1:
+            g_c = tl.where(tile_mask(p.Nk, TILING.BLOCK_N, TILING), g_c, 0.0)
+        g_j = g_j + (g_c[None, :],)
+    for c in tl.static_range(TILING.REST):
+        g_j = g_j + (tl.load(dflow + TILING.TILES * TILING.BLOCK_N + c),)
+    return g_j
 
 
 @triton.jit
 def am_flow_bwd_strip_q_kernel(
-    first, second, p, d, e_sum_ptr, dq_ptr, dq_b_ptr, scale, n_blocks, n_chunks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr, SHARP: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-    REST: tl.constexpr, PARTIAL: tl.constexpr, NEEDED: tl.constexpr, NEEDED_B: tl.constexpr,
-):  # fmt: skip
-    """dq, and what the columns' pass needs. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
-    first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
-    row0 = block.to(INDEX) * BLOCK_M
-    row = row0 + tl.arange(0, BLOCK_M).to(INDEX)
+    frames, p, d, e_sum_ptr, dq_ptrs, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr
+):
+    """Stores `StripGradient`, dq of frames that begin pairs (of all frames of a clip), and dq of frames that end them.
+
+    A dq that is not needed is None. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
+    """
+    block, chunk, run = pair_owner(p, grid, CONST)
+    row0 = block.to(CONST.INDEX) * TILING.BLOCK_M
+    row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
-    key = members(p.Nk, BLOCK_N, TILES, PARTIAL)
+    key = tile_offsets(p.Nk, TILING.BLOCK_N, TILING)
     sb, sp, sz, sg = d.g_stride
-    if pairs > 0:
-        begin = tl.where(chunk > 0, -1, 0)  # the pair that ends with the chunk's first frame has a part in its gradient
-        A = _row_maps(
-            first, p, b, first_pair + begin * p.step, z, g, row0,
-            D, BLOCK_D, NEGATE, INDEX, BLOCK_M, TILES, BLOCK_N, REST, PARTIAL,
-        )  # fmt: skip
+    if run.length > 0:
+        # The gradient of a chunk's first frame has a part from the pair that ends with it: start with that pair.
+        start = tl.where(chunk > 0, -1, 0)
+        A = _maps_of_rows(frames.first, p, map_index(run, run.first + start * p.step), row0, CONST, TILING)
         carry = ()
-        for c in tl.static_range(TILES + REST):
+        for c in tl.static_range(TILING.TILES + TILING.REST):
             carry = carry + (tl.zeros_like(A[c]),)
-        for n in range(begin, pairs):
-            at = first_pair + n * p.step
-            B = _row_maps(
-                second, p, b, at + p.shift, z, g, row0,
-                D, BLOCK_D, NEGATE, INDEX, BLOCK_M, TILES, BLOCK_N, REST, PARTIAL,
-            )  # fmt: skip
-            dflow = d.g + b * sb + at * sp + z * sz + g * sg
+        for n in range(start, run.length):
+            t = run.first + n * p.step
+            B = _maps_of_rows(frames.second, p, map_index(run, t + p.shift), row0, CONST, TILING)
+            g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
             x = ()
             y = ()
-            g_j = ()
-            for c in tl.static_range(TILES):
-                g_c = tl.load(dflow + begins(c, p.Nk, BLOCK_N, TILES, PARTIAL) + key)
-                if PARTIAL and c == TILES - 1:
-                    g_c = tl.where(own_members(p.Nk, BLOCK_N, TILES, PARTIAL), g_c, 0.0)
-                g_j = g_j + (g_c[None, :],)
-            for c in tl.static_range(REST):
-                g_j = g_j + (tl.load(dflow + TILES * BLOCK_N + c),)
-            for c in tl.static_range(TILES + REST):
-                S_exp, h = signed_exp(A[c] - B[c], SHARP)
+            for c in tl.static_range(TILING.TILES + TILING.REST):
+                y_c, h = signed_exp(A[c] - B[c], CONST.LOW_TEMPERATURE)
                 x = x + (h * g_j[c],)
-                y = y + (S_exp,)
-            pair = (((b * p.P + at) * p.Z + z) * p.G + g) * p.Nq
-            w = reciprocal(p.Nk + tl.load(e_sum_ptr + pair + i))
+                y = y + (y_c,)
+            first = pair_number(p, map_index(run, t)) * p.Nq
+            w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
             slope = scale * w
-            offset = slope * w * row_sum(x, 0, TILES, REST)
+            offset = slope * w * row_sum(x, 0, TILING)
             inside = (row < p.Nq) & (n >= 0)
-            tl.store(d.slope + pair + row, slope, mask=inside)
-            tl.store(d.offset + pair + row, offset, mask=inside)
+            tl.store(d.slope + first + row, slope, mask=inside)
+            tl.store(d.offset + first + row, offset, mask=inside)
             dA = ()
-            onward = ()
-            for c in tl.static_range(TILES + REST):
-                if c < TILES:
+            next_carry = ()
+            for c in tl.static_range(TILING.TILES + TILING.REST):
+                if c < TILING.TILES:
                     G = y[c] * tl.fma(slope[:, None], g_j[c], -offset[:, None])
                 else:
                     G = y[c] * tl.fma(slope, g_j[c], -offset)
                 dA = dA + (carry[c] + G,)
-                onward = onward + (-G,)
-            _finish_rows(
-                first, p, b, at, z, g, row, A, dA, d.rho, dq_ptr, n >= 0,
-                D, BLOCK_D, INDEX, TILES, BLOCK_N, REST, PARTIAL, NEEDED,
-            )  # fmt: skip
+                next_carry = next_carry + (-G,)
+            out = RowOutput(d.rho, dq_ptrs[0], n >= 0)
+            _finish_rows(frames.first, p, map_index(run, t), row, A, dA, out, CONST, TILING)
             A = B
-            carry = onward
-        at = first_pair + pairs * p.step
-        if at >= p.P:
-            _finish_rows(
-                second, p, b, at - p.step + p.shift, z, g, row, A, carry, d.rho_b, dq_b_ptr, True,
-                D, BLOCK_D, INDEX, TILES, BLOCK_N, REST, PARTIAL, NEEDED_B,
-            )  # fmt: skip
+            carry = next_carry
+        end = run.first + run.length * p.step
+        if end >= p.P:
+            last = map_index(run, end - p.step + p.shift)
+            _finish_rows(frames.second, p, last, row, A, carry, RowOutput(d.rho_b, dq_ptrs[1], True), CONST, TILING)
 
 
 @triton.jit
-def _by_row(ptr, p, c, BLOCK_M: tl.constexpr, TILES: tl.constexpr, PARTIAL: tl.constexpr):
-    """What belongs to the rows of piece c: [1, BLOCK_M], or of one row."""
-    if c < TILES:
-        m = members(p.Nq, BLOCK_M, TILES, PARTIAL)
-        return tl.load(ptr + begins(c, p.Nq, BLOCK_M, TILES, PARTIAL) + m)[None, :]
+def _row_values(ptr, p, c, TILING: tl.constexpr):
+    """Values of the rows of tile or row c of the strip: [1, BLOCK_M], or a scalar."""
+    if c < TILING.TILES:
+        offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING)
+        return tl.load(ptr + tile_start(c, p.Nq, TILING.BLOCK_M, TILING) + offset)[None, :]
     else:
-        return tl.load(ptr + TILES * (BLOCK_M - 1) + c)
+        return tl.load(ptr + TILING.TILES * (TILING.BLOCK_M - 1) + c)
 
 
 @triton.jit
-def _queries(
-    f, p, b, t, z, g, c,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """The queries of piece c: [BLOCK_M, BLOCK_D], or of one row [BLOCK_D]."""
-    q = queries(f, b, t, z, g)
+def _queries(f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
+    """The queries of tile or row c of the strip: [BLOCK_M, BLOCK_D], or [BLOCK_D]."""
+    MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
+    q = queries(f, m)
     sn = f.q_stride[4]
-    d = tl.arange(0, BLOCK_D)
-    if c < TILES:
-        m = members(p.Nq, BLOCK_M, TILES, PARTIAL).to(INDEX)
-        return tile(
-            q + tl.full([], begins(c, p.Nq, BLOCK_M, TILES, PARTIAL), INDEX) * sn,
-            sn,
-            m[:, None],
-            d[None, :],
-            D,
-            D != BLOCK_D,
-        )
+    d = tl.arange(0, CONST.BLOCK_D)
+    if c < TILING.TILES:
+        offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING).to(CONST.INDEX)
+        start = tl.full([], tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST.INDEX)
+        return tile(q + start * sn, sn, offset[:, None], d[None, :], CONST.D, MASK_D)
     else:
-        return tile(q + tl.full([], TILES * (BLOCK_M - 1) + c, INDEX) * sn, sn, 0, d, D, D != BLOCK_D)
+        row = tl.full([], TILING.TILES * (TILING.BLOCK_M - 1) + c, CONST.INDEX)
+        return tile(q + row * sn, sn, 0, d, CONST.D, MASK_D)
 
 
 @triton.jit
-def _column_map(
-    f, p, b, t, z, g, k_tile, c,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILES: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Piece c of columns of A / temperature, turned: [BLOCK_N, BLOCK_M], 0 in rows of other pieces, or [BLOCK_N]."""
-    q = _queries(f, p, b, t, z, g, c, D, BLOCK_D, INDEX, BLOCK_M, TILES, PARTIAL)
-    if c < TILES:
+def _column_map(f, p, m, k_tile, c, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Tile or row c of columns of A / temperature: [BLOCK_N, BLOCK_M], 0 in rows that it repeats, or [BLOCK_N]."""
+    q = _queries(f, p, m, c, CONST, TILING)
+    if c < TILING.TILES:
         s = tl.dot(k_tile, tl.trans(q))
     else:
         s = tl.sum(product(k_tile.to(tl.float32), q.to(tl.float32)[None, :]), 1)
-    if NEGATE:
+    if CONST.NEGATE:
         s = -s
-    at = (((b * f.T + t) * p.H + z) * p.G + g) * p.Nq
-    row_max = _by_row(f.row_max + at, p, c, BLOCK_M, TILES, PARTIAL)
-    factor = _by_row(f.row_norm + at, p, c, BLOCK_M, TILES, PARTIAL) * p.inv_temperature
+    first = map_number(f, p, m) * p.Nq
+    row_max = _row_values(f.row_max + first, p, c, TILING)
+    factor = _row_values(f.row_norm + first, p, c, TILING) * p.inv_temperature
     A = product(tl.exp2(tl.fma(s, p.scale_log2, -row_max)), factor)
-    if PARTIAL and c == TILES - 1:
-        A = tl.where(own_members(p.Nq, BLOCK_M, TILES, PARTIAL)[None, :], A, 0.0)
+    if TILING.PARTIAL and c == TILING.TILES - 1:
+        A = tl.where(tile_mask(p.Nq, TILING.BLOCK_M, TILING)[None, :], A, 0.0)
     return A
 
 
 @triton.jit
-def _finish_columns(
-    f, p, b, t, z, g, A, dA, rho_ptr, c, dk,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """dk with piece c, whose gradient dA is complete."""
-    at = (((b * f.T + t) * p.H + z) * p.G + g) * p.Nq
-    dlogits = A * (dA - _by_row(rho_ptr + at, p, c, BLOCK_M, TILES, PARTIAL))
-    q = _queries(f, p, b, t, z, g, c, D, BLOCK_D, INDEX, BLOCK_M, TILES, PARTIAL)
-    if c < TILES:
+def _add_rows(dk, dlogits, f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dk plus the share of tile or row c of the strip."""
+    q = _queries(f, p, m, c, CONST, TILING)
+    if c < TILING.TILES:
         return product_with(dlogits, q, dk, "ieee")
     else:
         return dk + dlogits[:, None] * q.to(tl.float32)[None, :]
 
 
 @triton.jit
-def am_flow_bwd_strip_k_kernel(
-    first, second, p, d, dk_ptr, dk_b_ptr, n_blocks, n_chunks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NEGATE: tl.constexpr, INDEX: tl.constexpr, SHARP: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, REST: tl.constexpr,
-    PARTIAL: tl.constexpr, NEEDED: tl.constexpr, NEEDED_B: tl.constexpr,
-):  # fmt: skip
-    """dk. A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Maps are turned."""
-    block, chunk, chain, b, z, g = pair_owner(p, n_blocks, n_chunks, INDEX)
-    first_pair, pairs = run_of_pairs(p, chain, chunk, CHUNK)
-    key = block.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N).to(INDEX)
+def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores dk of frames that begin pairs (of all frames of a clip), and dk of frames that end them.
+
+    A dk that is not needed is None. A program: BLOCK_N keys, all rows, the frames of CHUNK pairs of a chain. Tiles of
+    the maps are transposed.
+    """
+    MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
+    block, chunk, run = pair_owner(p, grid, CONST)
+    key = block.to(CONST.INDEX) * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     j = tl.minimum(key, p.Nk - 1)
-    col = tl.arange(0, BLOCK_D)
-    inside = (key[:, None] < p.Nk) & (col[None, :] < D)
+    col = tl.arange(0, CONST.BLOCK_D)
+    inside = (key[:, None] < p.Nk) & (col[None, :] < CONST.D)
     sb, sp, sz, sg = d.g_stride
-    if pairs > 0:
-        begin = tl.where(chunk > 0, -1, 0)
-        t = first_pair + begin * p.step
-        k_tile = tile(keys(first, b, t, z, g), first.k_stride[4], j[:, None], col[None, :], D, D != BLOCK_D)
+    if run.length > 0:
+        start = tl.where(chunk > 0, -1, 0)
+        m = map_index(run, run.first + start * p.step)
+        k_tile = tile(keys(frames.first, m), frames.first.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
         A = ()
         carry = ()
-        for c in tl.static_range(TILES + REST):
-            x = _column_map(first, p, b, t, z, g, k_tile, c, D, BLOCK_D, NEGATE, INDEX, BLOCK_M, TILES, PARTIAL)
-            A = A + (x,)
-            carry = carry + (tl.zeros_like(x),)
-        for n in range(begin, pairs):
-            at = first_pair + n * p.step
-            t = at + p.shift
-            k_tile = tile(keys(second, b, t, z, g), second.k_stride[4], j[:, None], col[None, :], D, D != BLOCK_D)
-            g_j = tl.load(d.g + b * sb + at * sp + z * sz + g * sg + j)
-            pair = (((b * p.P + at) * p.Z + z) * p.G + g) * p.Nq
-            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for c in tl.static_range(TILING.TILES + TILING.REST):
+            A_c = _column_map(frames.first, p, m, k_tile, c, CONST, TILING)
+            A = A + (A_c,)
+            carry = carry + (tl.zeros_like(A_c),)
+        for n in range(start, run.length):
+            t = run.first + n * p.step
+            own = map_index(run, t)
+            after = map_index(run, t + p.shift)
+            k = keys(frames.second, after)
+            k_tile = tile(k, frames.second.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
+            g_j = tl.load(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg + j)
+            pair_row = pair_number(p, own) * p.Nq
+            dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             B = ()
-            onward = ()
-            for c in tl.static_range(TILES + REST):
-                x = _column_map(second, p, b, t, z, g, k_tile, c, D, BLOCK_D, NEGATE, INDEX, BLOCK_M, TILES, PARTIAL)
-                slope = _by_row(d.slope + pair, p, c, BLOCK_M, TILES, PARTIAL)
-                offset = _by_row(d.offset + pair, p, c, BLOCK_M, TILES, PARTIAL)
-                y, _ = signed_exp(A[c] - x, SHARP)
-                if c < TILES:
+            next_carry = ()
+            for c in tl.static_range(TILING.TILES + TILING.REST):
+                B_c = _column_map(frames.second, p, after, k_tile, c, CONST, TILING)
+                slope = _row_values(d.slope + pair_row, p, c, TILING)
+                offset = _row_values(d.offset + pair_row, p, c, TILING)
+                y, _ = signed_exp(A[c] - B_c, CONST.LOW_TEMPERATURE)
+                if c < TILING.TILES:
                     G = y * tl.fma(slope, g_j[:, None], -offset)
                 else:
                     G = y * tl.fma(slope, g_j, -offset)
-                if NEEDED:
-                    dk = _finish_columns(
-                        first, p, b, at, z, g, A[c], carry[c] + G, d.rho, c, dk,
-                        D, BLOCK_D, INDEX, BLOCK_M, TILES, PARTIAL,
-                    )  # fmt: skip
-                B = B + (x,)
-                onward = onward + (-G,)
+                if dk_ptrs[0] is not None:
+                    dA = carry[c] + G
+                    rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
+                    dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
+                    dk = _add_rows(dk, dlogits, frames.first, p, own, c, CONST, TILING)
+                B = B + (B_c,)
+                next_carry = next_carry + (-G,)
             A = B
-            carry = onward
-            if NEEDED:
-                to = dk_ptr + ((((b * first.T + at) * p.H + z) * p.G + g) * p.Nk + key[:, None]) * D + col[None, :]
-                tl.store(to, dk.to(dk_ptr.dtype.element_ty), mask=inside & (n >= 0))
-        at = first_pair + pairs * p.step
-        if NEEDED_B and at >= p.P:
-            t = at - p.step + p.shift
-            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            for c in tl.static_range(TILES + REST):
-                dk = _finish_columns(
-                    second, p, b, t, z, g, A[c], carry[c], d.rho_b, c, dk,
-                    D, BLOCK_D, INDEX, BLOCK_M, TILES, PARTIAL,
-                )  # fmt: skip
-            to = dk_b_ptr + ((((b * second.T + t) * p.H + z) * p.G + g) * p.Nk + key[:, None]) * D + col[None, :]
-            tl.store(to, dk.to(dk_b_ptr.dtype.element_ty), mask=inside)
+            carry = next_carry
+            if dk_ptrs[0] is not None:
+                first_key = map_number(frames.first, p, own) * p.Nk
+                ptrs = dk_ptrs[0] + (first_key + key[:, None]) * CONST.D + col[None, :]
+                tl.store(ptrs, dk.to(dk_ptrs[0].dtype.element_ty), mask=inside & (n >= 0))
+        end = run.first + run.length * p.step
+        if dk_ptrs[1] is not None and end >= p.P:
+            last = map_index(run, end - p.step + p.shift)
+            dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
+            for c in tl.static_range(TILING.TILES + TILING.REST):
+                rho_ptr = d.rho_b + map_number(frames.second, p, last) * p.Nq
+                dlogits = A[c] * (carry[c] - _row_values(rho_ptr, p, c, TILING))
+                dk = _add_rows(dk, dlogits, frames.second, p, last, c, CONST, TILING)
+            ptrs = dk_ptrs[1] + (map_number(frames.second, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
+            tl.store(ptrs, dk.to(dk_ptrs[1].dtype.element_ty), mask=inside)

@@ -1,0 +1,65 @@
+"""Where a model has its transformer blocks, and which of them are meant: shared by all that work on blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+NAMES = ("blocks", "layers", "layer", "resblocks")  # what timm, transformers, torchvision and CLIP call the list
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model inside of `DistributedDataParallel` and `torch.compile`."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    return inner
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """All non-empty lists in a model that are named like lists of transformer blocks, by their path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in NAMES and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
+    """The path and the list of a model's transformer blocks: the outermost list with a usual name.
+
+    Raises:
+        TypeError: the model has no such list, or several of which none contains the others.
+    """
+    lists = block_lists(model)
+    if not lists:
+        raise TypeError(
+            f"model: expected a list of transformer blocks (a ModuleList or Sequential called {', '.join(NAMES)}), "
+            f"found none in {type(model).__name__}"
+        )
+    path = min(lists, key=lambda candidate: candidate.count("."))
+    others = [other for other in lists if other != path and not other.startswith(f"{path}.")]
+    if others:
+        raise TypeError(
+            f"model: expected one list of transformer blocks, found {path}, {', '.join(others)} in "
+            f"{type(model).__name__}; pass the part that has the one meant"
+        )
+    return path, lists[path]
+
+
+def select_blocks(blocks: Iterable[int] | None, count: int) -> list[int]:
+    """Sorted, distinct indices of the selected blocks of `count`; None selects all.
+
+    Raises:
+        ValueError: an index is not in [0, count).
+    """
+    if blocks is None:
+        return list(range(count))
+    chosen = list(blocks)
+    for index in chosen:
+        if index not in range(count):
+            raise ValueError(f"blocks: expected indices from 0 to {count - 1}, got {index!r}")
+    return sorted(set(chosen))

@@ -1,0 +1,106 @@
+"""Trained parameters in a file: adapters and head, without the frozen backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from amflow_models.blocks import AdaptedBlock
+
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before names
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that require a gradient, by their names in the model without wrappers.
+
+    Sharded parameters are gathered, so all processes must call this.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+    state = {unwrapped_name(name): _gathered(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    if not state:
+        raise ValueError(f"model: expected one with parameters that train, found none in {type(model).__name__}")
+    return state
+
+
+def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes the trainable parameters of a model and the options of its adapters to a safetensors file.
+
+    Args:
+        model: the model.
+        path: the file.
+        state: the result of `trained_state`; None calls it.
+
+    Raises:
+        ValueError: no parameter of the model requires a gradient.
+    """
+    save_file(
+        trained_state(model) if state is None else state, path, metadata={"adapters": json.dumps(_options(model))}
+    )
+
+
+def load_trained(model: nn.Module, path: str | Path) -> None:
+    """Reads a file of `save_trained` into a model that was built with the same options.
+
+    Raises:
+        ValueError: the file can't be read, or does not fit the model: all missing and unexpected names, different
+            shapes and different options are listed. The model is unchanged then.
+    """
+    own = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        with safe_open(path, "pt") as file:
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+            options = json.loads((file.metadata() or {}).get("adapters", "null"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
+    expected = _options(model)
+    problems = {
+        "missing": sorted(own.keys() - loaded.keys()),
+        "unexpected": sorted(loaded.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(loaded[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & loaded.keys())
+            if loaded[name].shape != own[name].shape
+        ],
+        "of other options": [
+            f"{name} {options[name]!r}, expected {value!r}"
+            for name, value in expected.items()
+            if options is not None and options.get(name) != value
+        ],
+    }
+    if any(problems.values()):
+        message = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"{path}: does not hold what trains in this {type(model).__name__}. {message}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(loaded[name])
+
+
+def _gathered(x: torch.Tensor) -> torch.Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).contiguous()
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    """The adapter options that results depend on besides the parameters and their names."""
+    options = next((block.options for block in model.modules() if isinstance(block, AdaptedBlock)), None)
+    if options is None:
+        return {}
+    saved = asdict(options) | {"activation": options.activation.__name__}
+    del saved["impl"]
+    return saved

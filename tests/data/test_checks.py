@@ -1,0 +1,191 @@
+"""Checks of lists, and the command that runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from amflow_models.data import Video, VideoList, check_lists
+from amflow_models.data.__main__ import main
+from list_files import write
+from PIL import Image
+from video_files import write_video
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4")
+
+
+@pytest.fixture
+def copies(clip: Path, tmp_path: Path) -> list[Path]:
+    """Four copies of a video, one of them in a folder with a space in its name."""
+    paths = [tmp_path / name for name in ("a.mp4", "b.mp4", "my dir/c.mp4", "d.mp4")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(clip.read_bytes())
+    return paths
+
+
+def listing(*videos: tuple[Path, int], classes: tuple[str, ...] = ("walk", "run")) -> VideoList:
+    return VideoList(tuple(Video(path, label) for path, label in videos), classes, "made up")
+
+
+def kinds(lists: dict[str, VideoList], num_classes: int = 2, **options: bool) -> dict[tuple[str, str], int]:
+    """The errors of a report, and their counts."""
+    report = check_lists(lists, num_classes, **options)
+    return {(problem.where, problem.kind): problem.count for problem in report.problems if not problem.warning}
+
+
+def test_good_lists_have_no_problems(copies: list[Path]) -> None:
+    a, b, c, d = copies
+    report = check_lists({"train": listing((a, 0), (b, 1), (a, 0)), "test": listing((c, 0), (d, 1))}, 2)
+    assert report.problems == ()
+    report.raise_for_problems()
+    assert "No problems found" in str(report)
+
+
+def test_labels_out_of_range_are_counted(copies: list[Path]) -> None:
+    a, b, c, _ = copies
+    errors = kinds({"train": listing((a, -1), (b, 2), (c, 5))})
+    assert errors == {
+        ("train", "labels below 0"): 1,
+        ("train", "labels above 1"): 2,
+        ("train", "classes without a video"): 2,
+    }
+
+
+def test_labels_that_count_from_one_are_recognised(copies: list[Path]) -> None:
+    a, b, _, _ = copies
+    with pytest.raises(ValueError, match="labels run from 1 to 2, and should from 0: subtract 1 from all"):
+        check_lists({"train": listing((a, 1), (b, 2))}, 2).raise_for_problems()
+    with pytest.raises(ValueError, match="above 1") as error:
+        check_lists({"train": listing((a, 0), (b, 2))}, 2).raise_for_problems()
+    assert "subtract" not in str(error.value)
+
+
+def test_classes_without_a_video_are_errors_only_in_training_lists(copies: list[Path]) -> None:
+    a, b, _, _ = copies
+    report = check_lists({"train": listing((a, 0)), "test": listing((b, 0))}, 3)
+    train, test = report.problems
+    assert (train.where, train.count, train.examples, train.warning) == ("train", 2, ("run", "2"), False)
+    assert (test.where, test.count, test.examples, test.warning) == ("test", 2, ("run", "2"), True)
+    check_lists({"test": listing((b, 0))}, 3).raise_for_problems()
+
+
+def test_an_empty_list_is_an_error() -> None:
+    assert kinds({"train": listing()}) == {("train", "no videos in the list"): 1}
+
+
+def test_missing_and_unreadable_files_are_counted(copies: list[Path], tmp_path: Path) -> None:
+    a, b, c, d = copies
+    b.write_text("this is no video\n" * 100)
+    c.write_bytes(b"")
+    d.write_bytes(d.read_bytes()[: d.stat().st_size // 2])
+    lists = {"train": listing((a, 0), (b, 1), (c, 1), (d, 1), (tmp_path / "no.mp4", 1))}
+    assert kinds(lists) == {("train", "videos that can't be read"): 3, ("train", "missing files"): 1}
+    assert kinds(lists, open_videos=False) == {("train", "missing files"): 1}
+    report = check_lists(lists, 2)
+    examples = [example for problem in report.problems for example in problem.examples]
+    for part in ("b.mp4: can't be read", "c.mp4: can't be read as a video (it is empty)", "no.mp4"):
+        assert any(part in example for example in examples)
+    assert "missing files" in str(report)
+
+
+def test_folders_with_fewer_frames_than_their_list_says_are_errors(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "frames" / f"img_{number}.png")
+    (tmp_path / "none").mkdir()
+
+    def errors(folder: str, frames: int, **options: bool) -> dict[tuple[str, str], int]:
+        return kinds({"test": VideoList((Video(tmp_path / folder, 0, frames),), ("0",), "")}, 1, **options)
+
+    for quick in (False, True):
+        assert errors("frames", 3, open_videos=not quick) == {}
+        for folder in ("frames", "none"):
+            short = {("test", "folders with fewer frames than the list says"): 1}
+            assert errors(folder, 4, open_videos=not quick) == short
+        assert errors("no", 4, open_videos=not quick) == {("test", "missing files"): 1}
+
+
+def test_lists_that_share_a_file_are_errors_under_any_name(copies: list[Path], tmp_path: Path) -> None:
+    a, b, c, d = copies
+    link = tmp_path / "link.mp4"
+    link.symlink_to(a)
+    lists = {
+        "train": listing((a, 0), (b, 1)),
+        "validation": listing((tmp_path / "my dir" / ".." / "b.mp4", 0), (c, 1)),
+        "test": listing((link, 0), (d, 1)),
+    }
+    assert kinds(lists) == {
+        ("train, validation", "videos in both lists"): 1,
+        ("train, test", "videos in both lists"): 1,
+    }
+
+
+def test_a_file_with_several_labels_is_an_error(copies: list[Path], tmp_path: Path) -> None:
+    a, b, _, _ = copies
+    link = tmp_path / "link.mp4"
+    link.symlink_to(a)
+    assert kinds({"train": listing((a, 0), (b, 1), (link, 1))}) == {("train", "videos with several labels"): 1}
+
+
+def test_one_error_lists_all_problems(copies: list[Path], tmp_path: Path) -> None:
+    a, b, _, _ = copies
+    with pytest.raises(ValueError, match="3 kinds of problems") as error:
+        check_lists({"train": listing((a, 0), (b, 7)), "test": listing((a, 0), (b, 1))}, 2).raise_for_problems()
+    for part in ("train: labels above 1: 1", "train: classes without a video: 1 (run)", "train, test: videos in both"):
+        assert part in str(error.value)
+
+
+def test_the_commands_exit_status_and_output(
+    copies: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # so that no line is wrapped
+    good = str(write(tmp_path / "train.txt", "a.mp4 0\nmy dir/c.mp4 1\n"))
+    leaks = str(write(tmp_path / "val.txt", "a.mp4 0\nb.mp4 1\n"))
+    wrong = str(write(tmp_path / "wrong.txt", "a.mp4\n"))
+    check = ["check", "--kind", "mmaction", "--num-classes", "2"]
+    assert main([*check, good]) == 0
+    assert "No problems found" in capsys.readouterr().out
+    assert main([*check, good, leaks]) == 1
+    assert "videos in both lists" in capsys.readouterr().out
+    assert main([*check, wrong]) == 1
+    assert "wrong.txt:1: expected 'path label'" in capsys.readouterr().err
+    copies[0].write_text("no video")
+    assert main([*check, good]) == 1
+    assert main([*check, good, "--quick"]) == 0
+    names = str(write(tmp_path / "names.txt", "walk\nrun\n"))
+    assert main(["check", good, "--kind", "mmaction", "--classes", names, "--quick"]) == 0
+
+
+def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = ["check", str(smarthome), "--kind", "smarthome", "--quick", "--split"]
+    assert main([*check, "cross_view2"]) == 0
+    out = capsys.readouterr().out
+    for part in ("cross_view2/train", "cross_view2/validation", "cross_view2/test", "for 19 classes"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["check", "LIST"], "--kind"),
+        (["check", "LIST", "--kind", "mmaction"], "--num-classes"),
+        (["check", "LIST", "--kind", "nonsense"], "invalid choice"),
+        (["check", "none.txt", "--kind", "mmaction", "--num-classes", "2"], "there is no none.txt"),
+        (["check", "LIST", "--kind", "ssv2"], "--labels"),
+        (["check", "LIST", "--kind", "smarthome"], "--split"),
+        (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--labels", "."], "no use for it"),
+    ],
+)
+def test_wrong_usage_of_the_command_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    path = str(write(tmp_path / "list.txt", "a.mp4 0\n"))
+    with pytest.raises(SystemExit) as status:
+        main([path if argument == "LIST" else argument for argument in arguments])
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err

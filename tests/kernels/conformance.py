@@ -1,0 +1,479 @@
+"""The implementations under test, the case tables, and the checks against the float64 oracle.
+
+A new implementation is one row of `SUBJECTS`; a new option is one factor of `FACTORS`. Rows of the tables are generated
+so that every two values of any two factors meet in some row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from amflow_kernels import testing as tt
+from amflow_kernels.problem import MatmulProblem, Problem
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+FACTORS: dict[str, list[Any]] = {
+    "tokens": [
+        (1, 1), (2, 2), (17, 17), (197, 197), (257, 257), (261, 261), (577, 577), (1370, 1370),
+        (16, 64), (64, 16), (49, 196), (1, 70), (70, 1),
+    ],
+    "D": [1, 8, 17, 40, 64, 72, 80, 128, 256],
+    "frames": [(2, 1), (3, 1), (3, 2), (5, 2), (7, 3), (16, 1), (16, 3), (2, 0), (6, 0)],  # (T, lag); 0: T / 2 pairs
+    "layout": list(tt.LAYOUTS),
+    "logits": ["plain", "negative", "zero", "large", "still"],
+    "temperature": [1 / 64, 0.3, 1.0, 5.0],
+    "dtype": [FP32, BF16, FP16],
+    "groups": [(1,), (3,), (2, 3)],
+    "head_reduction": ["none", "mean", "mean_map"],
+    "dflow": ["contiguous", "expanded", "transposed"],
+    "needs": ["all", "q", "k"],
+}  # fmt: skip
+
+OPERATORS = {"M": (False, False), "M^T": (True, False), "P": (False, True), "P^T": (True, True)}  # transpose, softmax
+X_LAYOUTS = ("contiguous", "offset", "tokens_first", "shared")
+MATMUL_FACTORS: dict[str, list[Any]] = {
+    "tokens": [(1, 1), (2, 2), (17, 17), (65, 65), (197, 197), (16, 64), (64, 17), (130, 257), (1, 70), (70, 1)],
+    "C": [1, 3, 4, 16, 64, 256],
+    "D": [1, 17, 64, 128],
+    "frames": [(2, 1), (3, 2), (5, 2), (8, 1), (2, 0), (6, 0)],
+    "layout": list(tt.LAYOUTS),
+    "x_layout": list(X_LAYOUTS),
+    "logits": FACTORS["logits"],
+    "dtype": FACTORS["dtype"],
+    "x_float": [True, False],  # x in float32, or in the dtype of q
+    "groups": FACTORS["groups"],
+    "dflow": FACTORS["dflow"],
+    "needs": ["all", "q", "k", "x", "q and x"],
+}
+
+
+def map_elements(row: Row) -> int:
+    """Elements of all attention maps, with the smallest value of every factor that is not chosen yet."""
+    Nq, Nk = row.get("tokens", (1, 1))
+    return Nq * Nk * row.get("frames", (2, 1))[0] * math.prod(row.get("groups", (1,)))
+
+
+def interpreted_tiles(row: Row) -> int:
+    """Tiles of maps that Triton's interpreter computes, about 5 ms each."""
+    (Nq, Nk), (T, _) = row.get("tokens", (1, 1)), row.get("frames", (2, 1))
+    groups = row.get("groups", (1,))
+    heads = 3 * groups[0] if row.get("head_reduction") == "mean_map" else 1
+    steps = math.ceil(row.get("D", 64) / 64)
+    return T * math.prod(groups) * heads * math.ceil(Nq / 32) * math.ceil(Nk / 32) * steps
+
+
+def emulated_products(row: Row) -> int:
+    """Multiplications that the emulated GPU makes, at 64 and more for each element of a map."""
+    heads = row.get("groups", (1,))[0] if row.get("head_reduction") == "mean_map" else 1
+    return map_elements(row) * heads * max(64, row.get("D", 1))
+
+
+def simulated_gpu() -> AbstractContextManager[None]:
+    """impl="cuda" takes CPU tensors and runs lane by lane on the host."""
+    from tests import simt
+
+    return simt.machine()
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An implementation under test, and how large its problems may be here.
+
+    Attributes:
+        dtypes: those it can be tested with here (Triton's interpreter multiplies bfloat16 wrongly).
+        work: the cost of a row of a case table, and `most_work` the largest that is taken.
+        fast: it runs at full speed, so that rules with larger shapes apply.
+        matmul: it has the motion operator.
+        factors, matmul_factors: in place of those of the tables.
+        fixtures: what has to be set up for it.
+        plain_rows: how many rows of a case table the plain run takes. `all_rows`: and the slow one; None: all.
+        plain_combinations: how many combinations of a rule's parameters the plain run takes; None: all.
+        context: entered around every test.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
+    work: Callable[[Row], int] = map_elements
+    most_work: int = 4_200_000
+    most_matmul_work: int = 4_200_000
+    fast: bool = True
+    matmul: bool = True
+    factors: dict[str, list[Any]] = field(default_factory=dict)
+    matmul_factors: dict[str, list[Any]] = field(default_factory=dict)
+    fixtures: tuple[str, ...] = ()
+    plain_rows: int = 32
+    all_rows: int | None = None
+    plain_combinations: int | None = None
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __str__(self) -> str:
+        return self.name
+
+    def takes(self, parameters: Row) -> bool:
+        """Whether a test with these parameters concerns it."""
+        dtype, tokens = parameters.get("dtype"), parameters.get("tokens", (1, 1))
+        if dtype is not None and dtype not in self.dtypes:
+            return False
+        if self.fast:
+            return True
+        asked = (*parameters.get("requires_grad", ()), *parameters.get("needs", ()))  # which gradients opcheck wants
+        return max(tokens) <= 100 and all(asked) and parameters.get("name") in (None, "clip", "pair")
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject("reference", plain_rows=6, all_rows=12),
+        Subject("cpu"),
+        Subject(
+            "triton",
+            dtypes=(FP32, FP16),
+            work=interpreted_tiles,
+            most_work=120,
+            most_matmul_work=24,
+            fast=False,
+            factors={
+                "tokens": [(1, 1), (17, 17), (65, 65), (33, 70), (70, 33)],
+                "D": [1, 17, 64, 72, 256],
+                "frames": [(2, 1), (5, 2), (18, 1), (4, 0)],
+                "logits": ["plain", "negative", "large", "still"],
+                "groups": [(1,), (3,), (2, 2)],
+            },
+            matmul_factors={
+                "tokens": [(1, 1), (17, 17), (33, 70), (70, 33)],
+                "C": [1, 3, 17, 70],
+                "D": [1, 17, 64, 72],
+                "frames": [(2, 1), (5, 2), (4, 0)],
+                "logits": ["plain", "negative", "zero", "still"],
+                "groups": [(1,), (2, 2)],
+                "layout": ["contiguous", "fused_qkv", "offset"],
+                "x_layout": ["contiguous", "offset"],
+                "dflow": ["contiguous", "expanded"],
+            },
+            fixtures=("quick_interpreter",),
+            plain_rows=8,
+            plain_combinations=1,
+        ),
+        Subject(
+            "cuda",
+            work=emulated_products,
+            most_work=3_000_000,
+            fast=False,
+            matmul=False,
+            factors={
+                "tokens": [(1, 1), (17, 17), (65, 65), (33, 70), (70, 33), (197, 197), (49, 196)],
+                "D": [1, 8, 17, 40, 64, 72, 80, 128],
+                "frames": [(2, 1), (5, 2), (18, 1), (16, 3), (4, 0)],
+                "groups": [(1,), (3,), (2, 2)],
+            },
+            fixtures=("emulated",),
+            plain_rows=12,
+            plain_combinations=2,
+            context=simulated_gpu,
+        ),
+    )
+}
+
+
+def possible(row: Row) -> bool:
+    """Whether a problem of these values exists and has a budget."""
+    Nq, Nk = row.get("tokens", (1, 1))
+    if row.get("logits") == "large" and row.get("temperature", 1.0) < tt.SHARP:
+        return False  # beyond what flow_budget promises
+    return row.get("layout") != "fused_qkv" or Nq == Nk
+
+
+def pairwise(factors: dict[str, list[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
+    """Rows in which every allowed pair of values of two factors occurs, by greedy choice."""
+    rng = random.Random(0)
+    names = list(factors)
+    missing: dict[frozenset[tuple[str, Any]], None] = {}
+    for a, b in itertools.combinations(names, 2):
+        for x, y in itertools.product(factors[a], factors[b]):
+            if allowed({a: x, b: y}):
+                missing[frozenset({(a, x), (b, y)})] = None
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for name in rng.sample([n for n in names if n not in row], len(names) - len(row)):
+            values = [v for v in rng.sample(factors[name], len(factors[name])) if allowed({**row, name: v})]
+            row[name] = max(values, key=lambda v: sum(frozenset({(name, v), x}) in missing for x in row.items()))
+        for pair in itertools.combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `am_flow` or `am_flow_pair`: its input, its options and which gradients are asked for."""
+
+    tokens: tuple[int, int]
+    D: int
+    frames: tuple[int, int]
+    layout: str
+    logits: str
+    temperature: float
+    dtype: torch.dtype
+    groups: tuple[int, ...]
+    dflow: str
+    needs: str
+    head_reduction: str = "none"
+    B: int = 1
+    seed: int = 0
+
+    def __str__(self) -> str:
+        T, lag = self.frames
+        frames = f"T{T}lag{lag}" if lag else f"{T // 2}pairs"
+        shape = "x".join(map(str, (self.B, frames, *self.groups, *self.tokens, self.D)))
+        dtype = str(self.dtype).removeprefix("torch.")
+        options = (self.logits, f"{self.temperature:.3g}", self.head_reduction, self.dflow, self.needs)
+        return "-".join((shape, dtype, self.layout, *options))
+
+    @property
+    def frame_step(self) -> float:
+        return 1e-3 if self.logits == "still" else 0.2
+
+    def frame_pairs(self) -> dict[str, Tensor]:
+        """q and k, and in pair form q_b and k_b, as every other frame of a clip."""
+        T, lag = self.frames
+        q, k = tt.make_qk(
+            self.B, T, self.groups, *self.tokens, self.D, dtype=self.dtype, frame_step=self.frame_step,
+            logit_std=6.0 if self.logits == "large" else 1.0, layout=self.layout, seed=self.seed,
+        )  # fmt: skip
+        return {"q": q, "k": k} if lag else {"q": q[:, ::2], "k": k[:, ::2], "q_b": q[:, 1::2], "k_b": k[:, 1::2]}
+
+    def map_options(self) -> dict[str, Any]:
+        scale = {"negative": -(self.D**-0.5), "zero": 0.0}.get(self.logits)
+        lag = {"lag": self.frames[1]} if self.frames[1] else {}
+        return {"scale": scale, "temperature": self.temperature, **lag}
+
+    def problem(self) -> Problem:
+        return Problem(**self.frame_pairs(), **self.map_options(), head_reduction=self.head_reduction)
+
+    def incoming(self, shape: tuple[int, ...]) -> Tensor:
+        """The gradient of the result."""
+        return tt.make_dflow(shape, layout=self.dflow, seed=self.seed)
+
+    def needed(self) -> list[bool]:
+        """Which of the inputs get a gradient."""
+        needed = [self.needs in ("all", "q", "q and x"), self.needs in ("all", "k")]
+        return needed if self.frames[1] else needed * 2
+
+
+@dataclass(frozen=True)
+class MatmulCase(Case):
+    """A call of `am_flow_matmul` or `am_flow_matmul_pair`."""
+
+    operator: str = "M"
+    C: int = 1
+    x_layout: str = "contiguous"
+    x_float: bool = True
+
+    def __str__(self) -> str:
+        x_dtype = "x float32" if self.x_float else "x alike"
+        return "-".join((self.operator, super().__str__(), f"C{self.C}", self.x_layout, x_dtype))
+
+    def problem(self) -> MatmulProblem:
+        frames = self.frame_pairs()
+        transpose, softmax = OPERATORS[self.operator]
+        x = tt.make_features(
+            frames["q"], frames["k"], self.C, lag=self.frames[1], transpose=transpose, layout=self.x_layout,
+            dtype=FP32 if self.x_float else self.dtype, seed=self.seed,
+        )  # fmt: skip
+        return MatmulProblem(**frames, x=x, **self.map_options(), transpose=transpose, softmax=softmax)
+
+    def needed(self) -> list[bool]:
+        return [*super().needed(), self.needs in ("all", "x", "q and x")]
+
+
+@cache
+def flow_cases(subject: Subject) -> list[Case]:
+    """The case table of an implementation for the flow."""
+    factors = {**FACTORS, **subject.factors, "dtype": list(subject.dtypes)}
+    rows = pairwise(factors, lambda row: possible(row) and subject.work(row) <= subject.most_work)
+    return [
+        Case(**row, B=2 if subject.fast and map_elements(row) < 500_000 else 1, seed=seed)
+        for seed, row in enumerate(_thinned(rows, subject.all_rows))
+    ]
+
+
+@cache
+def matmul_cases(subject: Subject) -> list[MatmulCase]:
+    """The case table of an implementation for the motion operator."""
+    shared = {**MATMUL_FACTORS, **subject.matmul_factors, "dtype": list(subject.dtypes)}
+    temperatures = [1 / 64, 0.3, 1.0, 5.0] if subject.fast else [0.3, 1.0]
+    tables = [
+        {**shared, "operator": ["M", "M^T"], "temperature": [1.0]},
+        {**shared, "operator": ["P", "P^T"], "temperature": temperatures},
+    ]
+    rows = []
+    for table in tables:
+        rows += pairwise(table, lambda row: possible(row) and subject.work(row) <= subject.most_matmul_work)
+    return [
+        MatmulCase(**row, B=1 + seed % 2 if subject.fast else 1, seed=seed)
+        for seed, row in enumerate(_thinned(rows, subject.all_rows))
+    ]
+
+
+def _thinned(rows: list[Row], most: int | None) -> list[Row]:
+    """At most so many rows, from all over the table."""
+    return rows if most is None else rows[:: math.ceil(len(rows) / most)]
+
+
+def tiers(subject: Subject, cases: list[Any]) -> Iterator[tuple[Any, bool]]:
+    """The cases, and whether each belongs to the slow tier."""
+    step = math.ceil(len(cases) / subject.plain_rows)
+    for number, case in enumerate(cases):
+        yield case, number % step != 0
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+@cache
+def centred_oracle(case: Case) -> Tensor:
+    return tt.oracle_flow(replace(case.problem(), center=True))
+
+
+@cache
+def matmul_oracle(case: MatmulCase) -> Tensor:
+    return tt.oracle_matmul(case.problem())
+
+
+def check_flow(case: Case, impl: str) -> None:
+    """The flow and the centred flow are within their budgets of the oracle."""
+    problem, exact = case.problem(), centred_oracle(case)
+    with tt.poison_allocations():
+        flow = tt.run(problem, impl)
+        centred = tt.run(replace(problem, center=True), impl)
+    tt.assert_flow(flow, exact, problem.Nq, temperature=case.temperature)
+    tt.assert_centred(centred, exact, problem.Nq, frame_step=case.frame_step, temperature=case.temperature)
+
+
+def check_flow_gradients(case: Case, impl: str) -> None:
+    """The gradients that were asked for are within their budgets of the oracle, whatever the strides of dflow."""
+    problem = case.problem()
+    dflow = case.incoming(problem.flow_shape)
+    grads = gradients(problem, case.needed(), dflow, impl)
+    magnitude = tt.grad_magnitude(problem, dflow) if problem.Nk <= 2 else None  # the exact gradient is zero
+    tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow), magnitude)
+
+
+def check_product(case: MatmulCase, impl: str) -> None:
+    """Every element is within `matmul_budget`, and M x within `centred_budget` as a whole."""
+    problem, exact = case.problem(), matmul_oracle(case)
+    with tt.poison_allocations():
+        y = tt.run(problem, impl)
+    assert y.dtype == FP32
+    tt.assert_matmul(y, exact, tt.matmul_budget(problem))
+    if case.operator.startswith("M") and y.numel() >= 100:  # a few sums may all happen to cancel
+        error, norm = (y.double() - exact).norm().item(), exact.norm().item()
+        assert error <= tt.centred_budget(case.frame_step) * norm, f"L2 error of {error:.3g} on {norm:.3g}"
+
+
+def check_product_gradients(case: MatmulCase, impl: str) -> None:
+    """Gradients of q and k are within `grad_budget`; that of x is a product with dy, and held to `matmul_budget`."""
+    problem = case.problem()
+    dy = case.incoming(problem.product_shape)
+    *grads, dx = gradients(problem, case.needed(), dy, impl)
+    if dx is not None:
+        transposed = replace(problem, x=dy.contiguous(), transpose=not problem.transpose)
+        tt.assert_matmul(dx, tt.oracle_matmul(transposed), tt.matmul_budget(transposed))
+    if any(g is not None for g in grads):
+        # The gradient of P is zero for two keys, which move alike, and for features that are equal for all keys.
+        zero = problem.softmax and (problem.Nk == 2 or (problem.transpose and case.dflow == "expanded"))
+        magnitude = tt.matmul_magnitude(problem, dy) if zero else None
+        tt.assert_grads(grads, tt.oracle_matmul_grads(problem, dy), tt.matmul_tie(problem, dy), magnitude)
+
+
+def gradients(problem: Problem | MatmulProblem, needed: list[bool], incoming: Tensor, impl: str) -> list[Tensor | None]:
+    """The gradients of the inputs that need one, and None for the others, computed in poisoned memory."""
+    inputs = [x.detach().requires_grad_(n) for x, n in zip(tt.inputs_of(problem), needed, strict=True)]
+    with tt.poison_allocations():
+        result = tt.run(tt.with_inputs(problem, inputs), impl)
+        found = iter(torch.autograd.grad(result, [x for x in inputs if x.requires_grad], incoming))
+    grads = [next(found) if n else None for n in needed]
+    assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True))
+    return grads
+
+
+BAD_ROWS = ("NaN in q", "NaN in k", "+inf logit", "all -inf")
+
+
+def make_bad_row(kind: str, q: Tensor, k: Tensor) -> None:
+    """Makes row 3 of one map NaN through its frame's q (Nq, D) and k (Nk, D), at a positive scale."""
+    if kind == "NaN in q":
+        q[3, 0] = math.nan
+    elif kind == "NaN in k":
+        k[-1, -1] = math.nan
+    elif kind == "+inf logit":  # and -inf in that key's other logits
+        q[:, 0], q[3, 0], k[5, 0] = -1, 1, math.inf
+    else:
+        assert kind == "all -inf"
+        q[3, 0], k[:, 0] = -math.inf, k[:, 0].abs() + 0.1
+
+
+# ---------------------------------------------------------------------------------------------------- random cases
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    """A flow of any shape, strides, lag, options and dtype."""
+    sizes = st.one_of(st.integers(1, 20), st.integers(21, 150))
+    Nq, Nk = draw(sizes), draw(sizes)
+    layout = draw(st.sampled_from(tt.LAYOUTS))
+    lag = draw(st.integers(0, 3))
+    T = draw(st.integers(lag + 1, 6)) if lag else 2 * draw(st.integers(1, 3))
+    return Case(
+        tokens=(Nq, Nq) if layout == "fused_qkv" else (Nq, Nk),
+        D=draw(st.one_of(st.integers(1, 70), st.integers(71, 256))),
+        frames=(T, lag),
+        layout=layout,
+        logits=draw(st.sampled_from(FACTORS["logits"])),
+        temperature=draw(st.floats(0.1, 10)),
+        dtype=draw(st.sampled_from(FACTORS["dtype"])),
+        groups=draw(st.sampled_from([(1,), (2,), (5,), (1, 3), (3, 1), (2, 2)])),
+        head_reduction=draw(st.sampled_from(FACTORS["head_reduction"])),
+        dflow=draw(st.sampled_from(FACTORS["dflow"])),
+        needs=draw(st.sampled_from(FACTORS["needs"])),
+        B=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@st.composite
+def any_matmul_case(draw: st.DrawFn) -> MatmulCase:
+    """A product of any operator, shape, strides, lag and dtypes."""
+    operator = draw(st.sampled_from(list(OPERATORS)))
+    base = draw(any_case())
+    values = {name: getattr(base, name) for name in ("tokens", "D", "frames", "layout", "dtype", "groups", "dflow")}
+    return MatmulCase(
+        operator=operator,
+        C=draw(st.one_of(st.integers(1, 20), st.integers(21, 256))),
+        x_layout=draw(st.sampled_from(X_LAYOUTS)),
+        logits=base.logits if base.temperature >= tt.SHARP or base.logits != "large" else "plain",
+        temperature=base.temperature if operator.startswith("P") else 1.0,
+        x_float=draw(st.booleans()),
+        needs=draw(st.sampled_from(MATMUL_FACTORS["needs"])),
+        B=base.B,
+        seed=base.seed,
+        **values,
+    )

@@ -1,0 +1,317 @@
+"""The Triton kernels' own rules, in Triton's interpreter, with shapes small enough for it.
+
+The interpreter's bfloat16 products are wrong: that dtype needs a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from amflow_kernels import am_flow, explain
+from amflow_kernels import testing as tt
+from amflow_kernels.problem import Problem
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from amflow_kernels.impl.triton import configs, launch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # NumPy's, of infinities
+    pytest.mark.usefixtures("quick_interpreter"),
+]
+
+
+def assert_flows_within_budgets(problem: Problem) -> None:
+    """Flow and centred flow against the oracle."""
+    centred = replace(problem, center=True)
+    exact = tt.oracle_flow(centred)
+    tt.assert_flow(tt.run(problem, "triton"), exact, problem.Nq)
+    tt.assert_centred(tt.run(centred, "triton"), exact, problem.Nq, frame_step=0.2)
+
+
+def assert_within_budgets(problem: Problem) -> None:
+    """Gradients, too."""
+    assert_flows_within_budgets(problem)
+    inputs = [x.detach().requires_grad_() for x in tt.inputs_of(problem)]
+    flow = tt.run(tt.with_inputs(problem, inputs), "triton")
+    dflow = tt.make_dflow(problem.flow_shape)
+    grads = torch.autograd.grad(flow, inputs, dflow)
+    tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
+
+
+def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    flow = am_flow(q, k, lag=2, impl="triton")
+    return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_and_wide_offsets_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many pairs a program takes, and how wide its offsets are, has no influence on any result."""
+    q, k = tt.make_qk(1, 9, (1,), 20, 70, 16, dtype=dtype)
+    expected = results(q, k)
+    for processors, index in ((10**6, None), (1, launch.tl.int64)):
+        with monkeypatch.context() as patch:
+            patch.setattr(configs.Device, "of", lambda _, n=processors: configs.Device(90, 232448, n))
+            if index is not None:
+                patch.setattr(launch, "_index_type", lambda _, t=index: t)
+            for got, want in zip(results(q, k), expected, strict=True):
+                assert torch.equal(got, want)
+
+
+def test_chunks_are_as_long_as_keeps_every_multiprocessor_busy() -> None:
+    """As many pairs as fit while there are two programs for each multiprocessor."""
+    assert configs.chunk(15, 10_000, 132) == 16
+    assert configs.chunk(100, 10_000, 132) == configs.MAX_CHUNK
+    assert configs.chunk(3, 10_000, 132) == 4
+    assert configs.chunk(15, 60, 132) == 2
+    assert configs.chunk(15, 1, 132) == 1
+    assert configs.chunk(1, 1, 132) == 1
+
+
+H100 = configs.Device(90, 232448, 132)
+
+
+@pytest.mark.parametrize(
+    ("Nk", "tiles", "rest"),
+    [
+        (12, (1, 16), 0),
+        (17, (1, 16), 1),
+        (49, (1, 64), 0),
+        (66, (3, 32), 0),
+        (197, (7, 32), 0),
+        (225, (4, 64), 0),
+        (257, (1, 256), 1),
+        (262, (1, 256), 6),
+        (263, (5, 64), 0),
+        (512, (8, 64), 0),
+    ],
+)
+def test_a_strip_covers_all_keys(Nk: int, tiles: tuple[int, int], rest: int) -> None:
+    """A strip covers all keys, in tiles of one width and columns."""
+    strip = configs.strip(Nk, 64, torch.bfloat16, H100)
+    assert strip is not None
+    assert (strip.KEY_TILES, strip.BLOCK_N, strip.REST) == (*tiles, rest)  # noqa: SIM300
+    covered = strip.KEY_TILES * strip.BLOCK_N + strip.REST
+    assert covered - strip.BLOCK_N < Nk <= covered
+    assert strip.PARTIAL is (covered > Nk)
+
+
+def test_long_rows_wide_heads_and_float32_take_tiles() -> None:
+    """Long rows, wide heads and float32 are for the tiled kernels."""
+    assert configs.strip(513, 64, torch.bfloat16, H100) is None
+    assert configs.strip(257, 64, torch.float32, H100) is None
+    assert configs.strip(257, 72, torch.bfloat16, H100) is None
+
+
+@pytest.mark.parametrize(("N", "most"), [(197, 0.21), (257, 0.07), (261, 0.07), (577, 0.14), (1370, 0.04)])
+def test_padding_is_limited(N: int, most: float) -> None:
+    """How much more than the maps the forward computes on an H100; most at 197: 7 x 32 keys and 208 rows."""
+    strip = configs.strip(N, 64, torch.bfloat16, H100)
+    if strip is not None:
+        left = N % strip.rows
+        rows = N - left + (16 if 0 < left <= 16 else strip.rows if left else 0)
+        padded = rows * (strip.KEY_TILES * strip.BLOCK_N + strip.REST) / N**2 - 1
+        assert padded <= most
+        return
+    for kernel in ("rows", "weights", "fwd"):
+        config = configs.config(kernel, 64, torch.bfloat16, H100)
+        owned, inner = config.BLOCK_M, config.BLOCK_N
+        if kernel == "fwd":
+            owned, inner = inner, owned
+        computed = -(-N // owned) * owned * (N // inner * inner + configs.tail(N, inner))
+        assert computed / N**2 - 1 <= most
+
+
+def test_small_shared_memory_takes_fewer_stages() -> None:
+    """Where a program can have less shared memory, fewer stages of the pipeline take it."""
+    small = configs.Device(80, 101376, 84)
+    strip = configs.strip(400, 64, torch.bfloat16, small)
+    assert strip is not None
+    assert strip.num_stages == 1
+    assert configs.config("weights", 256, torch.bfloat16, small).num_stages == 1
+    assert configs.config("weights", 256, torch.bfloat16, H100).num_stages == 2
+
+
+def test_every_gpu_takes_the_nearest_configurations() -> None:
+    """Every GPU takes the configurations of the nearest that is in the table."""
+    found = [configs.architecture(*version) for version in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (7, 5))]
+    assert found == [80, 80, 90, 100, 100, 80, 80]
+
+
+@pytest.mark.parametrize("N", [12, 33, 49, 70, 110, 230, 256, 261, 330])
+def test_every_kind_of_strip_is_within_its_budgets(N: int) -> None:
+    """One tile and several, whole and partial, with columns and without, the last rows in a small block and not."""
+    q, k = tt.make_qk(1, 3, (1,), N if N < 200 else 40, N, 64, dtype=torch.float16)
+    for scale in (None, -0.125):
+        assert_flows_within_budgets(Problem(q, k, scale=scale))
+
+
+@pytest.mark.parametrize(
+    "tokens", [(20, 64), (64, 20), (65, 130), (24, 197), (197, 24), (24, 257), (257, 24), (300, 33)]
+)
+def test_every_kind_of_gradient_strip_is_within_its_budgets(tokens: tuple[int, int]) -> None:
+    """Few tiles and many, whole and not, with a row or key more and without, in both directions."""
+    q, k = tt.make_qk(1, 3, (1,), *tokens, 16, dtype=torch.float16)
+    assert_within_budgets(Problem(q, k))
+
+
+def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:
+    """Their maps are not made by a forward in strips, and must not be looked at by a backward in tiles."""
+    q, k = tt.make_qk(1, 3, (1,), 330, 16, 16, dtype=torch.float16)
+    q[:, 1] *= 60
+    inputs = q.requires_grad_(), k.requires_grad_()
+    flow = am_flow(*inputs, lag=2, impl="triton")
+    for grad in torch.autograd.grad(flow, inputs, tt.make_dflow(flow.shape)):
+        assert grad.isfinite().all()
+        assert not grad[:, 1].any()
+
+
+@pytest.mark.parametrize("stride", ["frame", "token"])
+@pytest.mark.parametrize("tokens", [20, 66])
+def test_offsets_may_need_64_bits(stride: str, tokens: int) -> None:
+    """Frames, or tokens, that lie so far apart that an element's place needs more than 32 bits."""
+    frames = 4
+    step = 2**30 + 8 if stride == "frame" else 2**26
+    shape = (1, frames, 1, tokens, 16)
+    strides = (0, step, 0, 16, 1) if stride == "frame" else (0, 16, 0, step, 1)
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    memory = torch.empty(2 * span, dtype=torch.float16)  # never touched but where the frames are: no memory is taken
+    want_q, want_k = tt.make_qk(1, frames, (1,), tokens, tokens, 16, dtype=torch.float16)
+    q, k = (memory[n * span :].as_strided(shape, strides).copy_(x) for n, x in enumerate((want_q, want_k)))
+    inputs = q.requires_grad_(), k.requires_grad_()
+    flow = am_flow(*inputs, impl="triton")
+    dflow = tt.make_dflow(flow.shape)
+    grads = torch.autograd.grad(flow, inputs, dflow)
+    assert torch.equal(flow, am_flow(want_q, want_k, impl="triton"))
+    problem = Problem(want_q, want_k)
+    tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
+
+
+@pytest.mark.parametrize("kernel", ["bwd_strip_q", "bwd_strip_k"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_strips_cover_all_rows_and_repeat_no_work(kernel: str, dtype: torch.dtype) -> None:
+    """A strip covers all rows or keys, for any number of them up to 320, and with its tiles no warp repeats another."""
+    for n in range(1, 321):
+        strip = configs.gradient_strip(kernel, n, 64, dtype)
+        assert strip is not None
+        owned, wide = (strip.BLOCK_M, strip.BLOCK_N) if kernel == "bwd_strip_q" else (strip.BLOCK_N, strip.BLOCK_M)
+        covered = strip.TILES * wide + strip.REST
+        assert covered - wide < n <= covered
+        assert strip.PARTIAL is (covered > n)
+        assert not (strip.PARTIAL and strip.REST)
+        assert owned < wide
+        assert wide >= 8 * strip.num_warps
+    assert configs.gradient_strip(kernel, 321, 64, dtype) is None
+    assert configs.gradient_strip(kernel, 64, 72, dtype) is None
+    assert configs.gradient_strip(kernel, 64, 64, torch.float32) is None
+
+
+def test_block_d_pads_little() -> None:
+    """A product never pads D beyond the next multiple of 16."""
+    for D in range(1, 257):
+        width = configs.block_d(D)
+        assert width in (16, 32, 64)
+        assert -(-D // width) * width == max(16, -(-D // 16) * 16)
+
+
+def test_explain_describes_the_launches() -> None:
+    """explain names the implementation, Triton's version, and how the forward is launched."""
+    q, k = tt.make_qk(1, 2, (1,), 4, 4, 8)
+    explanation = explain(q, k, impl="triton")
+    assert explanation.impl == "triton"
+    assert "triton kernels: Triton " in str(explanation)
+    assert "forward in three passes, tiles of 64 x 32, 64 x 16, 16 x 64; backward in three passes by tiles" in str(
+        explanation
+    )
+    assert "configurations for sm_90" in str(explanation)
+    q, k = tt.make_qk(1, 2, (1,), 257, 257, 64, dtype=torch.float16)
+    explanation = explain(q, k, impl="triton")
+    assert "forward in one pass, strips of 64 rows and 1 x 256 + 1 keys; backward in two passes by strips" in str(
+        explanation
+    )
+
+
+def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.logsumexp(scale * (q.float() @ k.float().mT), -1)
+
+
+@pytest.mark.parametrize(
+    ("pair", "head_reduction", "scale", "logit_std"),
+    [  # every two values of any two meet
+        (False, "none", 0.2, 1.0),
+        (False, "mean_map", -0.2, 4.0),
+        (True, "none", -0.2, 4.0),
+        (True, "mean_map", 0.2, 4.0),
+        (True, "mean_map", -0.2, 1.0),
+    ],
+)
+def test_given_log_sum_exps_spare_a_pass(
+    pair: bool, head_reduction: str, scale: float, logit_std: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the rows' log-sum-exps, no pass is made for them, and every result keeps its budget."""
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
+    q, k = tt.make_qk(1, 4, (2,), 33, 70, 24, logit_std=logit_std)
+    frames = {"q": q, "k": k}
+    if pair:
+        frames = {"q": q[:, ::2], "k": k[:, ::2], "q_b": q[:, 1::2], "k_b": k[:, 1::2]}
+    lse = {"lse": lse_of(frames["q"], frames["k"], scale)}
+    if pair:
+        lse["lse_b"] = lse_of(frames["q_b"], frames["k_b"], scale)
+    lse = {name: x.mT.contiguous().mT for name, x in lse.items()}
+    assert_within_budgets(Problem(**frames, **lse, scale=scale, head_reduction=head_reduction))
+    assert launched
+    assert "am_flow_rows_kernel" not in launched
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_log_sum_exp_that_is_not_finite_makes_nan_of_its_flows(value: float) -> None:
+    """A log-sum-exp that is not finite makes NaN of the flows that use its row, and of no other."""
+    q, k = tt.make_qk(1, 4, (1,), 5, 70, 8)
+    lse = lse_of(q, k, 8**-0.5)
+    lse[0, 1, 0, 2] = value
+    flow = am_flow(q, k, lse=lse, impl="triton")
+    assert flow[0, :2].isnan().all()
+    assert flow[0, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [(4096, 24), (24, 4096)])
+def test_long_rows_and_columns_are_within_budgets(tokens: tuple[int, int]) -> None:
+    """Many tiles in a row, and many in a column, forward and backward."""
+    q, k = tt.make_qk(1, 2, (1,), *tokens, 16)
+    assert_within_budgets(Problem(q, k))
+
+
+def test_cpu_tensors_need_the_interpreter(cold_python: Callable[..., Any]) -> None:
+    """impl='triton' on CPU tensors raises unless the interpreter was asked for, and impl=None never takes it."""
+    code = """
+import torch
+from amflow_kernels import am_flow, explain
+q = torch.randn(1, 2, 1, 4, 8)
+try:
+    am_flow(q, q, impl="triton")
+except ValueError as error:
+    assert "impl='triton': expected tensors on cuda, got cpu" in str(error), error
+else:
+    raise AssertionError("it ran")
+"""
+    cold_python(code, env={"TRITON_INTERPRET": None})
+    code = """
+import sys, torch
+from amflow_kernels import am_flow, explain
+q = torch.randn(1, 2, 1, 4, 8)
+assert explain(q, q).impl != "triton"
+am_flow(q, q)
+assert "amflow_kernels.impl.triton.launch" not in sys.modules
+am_flow(q, q, impl="triton")
+assert "amflow_kernels.impl.triton.launch" in sys.modules
+"""
+    cold_python(code, env={"TRITON_INTERPRET": "1"})
