@@ -1,7 +1,6 @@
-"""``python -m amflow_kernels`` is the command ``amflow``."""
+"""``python -m amflow_kernels`` prints versions, devices and which kernels run here, as ``amflow doctor`` does."""
 
-import sys
+from amflow_kernels.doctor import report
 
-from amflow_kernels.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    print(report())

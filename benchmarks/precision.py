@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from amflow_models.cli.offline import clip_path, dinov2_vit_small, read_frames
 from torch import Tensor
 
 from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import clip_path, dinov2_vit_small, read_frames
 from amflow_kernels.problem import Problem
 from benchmarks.result_files import RESULTS, Row, dumps
 from benchmarks.tables import Table

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from amflow_models.cli.offline import clip_path, iterate_frames
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, pad
-
-from amflow_kernels.offline import clip_path, iterate_frames
 
 __all__ = ["EVERY", "LEVELS", "ZOOM_RANGE", "Digit", "Scene", "render", "window_side"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from amflow_models import VideoClassifier, create_backbone
+from amflow_models.cli.offline import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from amflow_kernels.offline import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS, make_clips
 

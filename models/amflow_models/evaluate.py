@@ -116,7 +116,7 @@ def _write_table(path: Path, videos: VideoList, predictions: Predictions, names:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m amflow_models.evaluate", description="Test a video classifier.")
+    parser = argparse.ArgumentParser(prog="amflow evaluate", description="Test a video classifier.")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a YAML file, or the name of a config of the package"
     )

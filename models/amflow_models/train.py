@@ -311,9 +311,7 @@ def _interrupts() -> Iterator[list[float]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m amflow_models.train", description="Train a video classifier with AM-flow adapters."
-    )
+    parser = argparse.ArgumentParser(prog="amflow train", description="Train a video classifier with AM-flow adapters.")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a YAML file, or the name of a config of the package"
     )

