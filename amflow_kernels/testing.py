@@ -22,7 +22,7 @@ from amflow_kernels.impl import reference
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 LAYOUTS = ("contiguous", "fused_qkv", "offset", "tokens_first", "shared_keys")
-SHARP = 0.3  # temperatures below it amplify errors of the maps more than `flow_budget` grants at large logits
+LOW_TEMPERATURE = 0.3  # temperatures below it amplify errors of the maps more than `flow_budget` grants at large logits
 EPS = 2.0**-23  # of float32
 TIE = 4e-6  # maps closer than this, relatively, have a difference whose sign no float32 computation can know
 
@@ -350,9 +350,9 @@ def matmul_budget(problem: MatmulProblem) -> Tensor:
 def flow_budget(Nq: int, Nk: int, temperature: float = 1.0) -> float:
     """Largest error a flow may have anywhere, whatever the input dtype, up to 4096 tokens.
 
-    Promised for logits of standard deviation up to 6 at temperatures from `SHARP` up, and up to 1 below: there the
-    second softmax amplifies an error of the maps by up to 1 / (4 temperature), and where many queries peak on one key
-    these errors add up past the budget, in eager float32 as well.
+    Promised for logits of standard deviation up to 6 at temperatures from `LOW_TEMPERATURE` up, and up to 1 below: at
+    low temperatures the second softmax amplifies an error of the maps by up to 1 / (4 temperature), and where many
+    queries peak on one key these errors add up past the budget, in eager float32 as well.
     """
     return 5e-7 * max(1.0, Nq / Nk) * max(1.0, 1 / temperature)
 

@@ -41,7 +41,7 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def cpu_kernels_run() -> bool:
-    """Whether the CPU kernels must run: decided by the CPU alone, so that a broken build can't hide."""
+    """Whether the CPU kernels must run: only the CPU decides, so that a broken build can't hide."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 

@@ -292,6 +292,7 @@ def test_processes_that_start_together_compile_once(stand_in: Callable[..., Comp
     assert len({stdout for stdout, _ in outputs}) == 1
 
 
+@pytest.mark.slow
 def test_threads_whose_first_calls_coincide_compile_once(
     stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
 ) -> None:
@@ -318,6 +319,7 @@ assert not failures, failures
     assert result.stderr.count(COMPILING) == 1
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_compiling_leaves_neither_a_lock_nor_a_library(
     stand_in: Callable[..., Compiler], cache: Path, cold_python: Run
 ) -> None:
@@ -395,6 +397,7 @@ def test_installed_package_contains_every_module_and_source_and_nothing_else(
     assert Path(result.stdout.split()[-1]).is_relative_to(target)
 
 
+@pytest.mark.slow
 def test_package_built_ahead_of_time_needs_neither_a_compiler_nor_a_cache(
     stand_in: Callable[..., Compiler],
     no_compiler: dict[str, str | None],

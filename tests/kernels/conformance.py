@@ -195,7 +195,7 @@ SUBJECTS = {
 def possible(row: Row) -> bool:
     """Whether a problem of these values exists and has a budget."""
     Nq, Nk = row.get("tokens", (1, 1))
-    if row.get("logits") == "large" and row.get("temperature", 1.0) < tt.SHARP:
+    if row.get("logits") == "large" and row.get("temperature", 1.0) < tt.LOW_TEMPERATURE:
         return False  # beyond what flow_budget promises
     return row.get("layout") != "fused_qkv" or Nq == Nk
 
@@ -469,7 +469,7 @@ def any_matmul_case(draw: st.DrawFn) -> MatmulCase:
         operator=operator,
         C=draw(st.one_of(st.integers(1, 20), st.integers(21, 256))),
         x_layout=draw(st.sampled_from(X_LAYOUTS)),
-        logits=base.logits if base.temperature >= tt.SHARP or base.logits != "large" else "plain",
+        logits=base.logits if base.temperature >= tt.LOW_TEMPERATURE or base.logits != "large" else "plain",
         temperature=base.temperature if operator.startswith("P") else 1.0,
         x_float=draw(st.booleans()),
         needs=draw(st.sampled_from(MATMUL_FACTORS["needs"])),

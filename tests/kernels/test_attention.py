@@ -63,7 +63,7 @@ def test_no_clips_and_single_tokens(shape: tuple[int, ...]) -> None:
 
 
 def test_gradients_add_up(impl: str) -> None:
-    """q and k get the gradients of both results, v that of the attention alone."""
+    """q and k get the gradients of both results, v only that of the attention."""
     inputs = [x.requires_grad_() for x in qkv()]
 
     def grads(results: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

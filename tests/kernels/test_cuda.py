@@ -24,7 +24,9 @@ from tests import simt
 from tests.kernels import conformance
 from tests.kernels.conformance import Case
 
+SLOW = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BF16_FIRST = [torch.bfloat16, *(pytest.param(dtype, marks=SLOW) for dtype in (torch.float32, torch.float16))]
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def case_of(tokens: tuple[int, int], dtype: torch.dtype, T: int = 2, D: int = 16
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("Nk", [16, 17, 40, 64, 72, 88, 104, 144, 200, 264, 400, 577, 640])
+@pytest.mark.parametrize(
+    "Nk", [16, 40, 104, 264, 640, *(pytest.param(n, marks=SLOW) for n in (17, 64, 72, 88, 144, 200, 400, 577))]
+)
 def test_rows_of_every_number_of_warps_are_within_budgets(Nk: int, dtype: torch.dtype) -> None:
     """A row takes as many warps as its length needs."""
     conformance.check_flow(case_of((20, Nk), dtype), "cuda")
@@ -53,8 +57,8 @@ def test_rows_of_every_number_of_warps_are_within_budgets(Nk: int, dtype: torch.
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_reduction", ["none", "mean_map"])
+@pytest.mark.parametrize("dtype", BF16_FIRST)
+@pytest.mark.parametrize("head_reduction", ["none", pytest.param("mean_map", marks=SLOW)])
 def test_the_longest_rows_and_widest_heads_are_within_budgets(dtype: torch.dtype, head_reduction: str) -> None:
     """640 tokens of 128 columns, also where shared memory has room for one slice of them only."""
     case = case_of((17, 640), dtype, D=128, head_reduction=head_reduction)
@@ -113,7 +117,7 @@ def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BF16_FIRST)
 def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
     """How many pairs a block takes, and how much it loads ahead, has no influence on any result."""
     q, k = tt.make_qk(1, 9, (1,), 20, 300, 72, dtype=dtype)
@@ -256,6 +260,7 @@ int main() {{
 
 
 @pytest.mark.build
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_nvcc_compiles_it_no_worse_than_reported(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
     """For a GPU that is not here, as a library that a process without one can load, no worse than the report says."""

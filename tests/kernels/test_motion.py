@@ -30,6 +30,7 @@ def dense(q: Tensor, k: Tensor, scale: float | None = None, lag: int = 1, head_r
     return M.mean(2) if head_reduction == "mean" else M
 
 
+@pytest.mark.operator
 @pytest.mark.parametrize("tokens", [(35, 20), (65, 65), (197, 197), (150, 230)])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2, "head_reduction": "mean"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -111,6 +112,7 @@ def test_frames_that_do_not_differ() -> None:
         assert not heat.any()
 
 
+@pytest.mark.operator
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2}, {"head_reduction": "mean"}], ids=str)
 def test_motion_maps(options: dict[str, Any], impl: str) -> None:
     q, k = moving_tokens(35, 50, groups=(2, 2))

@@ -27,6 +27,9 @@ pytestmark = [
 ]
 
 
+SLOW = pytest.mark.slow
+
+
 def assert_flows_within_budgets(problem: Problem) -> None:
     """Flow and centred flow against the oracle."""
     centred = replace(problem, center=True)
@@ -145,7 +148,7 @@ def test_every_gpu_takes_the_nearest_configurations() -> None:
     assert found == [80, 80, 90, 100, 100, 80, 80]
 
 
-@pytest.mark.parametrize("N", [12, 33, 49, 70, 110, 230, 256, 261, 330])
+@pytest.mark.parametrize("N", [12, 49, 70, 261, *(pytest.param(n, marks=SLOW) for n in (33, 110, 230, 256, 330))])
 def test_every_kind_of_strip_is_within_its_budgets(N: int) -> None:
     """One tile and several, whole and partial, with columns and without, the last rows in a small block and not."""
     q, k = tt.make_qk(1, 3, (1,), N if N < 200 else 40, N, 64, dtype=torch.float16)
@@ -154,7 +157,13 @@ def test_every_kind_of_strip_is_within_its_budgets(N: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens", [(20, 64), (64, 20), (65, 130), (24, 197), (197, 24), (24, 257), (257, 24), (300, 33)]
+    "tokens",
+    [
+        (20, 64),
+        (65, 130),
+        (24, 257),
+        *(pytest.param(tokens, marks=SLOW) for tokens in ((64, 20), (24, 197), (197, 24), (257, 24), (300, 33))),
+    ],
 )
 def test_every_kind_of_gradient_strip_is_within_its_budgets(tokens: tuple[int, int]) -> None:
     """Few tiles and many, whole and not, with a row or key more and without, in both directions."""
@@ -246,10 +255,10 @@ def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     ("pair", "head_reduction", "scale", "logit_std"),
     [  # every two values of any two meet
         (False, "none", 0.2, 1.0),
-        (False, "mean_map", -0.2, 4.0),
-        (True, "none", -0.2, 4.0),
-        (True, "mean_map", 0.2, 4.0),
         (True, "mean_map", -0.2, 1.0),
+        pytest.param(False, "mean_map", -0.2, 4.0, marks=pytest.mark.slow),
+        pytest.param(True, "none", -0.2, 4.0, marks=pytest.mark.slow),
+        pytest.param(True, "mean_map", 0.2, 4.0, marks=pytest.mark.slow),
     ],
 )
 def test_given_log_sum_exps_spare_a_pass(
@@ -283,6 +292,7 @@ def test_a_log_sum_exp_that_is_not_finite_makes_nan_of_its_flows(value: float) -
     assert flow[0, 2].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [(4096, 24), (24, 4096)])
 def test_long_rows_and_columns_are_within_budgets(tokens: tuple[int, int]) -> None:
     """Many tiles in a row, and many in a column, forward and backward."""

@@ -24,7 +24,7 @@ def one(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one_which_can_resume_them(one: Path, config_file: Path, parallel: str) -> None:
     """The same batches give the same losses and checkpoints, but for rounding."""
     two = config_file.parent / "run"
