@@ -104,7 +104,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention(problem: Problem, v: Tensor, impl: str | None) -> tuple[Tensor, Tensor | None]:
-    """The attention's output, and its rows' log-sum-exps where the flow would be faster with them."""
+    """The attention's output, and its rows' log-sum-exps if the flow would be faster with them."""
     q, k, scale = problem.q, problem.k, problem.logit_scale
     frames, groups = q.shape[:2], q.shape[2:-2]
     # Fused attention kernels take four dimensions, no more.

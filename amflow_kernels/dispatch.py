@@ -70,7 +70,7 @@ _warned: set[str] = set()
 
 
 def implementation(problem: MapPairs, impl: str | None) -> Implementation:
-    """The implementation that runs for a problem. Warns where it is the reference for want of a fused kernel."""
+    """The implementation that runs for a problem. Warns if it is the reference because no fused kernel can run."""
     choice = choose(problem, impl)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
@@ -84,7 +84,7 @@ def implementation(problem: MapPairs, impl: str | None) -> Implementation:
 
 
 def backward_implementation(problem: MapPairs, impl: str | None) -> Implementation:
-    """The implementation of the backward of what `implementation` gives."""
+    """The implementation of the backward that belongs to the forward of `implementation`."""
     chosen = implementation(problem, impl)
     return chosen if chosen.backward_by is None else IMPLEMENTATIONS[chosen.backward_by]
 

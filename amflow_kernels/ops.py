@@ -34,7 +34,7 @@ def am_flow(
 ) -> tuple[Tensor, Tensor]:
     """The flow, and what the implementation saves for its backward (possibly nothing).
 
-    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels have use for them.
+    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them.
     """
     problem = Problem(
         q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
@@ -199,7 +199,7 @@ def _fake_am_flow_matmul_backward(
 
 
 def _is_empty(problem: MapPairs) -> bool:
-    """Whether there is no pair of maps at all, which no implementation has to know."""
+    """Whether there are no pairs of maps; implementations need not handle that."""
     return problem.B == 0 or problem.P == 0
 
 
@@ -213,7 +213,7 @@ def _empty_product(problem: MatmulProblem) -> Tensor:
 
 
 def _no_saved(problem: Problem, size: int) -> Tensor:
-    """For a forward that saves nothing: its size must be the one that traced code expects."""
+    """Stands for what a forward did not save: traced code expects a tensor of this size."""
     return problem.q.new_zeros(size, dtype=torch.float32)
 
 

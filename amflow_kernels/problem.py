@@ -25,7 +25,7 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True, eq=False)
 class MapPairs:
-    """Pairs of attention maps, which both operators are about.
+    """Pairs of attention maps, the input of both operators.
 
     Attributes:
         q: queries, (B, T, *G, Nq, D), G = (heads,) or (heads, windows). In pair form those of the first frames.
@@ -33,7 +33,7 @@ class MapPairs:
         q_b, k_b: queries and keys of the second frames, of the same shapes: pair form, in which T counts pairs.
             None: a clip, whose frames t and t + lag are a pair.
         scale: factor on the logits; None means D ** -0.5.
-        lag: distance of the two frames of a pair in a clip, at least 1. It has no meaning in pair form.
+        lag: distance of the two frames of a pair in a clip, at least 1. Ignored in pair form.
         temperature: divides the change before the second softmax, at least 1/64.
 
     Raises:
@@ -85,7 +85,7 @@ class MapPairs:
 
     @property
     def pair(self) -> bool:
-        """Whether the pairs are explicit ones, of two sets of frames."""
+        """Whether the two maps of each pair are given explicitly, by two sets of frames."""
         return self.q_b is not None or self.k_b is not None
 
     @property
@@ -100,7 +100,7 @@ class MapPairs:
 
     @property
     def shift(self) -> int:
-        """How far the second frame of a pair is from the first in its own set of frames: lag, or 0 in pair form."""
+        """The second map of pair t is that of frame t + shift: lag, or 0 in pair form."""
         return 0 if self.pair else self.lag
 
     @property
@@ -139,7 +139,7 @@ class MapPairs:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """In which everything is computed and returned: float32, or float64 for float64 inputs."""
+        """The dtype of the computation and of the result: float32, or float64 for float64 inputs."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 

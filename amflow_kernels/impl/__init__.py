@@ -1,1 +1,1 @@
-"""The implementations of AM flow. Each module stands alone: none imports another."""
+"""The implementations of AM flow. None imports another."""

@@ -1,4 +1,4 @@
-"""What every implementation fulfils, and what they share. Implementations never import each other."""
+"""The protocol that every implementation fulfils, and helpers that they share."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> t
 
 
 def nothing_saved(problem: Problem) -> Tensor:
-    """For a forward whose backward needs nothing but the inputs."""
+    """The result of a forward whose backward needs nothing but the inputs."""
     return problem.q.new_empty(0, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The native CPU kernels (csrc/cpu): memory for the results, then one call of the library."""
+"""The native CPU kernels (csrc/cpu): allocates the results, then calls the library once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels (csrc/cuda): memory for the results, then one call of the library."""
+"""The CUDA kernels (csrc/cuda): allocates the results, then calls the library once."""
 
 from __future__ import annotations
 
