@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -163,19 +163,17 @@ def make_features(
 
 def run(problem: MapPairs, impl: str | None = None) -> Tensor:
     """The public function that a problem is a call of."""
-    options: dict[str, Any] = {"scale": problem.scale, "temperature": problem.temperature, "impl": impl}
-    if not problem.pair:
-        options["lag"] = problem.lag
-    function: Callable[..., Tensor]
-    if isinstance(problem, MatmulProblem):
-        options |= {"transpose": problem.transpose, "softmax": problem.softmax}
-        function = am_flow_matmul_pair if problem.pair else am_flow_matmul
-    else:
-        assert isinstance(problem, Problem)
-        options |= {"head_reduction": problem.head_reduction, "center": problem.center}
-        options |= {"lse_a": problem.lse, "lse_b": problem.lse_b} if problem.pair else {"lse": problem.lse}
-        function = am_flow_pair if problem.pair else am_flow
-    return function(*inputs_of(problem), **options)
+    matmul = isinstance(problem, MatmulProblem)
+    tensors = ("q", "k", "q_b", "k_b", "x")
+    options: dict[str, Any] = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in tensors}
+    function: Callable[..., Tensor] = am_flow_matmul if matmul else am_flow
+    if problem.pair:
+        function = am_flow_matmul_pair if matmul else am_flow_pair
+        del options["lag"]
+    if not matmul:
+        lse, lse_b = options.pop("lse"), options.pop("lse_b")
+        options |= {"lse_a": lse, "lse_b": lse_b} if problem.pair else {"lse": lse}
+    return function(*inputs_of(problem), impl=impl, **options)
 
 
 def inputs_of(problem: MapPairs) -> tuple[Tensor, ...]:
