@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amflow_kernels.integrations.blocks import block_lists, select_blocks, unwrap
+from amflow_kernels.integrations.block_finder import block_lists, select_blocks, unwrap
 from amflow_kernels.integrations.recording import (
     NOT_RUN,
     BlockFlow,

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from amflow_kernels.integrations.blocks import find_blocks, select_blocks, unwrap
+from amflow_kernels.integrations.block_finder import find_blocks, select_blocks, unwrap
 from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, OnAttention, replaced_forwards
 
 __all__ = ["BlockFlow", "record_am_flow"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from amflow_models.cli.offline import dinov2_vit_small
-from amflow_models.errors import check_known
+from amflow_models.suggestions import check_known
 
 OFFLINE_BACKBONE = "vit_small_patch14_dinov2"
 

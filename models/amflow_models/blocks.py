@@ -15,8 +15,8 @@ from amflow_kernels import am_flow, am_flow_attention, am_flow_pair
 from amflow_kernels.integrations.recording import AttentionReader
 from amflow_models.adapters import FORMS, Adapter, in_clips, pool
 from amflow_models.alignment import AligningEncoder
-from amflow_models.errors import check_known
 from amflow_models.gates import GATES, Gate
+from amflow_models.suggestions import check_known
 from amflow_models.temporal import UNITS, TemporalUnit
 
 NOT_READ = (

@@ -7,7 +7,7 @@ from typing import Any
 from einops import reduce
 from torch import Tensor, nn
 
-from amflow_kernels.integrations.blocks import find_blocks
+from amflow_kernels.integrations.block_finder import find_blocks
 from amflow_models.insertion import AdapterReport, add_adapters, report_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amflow_models.errors import check_known
+from amflow_models.suggestions import check_known
 
 GATES = ("am_flow", "raw", "frame_difference", "constant")
 EPS = 1e-12  # added to a standard deviation; that of AM flow is 1e-4 to 1e-2

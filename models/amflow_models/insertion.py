@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from amflow_kernels.integrations.blocks import find_blocks, select_blocks
+from amflow_kernels.integrations.block_finder import find_blocks, select_blocks
 from amflow_models.blocks import AdaptedBlock, AdapterOptions
-from amflow_models.errors import check_known
+from amflow_models.suggestions import check_known
 
 PLACEMENTS = ("none", "first_last", "all", "third_stage")
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from amflow_models.errors import check_known
+from amflow_models.suggestions import check_known
 
 UNITS = ("conv", "lstm", "gru", "transformer", "set")
 

@@ -14,7 +14,7 @@ from amflow_models.data.lists import Video, VideoList
 from amflow_models.data.sampling import check_least, dense, uniform, views
 from amflow_models.data.transforms import TrainTransform, names_directions, spatial_crops
 from amflow_models.data.video import UnreadableVideo, open_video
-from amflow_models.errors import check_known
+from amflow_models.suggestions import check_known
 
 Item = dict[str, Any]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amflow_models.errors import check_known, nearest
+from amflow_models.suggestions import check_known, nearest
 
 # fmt: off
 SMARTHOME_CROSS_SUBJECT = (

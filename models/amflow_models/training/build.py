@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amflow_kernels.integrations.blocks import find_blocks
+from amflow_kernels.integrations.block_finder import find_blocks
 from amflow_models.backbones import create_backbone
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list

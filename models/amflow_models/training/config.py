@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from amflow_models.blocks import AdapterOptions
-from amflow_models.errors import check_known, nearest
+from amflow_models.suggestions import check_known, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Blocks = str | list[int]

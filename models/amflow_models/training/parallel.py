@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from amflow_kernels.integrations.blocks import find_blocks
+from amflow_kernels.integrations.block_finder import find_blocks
 from amflow_models.blocks import AdaptedBlock
 from amflow_models.classifier import VideoClassifier
 from amflow_models.training.config import Training
