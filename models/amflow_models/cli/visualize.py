@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -371,13 +372,18 @@ def _figure(pair: Pair, title: str) -> Any:
     for axes in table.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    panels[1].supxlabel(
-        f"Each row has one colour scale, from its minimum to its {CUT:.1%} quantile"
-        f"{'; the aligned flow has the scale of the flow' if compared else ''}.\n"
-        "In the last row, similar colours mark patches whose attention changes in similar ways.",
-        fontsize=9,
-    )
+    panels[1].supxlabel(_caption(compared, width=30 + 26 * count), fontsize=9)
     return figure
+
+
+def _caption(compared: bool, width: int) -> str:
+    """What the colours mean, in lines of at most `width` characters."""
+    sentences = (
+        f"Each row has one colour scale, from its minimum to its {CUT:.1%} quantile"
+        f"{'; the aligned flow has the scale of the flow' if compared else ''}.",
+        "In the last row, similar colours mark patches whose attention changes in similar ways.",
+    )
+    return "\n".join(fill(sentence, width) for sentence in sentences)
 
 
 def _draw_row(panel: Any, line: Any, pair: Pair, field: str, label: str, unit: float, colours: str) -> None:
