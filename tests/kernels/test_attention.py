@@ -44,7 +44,7 @@ def test_both_results_have_the_bits_of_the_separate_calls(
         assert got.stride() == want.stride()
 
 
-def test_other_sizes_of_queries_and_values() -> None:
+def test_sizes_of_queries_keys_and_values_may_differ() -> None:
     """Nq and Nk may differ, and so may the widths of v and q."""
     q, k = tt.make_qk(1, 3, (2,), 5, 9, 8)
     v = torch.randn(1, 3, 2, 9, 24)
@@ -87,8 +87,8 @@ def test_autocast_casts_what_the_attention_casts() -> None:
     assert torch.equal(flow, want_flow)
 
 
-def test_autocast_of_mixed_dtypes() -> None:
-    """As with norms of q and k, which autocast leaves in float32: what the attention accepts is accepted."""
+def test_autocast_accepts_mixed_dtypes() -> None:
+    """Autocast leaves the norms of q and k in float32: mixed dtypes that the attention accepts are accepted here."""
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=BF16):
         out, flow = am_flow_attention(q, k, v.to(BF16))
@@ -106,7 +106,7 @@ def test_compiled_as_one_graph(dtype: torch.dtype, impl: str) -> None:
 
 
 def test_log_sum_exps_of_flash_attention_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where flash attention runs and the flow's forward has use for its log-sum-exps, it is given them.
+    """If flash attention runs and the flow's forward is faster with log-sum-exps, it gets them.
 
     The CPU has no flash attention of that kind: one that computes the same stands in for it.
     """
@@ -152,7 +152,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad input raises before any attention is computed."""
     v, options, error, message = BAD[name]
 

@@ -71,7 +71,7 @@ def test_the_longest_rows_and_widest_heads_are_within_budgets(dtype: torch.dtype
 @runs
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, budget: float) -> None:
-    """A key whose logits are -inf in one frame leaves all gradients finite that are so in the reference."""
+    """A key has logits of -inf in one frame: gradients that are finite in the reference are finite here."""
     q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
     q[..., 0] = q[..., 0].abs() + 0.1
     k[:, 2, :, 7, 0] = -torch.inf
@@ -90,7 +90,7 @@ def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, b
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_change_no_bit_of_each_other(dtype: torch.dtype) -> None:
-    """Queries that are the same in both frames add nothing, to the bit, whatever the others do."""
+    """Queries that are equal in both frames add exactly nothing, whatever the other queries do."""
     q, k = tt.make_qk(1, 2, (1,), 32, 257, 64, dtype=dtype, logit_std=6.0)
     k[:, 1] = k[:, 0]
     q[:, 1, :, :8] = q[:, 0, :, :8]
@@ -119,7 +119,7 @@ def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
 @runs
 @pytest.mark.parametrize("dtype", BF16_FIRST)
 def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
-    """How many pairs a block takes, and how much it loads ahead, has no influence on any result."""
+    """The number of pairs that a block takes and the amount that it prefetches influence no result."""
     q, k = tt.make_qk(1, 9, (1,), 20, 300, 72, dtype=dtype)
     expected = results(q, k)
     for processors, shared, plan in (
@@ -135,7 +135,7 @@ def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
 
 @runs
 def test_sizes_beyond_the_limits_raise_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clear errors, before any work, for what the kernels do not take."""
+    """The errors name the limits."""
     q = torch.zeros(1, 2, 1, 641, 8)
     with pytest.raises(ValueError, match="impl='cuda': expected at most 640 tokens in a frame, got 641"):
         am_flow(q, q, impl="cuda")
@@ -186,7 +186,7 @@ def test_explain_describes_the_strips() -> None:
 
 
 def test_only_gpu_tensors_are_taken_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU tensor it raises, and is never chosen; where it might be chosen, `explain` says why it is not."""
+    """CPU tensors raise; for GPU tensors `not_chosen` says why impl=None takes another implementation."""
     q = torch.zeros(1, 2, 1, 8, 8)
     with pytest.raises(ValueError, match="impl='cuda': expected tensors on cuda, got cpu"):
         am_flow(q, q, impl="cuda")
@@ -263,7 +263,7 @@ int main() {{
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_nvcc_compiles_it_no_worse_than_reported(tmp_path: Path, cold_python: Callable[..., Any]) -> None:
-    """For a GPU that is not here, as a library that a process without one can load, no worse than the report says."""
+    """A process without a GPU can load the library; its kernels are no worse than the committed report."""
     built = cuda_report.build(tmp_path)
     cold_python(f"import torch; torch.ops.load_library({str(built)!r}); torch.ops.amflow_cuda.forward")
     found = cuda_report.rows(built)
@@ -271,7 +271,7 @@ def test_nvcc_compiles_it_no_worse_than_reported(tmp_path: Path, cold_python: Ca
 
 
 def test_torch_cuda_arch_list_is_read_as_pytorch_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TORCH_CUDA_ARCH_LIST as PyTorch's own extensions read it, or an error that says what is wrong with it."""
+    """A value that can't be read is an error that says why."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
     assert _build.architectures() == [
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",

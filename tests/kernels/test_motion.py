@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.fallback]
 
 
 def moving_tokens(Nq: int, Nk: int, groups: tuple[int, ...] = (2,), dtype: torch.dtype = torch.float32) -> Any:
-    """q and k of four frames in which three tokens change much, each more than the next, and the others little."""
+    """q and k of four frames: three tokens change much, each more than the next, and the others little."""
     q, k = tt.make_qk(1, 4, groups, Nq, Nk, 32, dtype=dtype, frame_step=0.02, logit_std=2.0)
     generator = torch.Generator().manual_seed(3)
     for token, size in zip(range(3), (1.0, 0.6, 0.36), strict=True):
@@ -34,8 +34,10 @@ def dense(q: Tensor, k: Tensor, scale: float | None = None, lag: int = 1, head_r
 @pytest.mark.parametrize("tokens", [(35, 20), (65, 65), (197, 197), (150, 230)])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2, "head_reduction": "mean"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pca(tokens: tuple[int, int], options: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
-    """The subspace of the dense one to 1e-3 rad, wherever it stands out by 1.25; singular values and scores with it."""
+def test_components_are_those_of_the_dense_matrix(
+    tokens: tuple[int, int], options: dict[str, Any], dtype: torch.dtype, impl: str
+) -> None:
+    """The subspace agrees to 1e-3 rad wherever singular values differ by 1.25; the values and scores agree, too."""
     q, k = moving_tokens(*tokens, dtype=dtype)
     M = dense(q, k, **options)
     mean = M.mean(-2, keepdim=True)
@@ -68,8 +70,8 @@ def test_same_input_same_result_whatever_the_order_of_clips() -> None:
         assert torch.equal(torch.rand(1), before)  # the global generator is left alone
 
 
-def test_float64_autocast_and_no_clips() -> None:
-    """float64 stays so; autocast has no effect; an empty batch gives empty results."""
+def test_float64_stays_autocast_has_no_effect_and_no_clips_give_no_components() -> None:
+    """An empty batch gives empty results of the right shapes."""
     q, k = moving_tokens(120, 120)
     plain = motion_pca(q, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -81,15 +83,15 @@ def test_float64_autocast_and_no_clips() -> None:
     assert motion_pca(q[:0], k[:0]).scores.shape == (0, 3, 2, 120, 3)
 
 
-def test_more_components_than_a_product_has_columns() -> None:
+def test_there_may_be_more_components_than_a_product_has_columns() -> None:
     q, k = moving_tokens(400, 400, groups=(1,))
     found = motion_pca(q[:, :2], k[:, :2], rank=30)
     exact = torch.linalg.svdvals(dense(q[:, :2], k[:, :2]) - dense(q[:, :2], k[:, :2]).mean(-2, keepdim=True))
     torch.testing.assert_close(found.singular_values.double(), exact[..., :30], rtol=1e-3, atol=0)
 
 
-def test_windows_and_bad_frames() -> None:
-    """Per window; a pair with a NaN has NaN for its result, and no other."""
+def test_a_nan_makes_nan_of_its_pair_head_and_window_only() -> None:
+    """Components are computed for each pair of frames, head and window."""
     q, k = moving_tokens(20, 35, groups=(2, 3))
     q[0, 0, 1, 2, 5, 0] = float("nan")
     found = motion_pca(q, k)
@@ -103,7 +105,7 @@ def test_windows_and_bad_frames() -> None:
         assert torch.equal(x.isnan().any(-1), bad)
 
 
-def test_frames_that_do_not_differ() -> None:
+def test_equal_frames_have_no_components() -> None:
     q, k = (x[:, :1].expand(-1, 3, -1, -1, -1) for x in moving_tokens(40, 40))
     found = motion_pca(q, k)
     assert not found.singular_values.any()
@@ -114,7 +116,7 @@ def test_frames_that_do_not_differ() -> None:
 
 @pytest.mark.operator
 @pytest.mark.parametrize("options", [{}, {"scale": 0.1, "lag": 2}, {"head_reduction": "mean"}], ids=str)
-def test_motion_maps(options: dict[str, Any], impl: str) -> None:
+def test_motion_maps_are_row_and_column_sums_of_the_dense_matrix(options: dict[str, Any], impl: str) -> None:
     q, k = moving_tokens(35, 50, groups=(2, 2))
     rows, columns = motion_maps(q, k, impl=impl, **options)
     M = dense(q, k, **options)
@@ -134,7 +136,7 @@ def test_motion_maps(options: dict[str, Any], impl: str) -> None:
         ({"head_reduction": "mean_map"}, ValueError, r"head_reduction: expected 'none' or 'mean', got 'mean_map'"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_raise(options: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k = tt.make_qk(1, 3, (1,), 5, 7, 4)
     with pytest.raises(error, match=message):
         motion_pca(q, k, **options)

@@ -43,7 +43,7 @@ def queries_and_keys(clip: str, size: int, frames: int, start: int) -> dict[int,
     ],
 )
 @torch.inference_mode()
-def test_every_block_against_float64(clip: str, size: int, frames: int, start: int) -> None:
+def test_the_flow_of_every_block_is_within_the_budget(clip: str, size: int, frames: int, start: int) -> None:
     """In all 12 blocks the flow of the q and k that the backbone uses is within the budget of float64."""
     tokens = (size // 14) ** 2 + 1
     qk = queries_and_keys(clip, size, frames, start)
@@ -65,8 +65,8 @@ def test_every_block_against_float64(clip: str, size: int, frames: int, start: i
 
 @pytest.mark.cpu
 @torch.inference_mode()
-def test_recorded_flow_of_every_block() -> None:
-    """`record_am_flow` gives that flow, on the grid and apart for the class token, all within the budget."""
+def test_the_recorded_flow_of_every_block_is_within_the_budget() -> None:
+    """`record_am_flow` gives the same flow, on the grid and for the class token, within the budget."""
     model = dinov2_vit_small(224)
     frames = read_frames(clip_path("bikes"), 3, every=2)
     with record_qk(model) as qk:
@@ -107,13 +107,13 @@ def test_native_size_keeps_the_trained_position_embedding() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 13, 225, -14])
-def test_image_size_that_is_no_multiple_of_14(size: int) -> None:
+def test_image_sizes_must_be_multiples_of_14(size: int) -> None:
     with pytest.raises(ValueError, match=f"img_size: expected a positive multiple of 14, got {size}"):
         dinov2_vit_small(size)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_clips(clip: str) -> None:
+def test_frames_of_clips_have_the_promised_shape_and_range(clip: str) -> None:
     frames = read_frames(clip_path(clip), 3, every=3, size=56, start=5)
     assert frames.shape == (3, 3, 56, 56)
     assert frames.dtype == torch.float32
@@ -121,12 +121,12 @@ def test_clips(clip: str) -> None:
     assert torch.equal(frames[1:], read_frames(clip_path(clip), 2, every=3, size=56, start=8))
 
 
-def test_unknown_clip() -> None:
+def test_an_unknown_clip_raises() -> None:
     with pytest.raises(ValueError, match=r"name: expected one of \('bikes'"):
         clip_path("cats")
 
 
 @pytest.mark.parametrize("argument", ["num_frames", "every", "size"])
-def test_frame_arguments(argument: str) -> None:
+def test_frame_arguments_below_1_raise(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0"):
         read_frames(Path("any.mp4"), **{"num_frames": 1, argument: 0})

@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.cpu, pytest.mark.fallback]
     "options", [{}, {"lag": 3}, {"scale": 0.3, "temperature": 0.5, "head_reduction": "mean", "center": True}], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_flows_are_those_of_the_clip(
+def test_flows_have_the_bits_of_the_whole_clip(
     groups: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, impl: str
 ) -> None:
-    """On the CPU bit for bit, whatever becomes of a frame's memory after the call."""
+    """Even if the memory of a frame is overwritten after the call."""
     q, k = tt.make_qk(2, 6, groups, 35, 50, 24, dtype=dtype)
     clip = am_flow(q, k, impl=impl, **options)
     stream = AMFlowStream(impl=impl, **options)
@@ -68,8 +68,8 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_frames(name: str) -> None:
-    """A bad frame raises, whether or not a flow is due, and leaves the stream as it was."""
+def test_bad_frames_raise_and_leave_the_stream_as_it_was(name: str) -> None:
+    """Whether or not a flow is due."""
     q, k, error, message = BAD[name]
     for lag in (1, 2):
         stream = AMFlowStream(lag=lag)
@@ -80,7 +80,7 @@ def test_bad_frames(name: str) -> None:
         assert (flow is None) is (lag == 2)
 
 
-def test_bad_options() -> None:
+def test_bad_options_raise() -> None:
     for lag, error in ((0, ValueError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="lag: expected"):
             AMFlowStream(lag=lag)

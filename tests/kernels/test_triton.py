@@ -39,7 +39,7 @@ def assert_flows_within_budgets(problem: Problem) -> None:
 
 
 def assert_within_budgets(problem: Problem) -> None:
-    """Gradients, too."""
+    """Flow, centred flow and gradients against the oracle."""
     assert_flows_within_budgets(problem)
     inputs = [x.detach().requires_grad_() for x in tt.inputs_of(problem)]
     flow = tt.run(tt.with_inputs(problem, inputs), "triton")
@@ -56,7 +56,7 @@ def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_chunks_and_wide_offsets_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many pairs a program takes, and how wide its offsets are, has no influence on any result."""
+    """The number of pairs that a program takes and the width of its offsets influence no result."""
     q, k = tt.make_qk(1, 9, (1,), 20, 70, 16, dtype=dtype)
     expected = results(q, k)
     for processors, index in ((10**6, None), (1, launch.tl.int64)):
@@ -69,7 +69,7 @@ def test_chunks_and_wide_offsets_change_no_bit(dtype: torch.dtype, monkeypatch: 
 
 
 def test_chunks_are_as_long_as_keeps_every_multiprocessor_busy() -> None:
-    """As many pairs as fit while there are two programs for each multiprocessor."""
+    """A program takes as many pairs as leave two programs for each multiprocessor."""
     assert configs.chunk(15, 10_000, 132) == 16
     assert configs.chunk(100, 10_000, 132) == configs.MAX_CHUNK
     assert configs.chunk(3, 10_000, 132) == 4
@@ -97,7 +97,7 @@ H100 = configs.Device(90, 232448, 132)
     ],
 )
 def test_a_strip_covers_all_keys(Nk: int, tiles: tuple[int, int], rest: int) -> None:
-    """A strip covers all keys, in tiles of one width and columns."""
+    """Its tiles have one width; single columns cover the remaining keys."""
     strip = configs.strip(Nk, 64, torch.bfloat16, H100)
     assert strip is not None
     assert (strip.KEY_TILES, strip.BLOCK_N, strip.REST) == (*tiles, rest)  # noqa: SIM300
@@ -107,7 +107,7 @@ def test_a_strip_covers_all_keys(Nk: int, tiles: tuple[int, int], rest: int) -> 
 
 
 def test_long_rows_wide_heads_and_float32_take_tiles() -> None:
-    """Long rows, wide heads and float32 are for the tiled kernels."""
+    """No strip is configured for them."""
     assert configs.strip(513, 64, torch.bfloat16, H100) is None
     assert configs.strip(257, 64, torch.float32, H100) is None
     assert configs.strip(257, 72, torch.bfloat16, H100) is None
@@ -115,7 +115,7 @@ def test_long_rows_wide_heads_and_float32_take_tiles() -> None:
 
 @pytest.mark.parametrize(("N", "most"), [(197, 0.21), (257, 0.07), (261, 0.07), (577, 0.14), (1370, 0.04)])
 def test_padding_is_limited(N: int, most: float) -> None:
-    """How much more than the maps the forward computes on an H100; most at 197: 7 x 32 keys and 208 rows."""
+    """Work beyond the maps themselves, on an H100; it is largest at 197: 7 x 32 keys and 208 rows."""
     strip = configs.strip(N, 64, torch.bfloat16, H100)
     if strip is not None:
         left = N % strip.rows
@@ -133,7 +133,7 @@ def test_padding_is_limited(N: int, most: float) -> None:
 
 
 def test_small_shared_memory_takes_fewer_stages() -> None:
-    """Where a program can have less shared memory, fewer stages of the pipeline take it."""
+    """The number of pipeline stages depends on the shared memory that a program can have."""
     small = configs.Device(80, 101376, 84)
     strip = configs.strip(400, 64, torch.bfloat16, small)
     assert strip is not None
@@ -143,14 +143,14 @@ def test_small_shared_memory_takes_fewer_stages() -> None:
 
 
 def test_every_gpu_takes_the_nearest_configurations() -> None:
-    """Every GPU takes the configurations of the nearest that is in the table."""
+    """GPUs that are not in the table take the configurations of the nearest architecture that is."""
     found = [configs.architecture(*version) for version in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (7, 5))]
     assert found == [80, 80, 90, 100, 100, 80, 80]
 
 
 @pytest.mark.parametrize("N", [12, 49, 70, 261, *(pytest.param(n, marks=SLOW) for n in (33, 110, 230, 256, 330))])
 def test_every_kind_of_strip_is_within_its_budgets(N: int) -> None:
-    """One tile and several, whole and partial, with columns and without, the last rows in a small block and not."""
+    """One tile or several, whole or partial, with or without columns, the last rows in a small block or not."""
     q, k = tt.make_qk(1, 3, (1,), N if N < 200 else 40, N, 64, dtype=torch.float16)
     for scale in (None, -0.125):
         assert_flows_within_budgets(Problem(q, k, scale=scale))
@@ -166,13 +166,13 @@ def test_every_kind_of_strip_is_within_its_budgets(N: int) -> None:
     ],
 )
 def test_every_kind_of_gradient_strip_is_within_its_budgets(tokens: tuple[int, int]) -> None:
-    """Few tiles and many, whole and not, with a row or key more and without, in both directions."""
+    """Few tiles or many, whole or partial, with or without one more row or key, in both directions."""
     q, k = tt.make_qk(1, 3, (1,), *tokens, 16, dtype=torch.float16)
     assert_within_budgets(Problem(q, k))
 
 
 def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:
-    """Their maps are not made by a forward in strips, and must not be looked at by a backward in tiles."""
+    """A forward in strips does not compute their maps, so a backward in tiles must not read their statistics."""
     q, k = tt.make_qk(1, 3, (1,), 330, 16, 16, dtype=torch.float16)
     q[:, 1] *= 60
     inputs = q.requires_grad_(), k.requires_grad_()
@@ -185,7 +185,7 @@ def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:
 @pytest.mark.parametrize("stride", ["frame", "token"])
 @pytest.mark.parametrize("tokens", [20, 66])
 def test_offsets_may_need_64_bits(stride: str, tokens: int) -> None:
-    """Frames, or tokens, that lie so far apart that an element's place needs more than 32 bits."""
+    """Frames or tokens lie so far apart that the offset of an element needs more than 32 bits."""
     frames = 4
     step = 2**30 + 8 if stride == "frame" else 2**26
     shape = (1, frames, 1, tokens, 16)
@@ -206,7 +206,7 @@ def test_offsets_may_need_64_bits(stride: str, tokens: int) -> None:
 @pytest.mark.parametrize("kernel", ["bwd_strip_q", "bwd_strip_k"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_strips_cover_all_rows_and_repeat_no_work(kernel: str, dtype: torch.dtype) -> None:
-    """A strip covers all rows or keys, for any number of them up to 320, and with its tiles no warp repeats another."""
+    """For any number of rows or keys up to 320; no two warps do the same work."""
     for n in range(1, 321):
         strip = configs.gradient_strip(kernel, n, 64, dtype)
         assert strip is not None
@@ -264,7 +264,7 @@ def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
 def test_given_log_sum_exps_spare_a_pass(
     pair: bool, head_reduction: str, scale: float, logit_std: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Given the rows' log-sum-exps, no pass is made for them, and every result keeps its budget."""
+    """The pass that computes row statistics is not launched, and every result keeps its budget."""
     launched = []
     run = launch.run
     monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
@@ -283,7 +283,7 @@ def test_given_log_sum_exps_spare_a_pass(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_log_sum_exp_that_is_not_finite_makes_nan_of_its_flows(value: float) -> None:
-    """A log-sum-exp that is not finite makes NaN of the flows that use its row, and of no other."""
+    """The flows that do not use its row stay finite."""
     q, k = tt.make_qk(1, 4, (1,), 5, 70, 8)
     lse = lse_of(q, k, 8**-0.5)
     lse[0, 1, 0, 2] = value
