@@ -93,4 +93,4 @@ def impl(subject: Subject) -> str:
 @pytest.fixture(scope="session")
 def emulated() -> None:
     """The CUDA kernels as the host compiler makes them."""
-    torch.ops.load_library(str(simt.library()))
+    torch.ops.load_library(str(simt.build()))

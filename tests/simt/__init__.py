@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-march=native", "-Wall", "-Wno-unknown-pragmas"]
 
 
-def library() -> Path:
-    """The library, compiled once for its sources and kept beside the native libraries."""
+def build() -> Path:
+    """Compiles the library, once for its sources; it is kept beside the native libraries."""
     file = _ext.cache_dir() / f"simt_{_key()}" / "amflow_simt.so"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
