@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels.impl.base import Implementation
+from amflow_kernels.impl.chunked import Chunked
 from amflow_kernels.impl.cpu import Cpu
 from amflow_kernels.impl.cuda import Cuda
 from amflow_kernels.impl.reference import Reference
@@ -17,12 +18,13 @@ from amflow_kernels.problem import MapPairs, Problem
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Reference(),
+    "chunked": Chunked(),
     "cpu": Cpu(),
     "triton": Triton(),
     "cuda": Cuda(),
 }
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, for impl=None
-_LAST_RESORT = "reference"
+_LAST_RESORT = "chunked"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def choose(problem: MapPairs, impl: str | None) -> Choice:
             return Choice(name, "; ".join([f"fused kernel for {device} and {dtype}", *reasons]), fallback=False)
         reasons.append(f"{name}: {why_not}")
     if dtype == torch.float64:
-        return Choice(_LAST_RESORT, "float64 is computed by the reference", fallback=False)
+        return Choice(_LAST_RESORT, "float64 is computed in plain PyTorch", fallback=False)
     reasons = reasons or [f"no fused kernel for {device}"]
     return Choice(_LAST_RESORT, "; ".join(reasons), fallback=True)
 

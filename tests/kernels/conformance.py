@@ -10,17 +10,20 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from amflow_kernels import dispatch
 from amflow_kernels import testing as tt
+from amflow_kernels.impl.chunked import Chunked
 from amflow_kernels.problem import MatmulProblem, Problem
 
 Row = dict[str, Any]
@@ -92,6 +95,14 @@ def simulated_gpu() -> AbstractContextManager[None]:
     return simt.machine()
 
 
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """impl="chunked" cuts even small problems in every dimension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch.IMPLEMENTATIONS, "chunked", Chunked(memory=1 << 18))
+        yield
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """An implementation under test, and how large its problems may be here.
@@ -141,6 +152,7 @@ SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject("reference", plain_rows=6, all_rows=12),
+        Subject("chunked", context=small_blocks),
         Subject("cpu"),
         Subject(
             "triton",
