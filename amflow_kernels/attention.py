@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from amflow_kernels.api import am_flow
 from amflow_kernels.dispatch import check_impl, uses_lse
-from amflow_kernels.problem import Problem, check_same
+from amflow_kernels.problem import Problem, check_dense, check_same
 
 __all__ = ["am_flow_attention"]
 
@@ -82,6 +82,7 @@ def _check_plain(attn_mask: Tensor | None, dropout_p: float, is_causal: bool, en
 def _check_values(problem: Problem, v: Tensor) -> None:
     if not isinstance(v, Tensor):
         raise TypeError(f"v: expected a torch.Tensor, got {type(v).__name__}")
+    check_dense("v", v)
     check_same("v", v, "q", problem.q)
     k = problem.k
     if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:

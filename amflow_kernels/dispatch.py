@@ -37,9 +37,11 @@ class Choice:
 
 
 def check_impl(impl: str | None, problem: MapPairs | None) -> None:
-    """Raises ValueError unless `impl` is None, or names an implementation that can take such a problem."""
+    """Raises TypeError or ValueError unless `impl` is None, or names an implementation that can take the problem."""
     if impl is None:
         return
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected None or a str, got {type(impl).__name__}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected None or one of {tuple(IMPLEMENTATIONS)}, got {impl!r}")
     reason = IMPLEMENTATIONS[impl].unsupported(problem) if problem is not None else None
@@ -72,13 +74,13 @@ _warned: set[str] = set()
 
 
 def implementation(problem: MapPairs, impl: str | None) -> Implementation:
-    """The implementation that runs for a problem. Warns if it is the reference because no fused kernel can run."""
+    """The implementation that runs for a problem. Warns if no fused kernel can run where one was expected."""
     choice = choose(problem, impl)
     if choice.fallback and choice.reason not in _warned:
         _warned.add(choice.reason)
         warnings.warn(
-            "amflow_kernels: no fused kernel here, the eager reference runs and forms the attention maps "
-            f"({choice.reason}). impl='reference' asks for it without this warning.",
+            f"amflow_kernels: no fused kernel runs here ({choice.reason}); plain PyTorch computes AM flow by blocks of "
+            f"query rows, several times slower. impl={choice.name!r} asks for it without this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

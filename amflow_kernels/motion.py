@@ -104,7 +104,8 @@ def motion_pca(
         bad = ~rows.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         V, S, _ = torch.linalg.svd(rows.masked_fill(bad, 0.0), full_matrices=False)
         V, S = V[..., :rank].masked_fill(bad, float("nan")), S[..., :rank].masked_fill(bad.squeeze(-1), float("nan"))
-        V = V * torch.where(V.gather(-2, V.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
+        largest = V.gather(-2, V.abs().argmax(-2, keepdim=True))
+        V = torch.where(largest < 0, -V, V)
         return MotionPCA(M.centred(V), V, S, M.mean.squeeze(-1))
 
 

@@ -6,11 +6,13 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 """
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 
 from amflow_kernels.dispatch import backward_implementation, implementation, saved_size
 from amflow_kernels.impl.base import empty_gradients
@@ -36,6 +38,7 @@ def am_flow(
 
     lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them.
     """
+    q, k, q_b, k_b = _readable(q, k, q_b, k_b)
     problem = Problem(
         q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
         head_reduction=head_reduction, center=center,
@@ -81,9 +84,12 @@ def am_flow_backward(
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, q_b, k_b, contiguous and in their dtype; an empty tensor where `needs` is False."""
+    q, k, q_b, k_b = _readable(q, k, q_b, k_b)
     problem = Problem(
         q, k, q_b=q_b, k_b=k_b, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction
     )
+    _check_gradient("dflow", dflow, problem, problem.flow_shape)
+    _check_saved(saved, problem, impl)
     if _is_empty(problem):
         dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
     else:
@@ -126,6 +132,7 @@ def am_flow_matmul(
     impl: str | None,
 ) -> Tensor:
     """op x of every pair, with op = M or P, or its transpose: (B, P, *G, Nq, C), or (B, P, *G, Nk, C) transposed."""
+    q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
     problem = MatmulProblem(
         q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
         softmax=softmax,
@@ -167,10 +174,12 @@ def am_flow_matmul_backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, q_b, k_b, x, contiguous and in their dtype; an empty tensor where `needs` is False."""
+    q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
     problem = MatmulProblem(
         q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
         softmax=softmax,
     )  # fmt: skip
+    _check_gradient("dy", dy, problem, problem.product_shape)
     if _is_empty(problem):
         dq, dk, dq_b, dk_b, dx = empty_gradients((*problem.frames, x), needs)
     else:
@@ -196,6 +205,35 @@ def _fake_am_flow_matmul_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dq_b, dk_b, dx = empty_gradients((q, k, q_b, k_b, x), needs)
     return dq, dk, dq_b, dk_b, dx
+
+
+def _readable(*tensors: Any) -> list[Any]:
+    """The tensors, copied where the elements of the last dimension do not lie side by side.
+
+    The public functions refuse such a tensor. But an exported or traced program never calls them, and may be given other
+    strides than the example that it was made from.
+    """
+    return [x if x is None or x.shape[-1:] in ((), (0,), (1,)) or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _check_gradient(name: str, value: Tensor, problem: MapPairs, shape: tuple[int, ...]) -> None:
+    """Raises unless `value` can be the gradient of a result of this shape."""
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected the shape of the result, {shape}, got {tuple(value.shape)}")
+    if value.dtype != problem.result_dtype:
+        raise TypeError(f"{name}: expected the dtype of the result, {problem.result_dtype}, got {value.dtype}")
+    if value.device != problem.q.device:
+        raise ValueError(f"{name}: expected the device of q, {problem.q.device}, got {value.device}")
+
+
+def _check_saved(saved: Tensor, problem: Problem, impl: str | None) -> None:
+    """Raises unless `saved` can be what the forward returned beside the flow."""
+    size = saved_size(problem, impl)
+    if saved.shape != (size,) or saved.dtype != torch.float32 or saved.device != problem.q.device:
+        raise ValueError(
+            f"saved: expected what the forward returned, float32 ({size},) on {problem.q.device}, "
+            f"got {saved.dtype} {tuple(saved.shape)} on {saved.device}"
+        )
 
 
 def _is_empty(problem: MapPairs) -> bool:
@@ -247,7 +285,59 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("amflow_kernels: AM flow has first-order gradients only; a second-order gradient was requested")
 
 
+def _fold(
+    batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
+) -> Iterator[Tensor | None]:
+    """Tensors of a vmapped call, (B, ...) and a dimension of the map, as (batch_size * B, ...)."""
+    for tensor, dim in zip(tensors, in_dims, strict=True):
+        if tensor is None:
+            yield None
+        else:
+            mapped = tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            yield mapped.flatten(0, 1)
+
+
+def _vmap_am_flow(
+    info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """torch.vmap: the mapped dimension becomes a part of B. Nothing reads what is saved: the gradient is that of B."""
+    flow, saved = am_flow(*_fold(info.batch_size, in_dims[:6], args[:6]), *args[6:])
+    return (flow.unflatten(0, (info.batch_size, -1)), saved), (0, None)
+
+
+def _vmap_matmul(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    y = am_flow_matmul(*_fold(info.batch_size, in_dims[:5], args[:5]), *args[5:])
+    return y.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
+    """Makes an op raise in forward mode, where it would return zero tangents, and in the transforms of torch.func.
+
+    The check is a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
+    """
+    kernel = make_autograd_impl(op._opoverload, op)
+
+    def checked(keyset: Any, *args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+        return kernel(keyset, *args)
+
+    op._lib.impl(op._name, checked, "Autograd", with_keyset=True)
+
+
+_GRADIENTS = (
+    "amflow_kernels: AM flow has gradients by backward() and torch.autograd.grad, of first order, also through torch.vmap"
+)
+
 am_flow.register_autograd(_differentiate_am_flow, setup_context=_setup_am_flow)
 am_flow_matmul.register_autograd(_differentiate_matmul, setup_context=_setup_matmul)
 am_flow_backward.register_autograd(_no_second_order)
 am_flow_matmul_backward.register_autograd(_no_second_order)
+am_flow.register_vmap(_vmap_am_flow)
+am_flow_matmul.register_vmap(_vmap_matmul)
+for op in (am_flow, am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
+    _refuse_other_differentiation(op)

@@ -8,7 +8,6 @@ the only list of the options.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -20,7 +19,6 @@ MAX_FEATURES = 256
 MIN_TEMPERATURE = 1 / 64
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +53,8 @@ class MapPairs:
         else:
             self._check_clip()
         if self.scale is not None:
-            _check_number("scale", self.scale)
-        _check_number("temperature", self.temperature)
+            _check_number("scale", self.scale, self.result_dtype)
+        _check_number("temperature", self.temperature, self.result_dtype)
         if self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 "temperature: expected at least 1/64 (below it the second softmax overflows), "
@@ -211,6 +209,7 @@ class MatmulProblem(MapPairs):
         x, q = self.x, self.q
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        check_dense("x", x)
         if x.dtype not in (q.dtype, torch.float32):
             raise TypeError(f"x: expected float32 or the dtype of q, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
@@ -253,8 +252,15 @@ def check_options(
     Raises:
         TypeError, ValueError: as `Problem`.
     """
-    frames = torch.empty(0, lag + 1 if isinstance(lag, int) and lag > 0 else 2, 1, 1, 1)
+    frames = torch.empty(0, lag + 1 if isinstance(lag, int) and lag > 0 else 2, 1, 1, 1, dtype=torch.float64)
     Problem(frames, frames, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises unless a tensor is one block of strided memory: nested, sparse and mkldnn tensors are not."""
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor with strides, got {kind}")
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -285,6 +291,7 @@ def _check_tokens(name: str, value: Tensor | None) -> None:
     """Raises unless `value` can be queries or keys."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
     if value.dim() not in (5, 6):
@@ -312,6 +319,7 @@ def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
         return
     if not isinstance(lse, Tensor):
         raise TypeError(f"{name}: expected None or a torch.Tensor, got {type(lse).__name__}")
+    check_dense(name, lse)
     if lse.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {lse.dtype}")
     if lse.device != q.device:
@@ -328,8 +336,10 @@ def _check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
-def _check_number(name: str, value: float) -> None:
+def _check_number(name: str, value: float, dtype: torch.dtype) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite does not trace when the number is symbolic
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:  # math.isfinite does not trace when the number is symbolic
+        overflow = f", which {dtype} can't hold" if abs(value) < float("inf") else ""
+        raise ValueError(f"{name}: expected a finite number, got {value}{overflow}")

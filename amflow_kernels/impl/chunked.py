@@ -22,7 +22,7 @@ from amflow_kernels.impl.base import Implementation, empty_gradients, nothing_sa
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MEMORY = 64 << 20  # bytes
-FEW_ROWS = 32  # a block takes so many rows before a second pair: with fewer, matrix products are slow
+FEW_ROWS = 32  # a block takes so many rows, of all its heads, before a second pair: fewer make slow matrix products
 HEADS = 2  # the heads' dimension
 
 Maps = tuple[Tensor, Tensor]  # of the first and of the second frames of pairs
@@ -145,7 +145,7 @@ class Chunked(Implementation):
             return s["batch"] * s["windows"] * s["heads"] * frames * (s["rows"] * per_row + per_frame)
 
         limit = self.memory * 8 // torch.finfo(problem.result_dtype).bits
-        for name, n in (("rows", min(FEW_ROWS, problem.Nq)), *((name, most[name]) for name in GROWTH)):
+        for name, n in (("rows", min(max(1, FEW_ROWS // size["heads"]), problem.Nq)), *((name, most[name]) for name in GROWTH)):
             fixed = elements(**{name: 0})
             size[name] = max(size[name], min(n, (limit - fixed) // (elements(**{name: 1}) - fixed)))
         cuts = {name: _even_slices(most[name], size[name]) for name in most}
@@ -292,9 +292,9 @@ def _block_gradients(
             dq, dk = grads[2 * i : 2 * i + 2]
             dlogits = _softmax_gradient(A[:, own], dA)
             if dq is not None:
-                block.of(dq, block.own)[..., rows, :] = frames.scale * (dlogits @ frames.sets[i][1][:, own])
+                block.of(dq, block.own)[..., rows, :] = (dlogits @ frames.sets[i][1][:, own]).mul_(frames.scale)
             if dk is not None:
-                dk_sums[i] += frames.scale * (dlogits.mT @ queries[i][:, own])
+                dk_sums[i] += dlogits.mT @ (frames.scale * queries[i][:, own])
     for dk, total in zip(grads[1::2], dk_sums, strict=False):
         if dk is not None:
             block.of(dk, block.own).copy_(total)
