@@ -210,10 +210,14 @@ def _fake_am_flow_matmul_backward(
 def _readable(*tensors: Any) -> list[Any]:
     """The tensors, copied where the elements of the last dimension do not lie side by side.
 
-    The public functions refuse such a tensor. But an exported or traced program never calls them, and may be given other
-    strides than the example that it was made from.
+    The public functions refuse such a tensor. But exported and traced programs do not call them, and may be given other
+    strides than the example that they were made from.
     """
-    return [x if x is None or x.shape[-1:] in ((), (0,), (1,)) or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+    def readable(x: Tensor | None) -> bool:
+        return x is None or x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1
+
+    return [x if readable(x) else x.contiguous() for x in tensors]
 
 
 def _check_gradient(name: str, value: Tensor, problem: MapPairs, shape: tuple[int, ...]) -> None:
@@ -285,9 +289,7 @@ def _no_second_order(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError("amflow_kernels: AM flow has first-order gradients only; a second-order gradient was requested")
 
 
-def _fold(
-    batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
-) -> Iterator[Tensor | None]:
+def _fold(batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
     """Tensors of a vmapped call, (B, ...) and a dimension of the map, as (batch_size * B, ...)."""
     for tensor, dim in zip(tensors, in_dims, strict=True):
         if tensor is None:
@@ -330,7 +332,7 @@ def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
 
 
 _GRADIENTS = (
-    "amflow_kernels: AM flow has gradients by backward() and torch.autograd.grad, of first order, also through torch.vmap"
+    "amflow_kernels: AM flow has first-order gradients by backward() and torch.autograd.grad, also through torch.vmap"
 )
 
 am_flow.register_autograd(_differentiate_am_flow, setup_context=_setup_am_flow)

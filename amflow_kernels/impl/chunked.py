@@ -48,8 +48,7 @@ class Chunked(Implementation):
                     frames = _Frames(chain, block)
                     centre = torch.zeros((), device=flow.device, dtype=flow.dtype)
                     for rows in block.rows:
-                        e, ebar, w = _row_weights(*_pairs(problem, frames.maps(rows)), problem.temperature)
-                        centre = centre + e.sub_(ebar).mul_(w).sum(-2, keepdim=True)
+                        centre = centre + _centre_of_rows(problem, frames.maps(rows))
                     if problem.head_reduction == "mean":
                         centre = centre.sum(HEADS, keepdim=True) / problem.heads
                     block.of(chain.of(result)).add_(centre)
@@ -145,7 +144,8 @@ class Chunked(Implementation):
             return s["batch"] * s["windows"] * s["heads"] * frames * (s["rows"] * per_row + per_frame)
 
         limit = self.memory * 8 // torch.finfo(problem.result_dtype).bits
-        for name, n in (("rows", min(max(1, FEW_ROWS // size["heads"]), problem.Nq)), *((name, most[name]) for name in GROWTH)):
+        few_rows = min(max(1, FEW_ROWS // size["heads"]), problem.Nq)
+        for name, n in (("rows", few_rows), *((name, most[name]) for name in GROWTH)):
             fixed = elements(**{name: 0})
             size[name] = max(size[name], min(n, (limit - fixed) // (elements(**{name: 1}) - fixed)))
         cuts = {name: _even_slices(most[name], size[name]) for name in most}
@@ -243,30 +243,46 @@ def _row_weights(A_a: Tensor, A_b: Tensor, temperature: float) -> tuple[Tensor, 
     return e, ebar, 1 / (e.shape[-1] * (1 + ebar))
 
 
+# Each function of rows frees all maps when it returns, before the next rows need memory.
+
+
+def _centre_of_rows(problem: Problem, maps: list[Tensor]) -> Tensor:
+    """Some rows' part of flow - Nq / Nk."""
+    e, ebar, w = _row_weights(*_pairs(problem, maps), problem.temperature)
+    return e.sub_(ebar).mul_(w).sum(-2, keepdim=True)
+
+
 def _multiply(problem: MatmulProblem, frames: _Frames, block: _Block, x: Tensor, y: Tensor) -> None:
     """Writes M x, or P x = w (sum of x + e x), of a block to y."""
     total = _precise_sum(x) if problem.softmax else None
-    for rows in block.rows:
-        A_a, A_b = _pairs(problem, frames.maps(rows))
+
+    def product_of_rows(maps: list[Tensor]) -> Tensor:
+        A_a, A_b = _pairs(problem, maps)
         if total is None:
-            y[..., rows, :] = (A_a - A_b).abs_() @ x
-        else:
-            e, _, w = _row_weights(A_a, A_b, problem.temperature)
-            y[..., rows, :] = w * (total + e @ x)
+            return (A_a - A_b).abs_() @ x
+        e, _, w = _row_weights(A_a, A_b, problem.temperature)
+        return w * (total + e @ x)
+
+    for rows in block.rows:
+        y[..., rows, :] = product_of_rows(frames.maps(rows))
 
 
 def _multiply_transposed(problem: MatmulProblem, frames: _Frames, block: _Block, x: Tensor, y: Tensor) -> None:
     """Writes M^T x, or P^T x = sum of w x + e^T w x, of a block to y."""
     sums, total = x.new_zeros(*x.shape[:-2], problem.Nk, problem.C), x.new_zeros(*x.shape[:-2], 1, problem.C)
-    for rows in block.rows:
-        A_a, A_b = _pairs(problem, frames.maps(rows))
+
+    def add_rows(maps: list[Tensor], terms: Tensor) -> None:
+        A_a, A_b = _pairs(problem, maps)
         if problem.softmax:
             change, _, w = _row_weights(A_a, A_b, problem.temperature)
-            terms = w * x[..., rows, :]
-            total += _precise_sum(terms)
+            terms = w * terms
+            total.add_(_precise_sum(terms))
         else:
-            change, terms = (A_a - A_b).abs_(), x[..., rows, :]
-        sums += change.mT @ terms
+            change = (A_a - A_b).abs_()
+        sums.add_(change.mT @ terms)
+
+    for rows in block.rows:
+        add_rows(frames.maps(rows), x[..., rows, :])
     y.copy_(sums + total)
 
 
@@ -282,8 +298,8 @@ def _block_gradients(
     skipped = block.own.start - block.pairs.start  # frames that only the pairs need
     own = slice(skipped, skipped + block.own.stop - block.own.start)
     dk_sums = [torch.zeros_like(k[:, own]) for _, k in frames.sets]
-    for rows in block.rows:
-        maps = frames.maps(rows)
+
+    def add_rows(rows: slice, maps: list[Tensor]) -> None:
         S_dM = _signed_gradient(*_pairs(problem, maps), upstream(rows), problem.temperature, softmax)
         dA_of_sets = [S_dM, -S_dM] if problem.pair else [_gradient_of_frames(S_dM, block)]
         del S_dM
@@ -295,6 +311,9 @@ def _block_gradients(
                 block.of(dq, block.own)[..., rows, :] = (dlogits @ frames.sets[i][1][:, own]).mul_(frames.scale)
             if dk is not None:
                 dk_sums[i] += dlogits.mT @ (frames.scale * queries[i][:, own])
+
+    for rows in block.rows:
+        add_rows(rows, frames.maps(rows))
     for dk, total in zip(grads[1::2], dk_sums, strict=False):
         if dk is not None:
             block.of(dk, block.own).copy_(total)
@@ -314,7 +333,7 @@ def _signed_gradient(A_a: Tensor, A_b: Tensor, G: Tensor, temperature: float, so
 
 
 def _gradient_of_frames(S_dM: Tensor, block: _Block) -> Tensor:
-    """dA of the block's own frames: each adds S * dM of the pair that it begins and subtracts that of the one it ends."""
+    """dA of the block's own frames: S * dM of the pair that each begins, minus that of the pair that it ends."""
     first, last = block.own.start, block.own.stop
     dA = S_dM.new_zeros(S_dM.shape[0], last - first, *S_dM.shape[2:])
     begun = S_dM[:, first - block.pairs.start :]

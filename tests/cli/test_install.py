@@ -56,7 +56,7 @@ with warnings.catch_warnings(record=True) as caught:
 assert len(caught) == 1, [str(w.message) for w in caught]
 assert caught[0].category is RuntimeWarning
 explanation = explain(q, k)
-assert explanation.impl == "reference"
+assert explanation.impl == "chunked"
 try:
     am_flow(q, k, impl="cpu")
 except RuntimeError as raised:

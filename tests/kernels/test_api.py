@@ -22,6 +22,11 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape or GOOD, dtype=dtype)
 
 
+def nested(layout: torch.layout = torch.strided) -> Tensor:
+    frames = [torch.zeros(T, 2, 5, 4) for T in (2, 3)]
+    return torch.nested.nested_tensor(frames, layout=layout)
+
+
 BAD_FRAMES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "not a tensor": (x(), [1.0], {}, TypeError, r"k: expected a torch\.Tensor, got list"),
     "integer": (x(dtype=torch.int64), x(), {}, TypeError, r"q: expected float32, bfloat16.*got torch\.int64"),
@@ -45,6 +50,10 @@ BAD_FRAMES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "D is 257": (x(1, 2, 1, 1, 257), x(1, 2, 1, 1, 257), {}, ValueError, r"q: expected a head dimension.*256, got 257"),
     "q strided": (x(2, 3, 2, 4, 5).mT, x(), {}, ValueError, r"q: expected a contiguous last dimension, got strides"),
     "k strided": (x(), x(2, 3, 2, 5, 8)[..., ::2], {}, ValueError, r"k: expected a contiguous last dimension.*80.*2\)"),
+    "nested": (nested(), nested(), {}, TypeError, r"q: expected a dense tensor with strides, got a nested tensor"),
+    "jagged": (x(), nested(torch.jagged), {}, TypeError, r"k: expected a dense tensor with.*got a nested tensor"),
+    "sparse": (x().to_sparse(), x(), {}, TypeError, r"q: expected a dense tensor.*got the layout torch\.sparse_coo"),
+    "mkldnn": (x(), x().to_mkldnn(), {}, TypeError, r"k: expected a dense tensor.*got the layout torch\._mkldnn"),
     "lag 0": (x(), x(), {"lag": 0}, ValueError, r"lag: expected at least 1, got 0"),
     "lag negative": (x(), x(), {"lag": -1}, ValueError, r"lag: expected at least 1, got -1"),
     "lag a float": (x(), x(), {"lag": 1.0}, TypeError, r"lag: expected an int, got float"),
@@ -56,6 +65,17 @@ BAD_FRAMES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale NaN": ({"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
     "scale infinite": ({"scale": -math.inf}, ValueError, r"scale: expected a finite number, got -inf"),
+    "scale too large": (
+        {"scale": 1e39},
+        ValueError,
+        r"scale: expected a finite number, got 1e\+39, which torch\.float32",
+    ),
+    "scale too small": ({"scale": -1e39}, ValueError, r"scale: expected a finite number, got -1e\+39, which torch"),
+    "temperature large": (
+        {"temperature": 1e39},
+        ValueError,
+        r"temperature: expected a finite number, got 1e\+39",
+    ),
     "scale a tensor": ({"scale": torch.ones(())}, TypeError, r"scale: expected a number, got Tensor"),
     "scale a string": ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),
     "temperature low": ({"temperature": 0.0156}, ValueError, r"temperature: expected at least 1/64.*got 0\.0156"),
@@ -70,8 +90,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "impl": (
         {"impl": "gpu"},
         ValueError,
-        r"impl: expected None or one of \('reference', 'cpu', 'triton', 'cuda'\), got 'gpu'",
+        r"impl: expected None or one of \('reference', 'chunked', 'cpu', 'triton', 'cuda'\), got 'gpu'",
     ),
+    "impl a list": ({"impl": ["cpu"]}, TypeError, r"impl: expected None or a str, got list"),
 }
 
 BAD_PAIRS: dict[str, tuple[Any, Any, Any, Any, type[Exception], str]] = {
@@ -177,21 +198,26 @@ def test_shape_dtype_and_default_scale_are_as_documented(
     tt.assert_flow(pair_flow, flow.double() - 7 / 9, 7)
 
 
-def test_float64_runs_the_reference_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    """float64 runs the reference in float64, without a warning: that is what the reference is for."""
+def test_float64_is_computed_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """No kernel computes in float64, and none is missed."""
     q, k = tt.make_qk(1, 3, (2,), 7, 9, 8, dtype=torch.float64)
     flow = am_flow(q, k)
     assert flow.dtype == torch.float64
-    assert torch.equal(flow, tt.oracle_flow(Problem(q, k)))
-    assert explain(q, k).impl == "reference"
+    torch.testing.assert_close(flow, tt.oracle_flow(Problem(q, k)), rtol=1e-14, atol=0)
+    assert explain(q, k).impl == "chunked"
     assert not recwarn.list
+
+
+def test_a_scale_that_only_float64_holds_is_taken_for_float64() -> None:
+    q, k = tt.make_qk(1, 3, (2,), 7, 9, 8, dtype=torch.float64)
+    assert am_flow(q * 1e-30, k * 1e-10, scale=1e39).isfinite().all()
 
 
 def test_explain_names_the_implementation_and_the_reason(cpu_kernels_run: bool) -> None:
     """`explain` names the implementation that runs and the reason, for tensors and for the machine."""
     q, k = tt.make_qk(1, 3, (2,), 7, 9, 8, dtype=torch.bfloat16)
     explanation = explain(q, k)
-    assert explanation.impl == ("cpu" if cpu_kernels_run else "reference")
+    assert explanation.impl == ("cpu" if cpu_kernels_run else "chunked")
     assert f"am_flow runs {explanation.impl!r}: {explanation.reason}" in str(explanation)
     assert "(1, 3, 2, 7, 8) bfloat16 on cpu" in str(explanation)
     assert explain(q, k, impl="reference").impl == "reference"
@@ -217,11 +243,13 @@ BAD_FEATURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "C is 0": (x(2, 2, 2, 5, 0), {}, ValueError, r"x: expected from 1 to 256 features.*got 0"),
     "C is 257": (x(2, 2, 2, 5, 257), {}, ValueError, r"x: expected from 1 to 256 features.*got 257"),
     "strided": (x(2, 2, 2, 3, 5).mT, {}, ValueError, r"x: expected a contiguous last dimension, got strides"),
+    "sparse": (x(2, 2, 2, 5, 3).to_sparse(), {}, TypeError, r"x: expected a dense tensor.*sparse_coo"),
     "transpose": (x(2, 2, 2, 5, 3), {"transpose": 1}, TypeError, r"transpose: expected a bool, got int"),
     "softmax": (x(2, 2, 2, 5, 3), {"softmax": None}, TypeError, r"softmax: expected a bool, got NoneType"),
     "temperature of M": (x(2, 2, 2, 5, 3), {"temperature": 0.5}, ValueError, r"temperature: expected 1 without"),
     "temperature": (x(2, 2, 2, 5, 3), {"softmax": True, "temperature": 0}, ValueError, r"temperature: .*1/64"),
     "scale": (x(2, 2, 2, 5, 3), {"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
+    "scale too large": (x(2, 2, 2, 5, 3), {"scale": 1e39}, ValueError, r"scale: .*which torch\.float32 can't hold"),
     "impl": (x(2, 2, 2, 5, 3), {"impl": "gpu"}, ValueError, r"impl: expected None or one of"),
 }  # fmt: skip
 

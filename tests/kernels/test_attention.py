@@ -164,3 +164,13 @@ def test_bad_input_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         am_flow_attention(x(), x(), v, **options)
     with pytest.raises(TypeError, match=r"q: expected a torch\.Tensor"):
         am_flow_attention([1.0], x(), x())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+def test_it_can_be_traced() -> None:
+    """Under torch.jit.trace sizes are tensors, and so is the default scale that comes from D."""
+    q, k, v = torch.randn(3, 1, 3, 2, 5, 6)
+    traced = torch.jit.trace(lambda q, k, v: am_flow_attention(q, k, v), (q, k, v))
+    q, k, v = torch.randn(3, 2, 4, 2, 7, 6)
+    for x, y in zip(traced(q, k, v), am_flow_attention(q, k, v), strict=True):
+        torch.testing.assert_close(x, y)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_it_runs_on_meta_tensors(head_reduction: str) -> None:
 
 
 def test_blocks_of_any_size_give_the_same_result() -> None:
-    q, k = tt.make_qk(2, 7, (2, 2), 10, 8, 16)
+    q, k = tt.make_qk(2, 7, (2, 2), 5, 8, 16)
     for problem in (
         Problem(q, k, lag=2, temperature=0.5),
         Problem(q, k, lag=5, head_reduction="mean"),  # frames 2, 3 and 4 are in no pair
@@ -119,7 +120,7 @@ def test_blocks_of_any_size_give_the_same_result() -> None:
         Problem(q[:, :3], k[:, :3], q_b=q[:, 3:6], k_b=k[:, 3:6]),
         MatmulProblem(q, k, x=tt.make_features(q, k, 5, lag=3), lag=3, softmax=True),
     ):
-        for memory in (1, 1 << 12, 1 << 15, MEMORY):
+        for memory in (1, 1 << 15, MEMORY):
             expected, found = results(problem, Reference()), results(problem, Chunked(memory))
             for x, y in zip(expected, found, strict=True):
                 torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-6)

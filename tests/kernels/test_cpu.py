@@ -145,8 +145,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "slow", "-k", "test_
 
 
 @pytest.mark.fallback
-def test_below_avx2_impl_cpu_raises_and_the_reference_runs_with_one_warning(cold_python: Callable[..., Any]) -> None:
-    """Below AVX2 impl='cpu' raises the reason, and impl=None runs the reference with one warning that names it."""
+def test_below_avx2_impl_cpu_raises_and_chunked_runs_with_one_warning(cold_python: Callable[..., Any]) -> None:
+    """Below AVX2 impl='cpu' raises the reason, and impl=None runs 'chunked' with one warning that names it."""
     code = """
 import warnings
 import torch
@@ -158,8 +158,8 @@ with warnings.catch_warnings(record=True) as caught:
     flows = [am_flow(q, k), am_flow(q[:, :2], k[:, :2])]
 assert len(caught) == 1, [str(w.message) for w in caught]
 assert caught[0].category is RuntimeWarning and "the CPU capability is DEFAULT" in str(caught[0].message)
-assert torch.equal(flows[0], am_flow(q, k, impl="reference"))
-assert "the CPU capability is DEFAULT" in str(explain(q, k)) and explain(q, k).impl == "reference"
+assert torch.equal(flows[0], am_flow(q, k, impl="chunked"))
+assert "the CPU capability is DEFAULT" in str(explain(q, k)) and explain(q, k).impl == "chunked"
 try:
     am_flow(q, k, impl="cpu")
 except RuntimeError as error:

@@ -142,3 +142,15 @@ def test_bad_arguments_raise(options: dict[str, Any], error: type[Exception], me
         motion_pca(q, k, **options)
     with pytest.raises(TypeError, match=r"q: expected a torch\.Tensor"):
         motion_maps(None, k)
+
+
+def test_results_do_not_depend_on_the_default_dtype() -> None:
+    q, k = moving_tokens(20, 20)
+    expected = [*motion_maps(q, k), *motion_pca(q, k)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [*motion_maps(q, k), *motion_pca(q, k)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)

@@ -92,7 +92,7 @@ def test_vmap_is_a_loop(in_dims: tuple[int | None, ...], function: str, compiled
 
     def looped(*inputs: Tensor) -> Tensor:
         calls = [
-            (x if dim is None else x.select(dim, i).contiguous() for x, dim in zip(inputs, in_dims, strict=True))
+            [x if dim is None else x.select(dim, i).contiguous() for x, dim in zip(inputs, in_dims, strict=True)]
             for i in range(3)
         ]
         return torch.stack([DIFFERENTIABLE[function](*call) for call in calls])
