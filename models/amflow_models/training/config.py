@@ -192,11 +192,24 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: expected keys and values, got {type(content).__name__}")
     for change in changes:
         _change(content, change)
+    return parse_config(content, path)
+
+
+def parse_config(content: Any, source: Path) -> Config:
+    """The config that keys and values describe; keys that are not there have their defaults.
+
+    Args:
+        content: sections, keys and values.
+        source: the file that they are from, for messages.
+
+    Raises:
+        ValueError: a key is unknown or a value is out of range. All problems are listed.
+    """
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         message = "\n".join(f"  {_describe(dict(problem))}" for problem in error.errors())
-        raise ValueError(f"{path}:\n{message}") from None
+        raise ValueError(f"{source}:\n{message}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
