@@ -72,7 +72,7 @@ class Data(_Section):
         kind: format of the lists, see `amflow_models.data.read_list`.
         train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
-        classes, labels, split: as for `read_list`, where the kind takes them.
+        classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
         num_classes: number of classes.
         frames: T, frames of a clip.
         sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (every `stride`-th frame).
@@ -92,6 +92,8 @@ class Data(_Section):
     classes: Path | None = None
     labels: Path | None = None
     split: str | None = None
+    template: str | None = None
+    start_index: int | None = None
     num_classes: PositiveInt
     frames: int = Field(ge=2)
     sampling: Literal["uniform", "dense"] = "dense"
