@@ -106,8 +106,8 @@ class VideoFile(VideoReader):
         if self._stream.codec_context is None:
             raise UnreadableVideo(self.path, "FFmpeg has no decoder for it")
         self._stream.codec_context.thread_count = 1
-        # Without it, each frame has a converter of its own with threads, which a forked process lacks: it would hang when
-        # it frees a frame that the parent process left behind.
+        # Without it, each frame has a converter of its own, whose threads a forked process lacks: that process would
+        # hang when it frees a frame that its parent left behind.
         self._reformatter = VideoReformatter()
 
     def _read_times(self) -> list[int] | None:
