@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write(path: Path, clip: Tensor) -> None:
     """Writes a clip, uint8 (T, 3, H, W), as H.264, nearly lossless: only a few pixels move."""
-    with av.open(str(path), "w") as file:
+    with av.open(f"file:{path}", "w") as file:
         stream = file.add_stream("libx264", rate=Fraction(10), options={"crf": "12", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = clip.shape[-2], clip.shape[-1], "yuv420p"
         for frame in clip.permute(0, 2, 3, 1).contiguous().numpy():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from amflow_models.blocks import AdaptedBlock
+from amflow_models.blocks import AdaptedBlock, AdapterOptions
 
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before names
 
@@ -51,18 +51,23 @@ def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tens
 def load_trained(model: nn.Module, path: str | Path) -> None:
     """Reads a file of `save_trained` into a model that was built with the same options.
 
+    Options that did not exist yet when the file was written have their defaults.
+
     Raises:
         ValueError: the file can't be read, or does not fit the model: all missing and unexpected names, different
-            shapes and different options are listed. The model is unchanged then.
+            shapes, different options and options that this version does not know are listed. The model is unchanged
+            then.
     """
     own = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with safe_open(path, "pt") as file:
             loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            options = json.loads((file.metadata() or {}).get("adapters", "null"))
+            options = json.loads((file.metadata() or {}).get("adapters", "{}"))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
     expected = _options(model)
+    # A file without metadata is not of `save_trained`, and one without options is of a model without adapters.
+    saved = {**_saved(AdapterOptions(2)), "num_frames": None, **options} if options else {}
     problems = {
         "missing": sorted(own.keys() - loaded.keys()),
         "unexpected": sorted(loaded.keys() - own.keys()),
@@ -72,10 +77,11 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
             if loaded[name].shape != own[name].shape
         ],
         "of other options": [
-            f"{name} {options[name]!r}, expected {value!r}"
+            f"{name} {saved.get(name)!r}, expected {value!r}"
             for name, value in expected.items()
-            if options is not None and options.get(name) != value
+            if saved and saved.get(name) != value
         ],
+        "of unknown options": sorted(options.keys() - {field.name for field in fields(AdapterOptions)}),
     }
     if any(problems.values()):
         message = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
@@ -99,8 +105,11 @@ def unwrapped_name(name: str) -> str:
 def _options(model: nn.Module) -> dict[str, Any]:
     """The adapter options that results depend on besides the parameters and their names."""
     options = next((block.options for block in model.modules() if isinstance(block, AdaptedBlock)), None)
-    if options is None:
-        return {}
+    return {} if options is None else _saved(options)
+
+
+def _saved(options: AdapterOptions) -> dict[str, Any]:
+    """The options as they are in a file."""
     saved = asdict(options) | {"activation": options.activation.__name__}
     del saved["impl"]
     return saved

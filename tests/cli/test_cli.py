@@ -224,11 +224,11 @@ def make_video(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "no such video"),
-        ("empty", "can't be read as a video (it is empty); 0 frames were decoded"),
-        ("text", "can't be read as a video (Invalid data found when processing input); 0 frames were decoded"),
+        ("missing", "there is no such file"),
+        ("empty", "can't be read as a video (it is empty)"),
+        ("text", "can't be read as a video (Invalid data found when processing input)"),
         ("truncated", "can't be read as a video"),
-        ("folder", "not a video file"),
+        ("folder", "expected a folder with .jpeg, .jpg, .png files, found none"),
         ("sound", "holds no video stream"),
     ],
 )

@@ -122,7 +122,7 @@ def test_frames_read_one_by_one_equal_those_of_a_clip() -> None:
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "video": (["visualize", "nowhere.mp4"], "nowhere.mp4: no such video"),
+    "video": (["visualize", "nowhere.mp4"], "nowhere.mp4: there is no such file"),
     "one frame": (["visualize", "bikes", "--start", "249"], "has no two frames, 1 in 2 from frame 249"),
     "block": (["visualize", "bikes", "--blocks", "0", "12"], "blocks: expected numbers from 0 to 11, got [0, 12]"),
     "offline": (

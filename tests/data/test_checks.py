@@ -109,6 +109,55 @@ def test_folders_with_fewer_frames_than_their_list_says_are_errors(tmp_path: Pat
         assert errors("no", 4, open_videos=not quick) == {("test", "missing files"): 1}
 
 
+def save_frames(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_folders_with_more_frames_than_their_list_says_are_warnings(tmp_path: Path, quick: bool) -> None:
+    """Pictures that do not belong to the frames do not count."""
+    names = [f"img_{number:05}.png" for number in range(4)]
+    save_frames(tmp_path / "a", *names, *(f"flow_x_{number:05}.png" for number in range(3)))
+
+    def problems(frames: int, start_index: int | None) -> list[str]:
+        video = Video(tmp_path / "a", 0, frames, "img_{:05}.png", start_index)
+        report = check_lists({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick)
+        report.raise_for_problems()
+        return [str(problem) for problem in report.problems]
+
+    assert problems(4, None) == problems(3, 1) == []
+    assert problems(3, None) == [f"test: folders with more frames than the list says: 1 ({tmp_path / 'a'}: 4, not 3)"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_folders_of_several_series_are_errors_without_a_template(tmp_path: Path, quick: bool) -> None:
+    save_frames(tmp_path / "a", "img_1.png", "img_2.png", "flow_x_1.png", "flow_y_1.png")
+    for template, errors in ((None, {("test", "videos that can't be read"): 1}), ("img_{}.png", {})):
+        video = Video(tmp_path / "a", 0, 2, template)
+        assert kinds({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick) == errors
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_empty_folders_are_errors(tmp_path: Path, quick: bool) -> None:
+    save_frames(tmp_path / "a", "img_1.png")
+    video = Video(tmp_path / "a", 0, None, "frame_{}.png")
+    errors = kinds({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick)
+    assert errors == {("test", "videos that can't be read"): 1}
+
+
+def test_the_command_takes_the_names_of_the_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_frames(tmp_path / "a", "img_1.png", "img_2.png", "flow_x_1.png")
+    path = str(write(tmp_path / "list.txt", "a 2 0\n"))
+    words = ["check", path, "--kind", "mmaction_frames", "--num-classes", "1"]
+    assert main(words) == 1
+    assert "template" in capsys.readouterr().out
+    assert main([*words, "--template", "img_{}.png"]) == 0
+    assert main([*words, "--template", "img_{}.png", "--start-index", "1"]) == 0
+    assert main([*words, "--template", "img_{}.png", "--start-index", "2"]) == 1
+
+
 def test_lists_that_share_a_file_are_errors_under_any_name(copies: list[Path], tmp_path: Path) -> None:
     a, b, c, d = copies
     link = tmp_path / "link.mp4"
@@ -179,6 +228,8 @@ def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: py
         (["check", "LIST", "--kind", "ssv2"], "--labels"),
         (["check", "LIST", "--kind", "smarthome"], "--split"),
         (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--labels", "."], "no use for it"),
+        (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--template", "{}.jpg"], "no use for it"),
+        (["check", "LIST", "--kind", "ssv2", "--start-index", "1"], "--start-index: --kind ssv2 has no use for it"),
     ],
 )
 def test_wrong_usage_of_the_command_is_explained(

@@ -157,6 +157,25 @@ def test_clips_are_flipped_unless_classes_name_directions(videos: VideoList) -> 
         assert dataset.flip is expected
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_clips_are_of_the_frames_that_the_template_names(tmp_path: Path, train: bool) -> None:
+    for number in range(8):
+        Image.new("L", (40, 32), 100 + number).save(tmp_path / f"img_{number:05}.png")
+        Image.new("L", (40, 32), 0).save(tmp_path / f"flow_x_{number:05}.png")
+
+    def clip(template: str | None, start_index: int | None) -> list[int]:
+        listed = VideoList((Video(tmp_path, 0, 4, template, start_index),), ("walk",), "made up")
+        item = VideoDataset(
+            listed, frames=4, size=16, train=train, sampling="dense", stride=1, augment=False, strict=True
+        )[0, 0]
+        return item["clips"][0, :, 0, 8, 8].tolist()
+
+    assert clip("img_{:05}.png", None) == [100, 101, 102, 103]
+    assert clip("img_{:05}.png", 3) == [103, 104, 105, 106]
+    with pytest.raises(UnreadableVideo, match="several series"):
+        clip(None, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

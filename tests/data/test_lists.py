@@ -65,6 +65,24 @@ def test_mmaction_lists_of_folders(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("kind", "line"), [("mmaction", "a 1"), ("mmaction_frames", "a 9 1"), ("pyslowfast", "a,1")])
+def test_lists_of_lines_take_the_names_of_the_frames(tmp_path: Path, kind: str, line: str) -> None:
+    path = write(tmp_path / "list.txt", line)
+    (video,) = read_list(kind, path, template="img_{:05}.jpg", start_index=1).videos
+    assert (video.template, video.start_index) == ("img_{:05}.jpg", 1)
+    (video,) = read_list(kind, path).videos
+    assert (video.template, video.start_index) == (None, None)
+    with pytest.raises(ValueError, match="template: expected a file name with one number"):
+        read_list(kind, path, template="img_%05d.jpg")
+    with pytest.raises(ValueError, match="start_index: expected a template with it"):
+        read_list(kind, path, start_index=1)
+    with pytest.raises(ValueError, match="template: expected none for a list of kind 'smarthome'"):
+        read_list("smarthome", tmp_path, split="cross_view1/train", template="{}.jpg")
+    data = Data(kind=kind, train=path, num_classes=2, frames=2, template="img_{:05}.jpg", start_index=0)
+    (train,) = read_lists(SimpleNamespace(data=data), ("train",), check=False).values()
+    assert (train.videos[0].template, train.videos[0].start_index) == ("img_{:05}.jpg", 0)
+
+
 def test_pyslowfast_lists(tmp_path: Path) -> None:
     lines = 'a.mp4 1\nb.mp4,2\nc d.mp4, 0\n"e f.mp4" 3\n"g,h.mp4",4\ni,j.mp4,5\n'
     listed = read_list("pyslowfast", write(tmp_path / "train.csv", lines), root="/r")

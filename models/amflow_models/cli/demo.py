@@ -92,7 +92,7 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
     """Runs the demo on a video: prints a table, writes a PNG and returns one result per block.
 
     Args:
-        video: the clip, any file that FFmpeg reads.
+        video: the clip, any file that FFmpeg reads, or a folder of frames.
         output: the PNG to write.
         size: side of the square input in pixels, a multiple of 14.
         frames: T, the number of frames taken, at least 2.
@@ -163,7 +163,7 @@ def check_output(output: Path, video: Path) -> None:
 def _read(video: Path, frames: int, every: int, size: int, start: int) -> Tensor:
     try:
         return read_frames(video, frames, every, size, start=start)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def read_frames(
     """Reads `num_frames` frames of a video, one in `every`, normalised for a backbone that was trained on ImageNet.
 
     Args:
-        path: any video file that FFmpeg reads.
+        path: any video file that FFmpeg reads, or a folder of frames.
         num_frames: T, at least 1.
         every: step between the frames taken, at least 1.
         size: side of the images in pixels: the short side is resized to it (bicubic, antialiased), then the centre is
@@ -94,29 +93,22 @@ def read_frames(
         float32 (T, 3, size, size), normalised by IMAGENET_MEAN and IMAGENET_STD.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an argument is out of range, the file is not a video that can be read, or it is too short.
-        ModuleNotFoundError: av is missing.
+        ValueError: an argument is out of range, the video can't be read (`UnreadableVideo`), or it is too short.
+        ModuleNotFoundError: a package of the demo extra is missing.
     """
-    for name, value, least in (
-        ("num_frames", num_frames, 1),
-        ("every", every, 1),
-        ("size", size, 1),
-        ("start", start, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    with needs_extra("demo"):
+        from amflow_models.data.sampling import check_least
+        from amflow_models.data.video import open_video
+    check_least(1, num_frames=num_frames, every=every, size=size)
+    check_least(0, start=start)
     needed = start + (num_frames - 1) * every + 1
-    frames: list[Tensor] = []
-    read = 0
-    for image in islice(_decode(Path(path)), needed):
-        if read >= start and (read - start) % every == 0:
-            frames.append(_resize_and_crop(image, size))
-        read += 1
-    if read < needed:
-        raise ValueError(
-            f"{path}: has {read} frames, but {num_frames} frames, 1 in {every} from frame {start}, need {needed}"
-        )
+    with open_video(Path(path)) as video:
+        if len(video) < needed:
+            raise ValueError(
+                f"{path}: has {len(video)} frames, but {num_frames} frames, 1 in {every} from frame {start}, "
+                f"need {needed}"
+            )
+        frames = [_resize_and_crop(image, size) for image in video.iterate(range(start, needed, every))]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.stack(frames) - mean) / std
 
@@ -131,42 +123,26 @@ def iterate_frames(
         in `read_frames`.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: as in `read_frames`, once the iteration reaches a frame that
-            can't be read.
+        ValueError, ModuleNotFoundError: as in `read_frames`, when the iteration begins or reaches a frame that can't be
+            read; it ends early in a video that is too short.
     """
-    for number, image in enumerate(_decode(Path(path))):
-        if number >= start and (number - start) % every == 0:
+    with needs_extra("demo"):
+        from amflow_models.data.sampling import check_least
+        from amflow_models.data.video import open_video
+    check_least(1, every=every, size=size)
+    check_least(0, start=start)
+    with open_video(Path(path)) as video:
+        numbers = range(start, len(video), every)
+        for number, image in zip(numbers, video.iterate(numbers), strict=True):
             yield number, _resize_and_crop(image, size)
 
 
-def _decode(path: Path) -> Iterator[Tensor]:
-    """All frames of a video, uint8 (height, width, 3)."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such video")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a video file")
-    with needs_extra("demo"):
-        import av
-
-    read = 0
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: holds no video stream")
-            for frame in container.decode(video=0):
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                read += 1
-    except (av.error.FFmpegError, OSError) as error:
-        reason = "it is empty" if path.stat().st_size == 0 else error.strerror
-        raise ValueError(f"{path}: can't be read as a video ({reason}); {read} frames were decoded") from error
-
-
 def _resize_and_crop(image: Tensor, size: int) -> Tensor:
-    """uint8 (height, width, 3) -> float32 (3, size, size) in [0, 1]."""
-    height, width = image.shape[:2]
+    """uint8 (3, height, width) -> float32 (3, size, size) in [0, 1]."""
+    height, width = image.shape[1:]
     scale = size / min(height, width)
     shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-    x = image.permute(2, 0, 1).unsqueeze(0).float() / 255
+    x = image.unsqueeze(0).float() / 255
     x = interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)[0]
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return x[:, top : top + size, left : left + size]

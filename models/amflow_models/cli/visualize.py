@@ -115,7 +115,7 @@ def run(
     """Draws the pairs of neighbouring frames of a video, with only two frames in memory at a time.
 
     Args:
-        video: any file that FFmpeg reads.
+        video: any file that FFmpeg reads, or a folder of frames.
         output: a folder for one PNG per pair, created if it does not exist; or an overlay video, if it ends in .mp4.
         model: name of a plain vision transformer of timm.
         weights: ``"offline"`` (only for DINOv2 ViT-S/14), ``"hub"`` (timm's pretrained weights) or a file.
@@ -242,7 +242,7 @@ def pictures(
     Args:
         vit: a plain vision transformer of timm.
         blocks: indices of the blocks to draw.
-        video: any file that FFmpeg reads.
+        video: any file that FFmpeg reads, or a folder of frames.
         size: side of the square input in pixels.
         every: step between the frames taken.
         start: index of the first frame taken.
@@ -271,7 +271,7 @@ def _frames(video: Path, every: int, size: int, start: int) -> Iterator[tuple[in
     """`iterate_frames`, with its errors as `CommandError`."""
     try:
         yield from iterate_frames(video, every, size, start=start)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
 
 
@@ -424,7 +424,7 @@ def _overlay_video(output: Path) -> Any:
                 return
             frame = _side_by_side(_overlays(pair, colours, largest))
             if container is None:
-                container = av.open(str(output), "w")
+                container = av.open(f"file:{output}", "w")  # else a colon in the name would end a protocol
                 stream = container.add_stream("libx264", rate=12)
                 stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -17,12 +17,13 @@ _PROTOCOLS = tuple(
 )
 _CHECKS = """\
 Checks each list and all of them together: labels out of range or counted from 1, classes without a video (an error in
-a list with 'train' in its name, a warning in others), files that are missing or can't be read, videos with several
-labels or in several lists.
+a list with 'train' in its name, a warning in others), files that are missing or can't be read, folders of frames
+with fewer or more frames than a list says, videos with several labels or in several lists.
 """
 _EPILOG = """\
 examples:
   amflow data check train.txt val.txt --kind mmaction --num-classes 400 --root /data/k400
+  amflow data check train.txt --kind mmaction_frames --num-classes 174 --template 'img_{:05}.jpg' --root /data/frames
   amflow data check something-something-v2-train.json something-something-v2-validation.json \\
       --kind ssv2 --labels something-something-v2-labels.json --root /data/ssv2/20bn-something-something-v2
   amflow data check /data/smarthome/mp4 --kind smarthome --split cross_subject
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _wrong_usage(options: argparse.Namespace, list_format: ListFormat) -> str | None:
     """The first argument that is missing or does not fit the kind of list, as an error message."""
-    for name in ("root", "classes", "labels", "split"):
+    for name in ("root", "classes", "labels", "split", "template", "start_index"):
         if getattr(options, name) is not None and name not in list_format.arguments:
-            return f"--{name}: --kind {options.kind} has no use for it"
+            return f"--{name.replace('_', '-')}: --kind {options.kind} has no use for it"
     if list_format.splits and (options.split is None or len(options.lists) > 1):
         return f"--kind {options.kind}: expected one folder, and --split"
     for name, meaning in list_format.required.items():
@@ -82,9 +83,10 @@ def _read_lists(options: argparse.Namespace, list_format: ListFormat) -> dict[st
         return {split: read_list(options.kind, here / options.lists[0], split=split) for split in splits}
     given = {"root": options.root, "classes": options.classes, "labels": options.labels}
     given = {name: path and here / path for name, path in given.items()}
+    naming = {"template": options.template, "start_index": options.start_index}
     unique = len({path.name for path in options.lists}) == len(options.lists)
     names = [path.name if unique else str(path) for path in options.lists]
-    lists = [read_list(options.kind, here / path, **given) for path in options.lists]
+    lists = [read_list(options.kind, here / path, **given, **naming) for path in options.lists]
     return dict(zip(names, lists, strict=True))
 
 
@@ -118,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--classes", type=Path, metavar="FILE", help="file with one class name in each line")
     check.add_argument("--labels", type=Path, metavar="FILE", help="for ssv2: the JSON file that numbers the templates")
     check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome: check all splits of a protocol")
+    check.add_argument(
+        "--template", metavar="NAME", help="names of the frames in folders that hold other pictures, too: img_{:05}.jpg"
+    )
+    check.add_argument(
+        "--start-index", type=int, metavar="N", help="with --template: number of the first frame; default: the smallest"
+    )
     check.add_argument("--quick", action="store_true", help="only check that files exist, without opening them")
     return parser
 

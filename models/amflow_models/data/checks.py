@@ -6,19 +6,23 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import combinations
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from amflow_models.data.frames import frame_files
 from amflow_models.data.lists import Video, VideoList
-from amflow_models.data.video import UnreadableVideo, count_images, open_video
+from amflow_models.data.reading import UnreadableVideo
+from amflow_models.data.video import open_video
 
 _EXAMPLES = 3
+_MORE_FRAMES = "folders with more frames than the list says"  # a warning: those that the list says are there
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
 
     - labels below 0 or above `num_classes` - 1, above all labels that count from 1;
     - empty lists; classes without a video: an error in a list with "train" in its name, a warning in others;
-    - missing files, folders with fewer frames than their list says, and videos that can't be opened;
+    - missing files, folders with fewer frames than their list says (with more: a warning) or with pictures of several
+      series and no template, and videos that can't be opened;
     - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
       A video may occur several times with the same label: some lists balance their classes in this way.
 
@@ -111,20 +116,20 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
     """
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    videos = list({(video.path, video.frames): video for listed in lists.values() for video in listed.videos}.values())
+    videos = list({_unlabelled(video): None for listed in lists.values() for video in listed.videos})
     with ThreadPoolExecutor() as pool:
         checked = pool.map(lambda video: _check_video(video, open_videos), videos)
         progress = track(checked, "videos", len(videos), console=Console(stderr=True), disable=not sys.stderr.isatty())
-        results = {(video.path, video.frames): result for video, result in zip(videos, progress, strict=True)}
+        results = dict(zip(videos, progress, strict=True))
     problems: list[Problem] = []
     files: dict[str, dict[str, Video]] = {}
     for name, listed in lists.items():
-        own = [results[video.path, video.frames] for video in listed.videos]
+        own = [results[_unlabelled(video)] for video in listed.videos]
         files[name] = {file: video for (file, *_), video in zip(own, listed.videos, strict=True)}
         problems += _check_labels(name, listed, num_classes)
         for kind in dict.fromkeys(kind for _, kind, _ in own if kind):
             cases = [f"{v.path}{detail}" for (_, k, detail), v in zip(own, listed.videos, strict=True) if k == kind]
-            problems.append(_problem(name, kind, cases))
+            problems.append(_problem(name, kind, cases, warning=kind == _MORE_FRAMES))
         labels: dict[str, set[int]] = {}
         for (file, *_), video in zip(own, listed.videos, strict=True):
             labels.setdefault(file, set()).add(video.label)
@@ -155,20 +160,31 @@ def _check_labels(name: str, listed: VideoList, num_classes: int) -> list[Proble
     ]
 
 
+def _unlabelled(video: Video) -> Video:
+    """The video without its label, on which none of its problems depends."""
+    return replace(video, label=0)
+
+
 def _check_video(video: Video, open_it: bool) -> tuple[str, str, str]:
     """The file that a video's path leads to, the kind of its problem (empty if it has none), and details of that."""
     file = os.path.realpath(video.path)
     if not os.path.exists(file):
         return file, "missing files", ""
+    more, empty = "", False
     try:
-        if video.frames is not None and os.path.isdir(file) and (there := count_images(file)) < video.frames:
-            return file, "folders with fewer frames than the list says", f": {there} of {video.frames}"
-        if open_it:
-            with open_video(file) as reader:
+        if os.path.isdir(file):
+            there = len(frame_files(Path(file), video.template, video.start_index))
+            expected = there if video.frames is None else video.frames
+            if there < expected:
+                return file, "folders with fewer frames than the list says", f": {there} of {expected}"
+            more = f": {there}, not {expected}" if there > expected else ""
+            empty = not there
+        if open_it or empty:
+            with open_video(file, video.template, video.start_index) as reader:
                 reader.read([0])
     except UnreadableVideo as error:
         return file, "videos that can't be read", f": {error.reason}"
-    return file, "", ""
+    return file, _MORE_FRAMES if more else "", more
 
 
 def _problem(where: str, kind: str, cases: Sequence[str], *, warning: bool = False) -> Problem:

@@ -11,9 +11,10 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from amflow_models.data.lists import Video, VideoList
+from amflow_models.data.reading import UnreadableVideo, VideoReader
 from amflow_models.data.sampling import check_least, dense, uniform, views
 from amflow_models.data.transforms import TrainTransform, names_directions, spatial_crops
-from amflow_models.data.video import UnreadableVideo, open_video
+from amflow_models.data.video import open_video
 from amflow_models.suggestions import check_known
 
 Item = dict[str, Any]
@@ -115,7 +116,7 @@ class VideoDataset(Dataset[Item]):
     def _train_clip(self, video: Video, epoch: int, index: int) -> Tensor:
         frames_seed, transform_seed = _seeds(2, self.seed, epoch, index)
         generator = Generator().manual_seed(frames_seed)
-        with open_video(video.path) as reader:
+        with _open(video) as reader:
             total = _total(video, len(reader))
             if self.stride is None:
                 indices = uniform(total, self.frames, generator)
@@ -125,7 +126,7 @@ class VideoDataset(Dataset[Item]):
         return self.transform(clip, transform_seed)[None]
 
     def _test_clips(self, video: Video) -> Tensor:
-        with open_video(video.path) as reader:
+        with _open(video) as reader:
             indices = views(_total(video, len(reader)), self.frames, self.clips, self.stride)
             frames = reader.read(indices.flatten().tolist())
         crops = spatial_crops(frames, self.size, self.crops)  # (crops, clips * T, 3, size, size)
@@ -189,6 +190,10 @@ def collate(items: list[Item]) -> dict[str, Any]:
     batch["clips"] = torch.stack([item["clips"] for item in items])
     batch["errors"] = [item["error"] for item in items if item["error"]]
     return batch
+
+
+def _open(video: Video) -> VideoReader:
+    return open_video(video.path, video.template, video.start_index)
 
 
 def _total(video: Video, available: int) -> int:

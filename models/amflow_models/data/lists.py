@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amflow_models.data.frames import check_naming
 from amflow_models.suggestions import check_known, nearest
 
 # fmt: off
@@ -50,11 +51,14 @@ class Video:
         path: a video file, or a folder of frames.
         label: index of the class, from 0.
         frames: number of frames that the list gives for a folder; None for a file.
+        template, start_index: names of a folder's frames, as for `FrameFolder`.
     """
 
     path: Path
     label: int
     frames: int | None = None
+    template: str | None = None
+    start_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class ListPaths:
     Attributes:
         path: the list, or the folder of videos.
         root: folder that relative paths in the list start from.
-        classes, labels, split: as for `read_list`, or None.
+        classes, labels, split, template, start_index: as for `read_list`, or None.
     """
 
     path: Path
@@ -87,6 +91,8 @@ class ListPaths:
     classes: Path | None
     labels: Path | None
     split: str | None
+    template: str | None
+    start_index: int | None
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def read_list(
     classes: str | Path | None = None,
     labels: str | Path | None = None,
     split: str | None = None,
+    template: str | None = None,
+    start_index: int | None = None,
 ) -> VideoList:
     """Reads a list of videos. Videos are neither looked for nor opened: `check_lists` does that.
 
@@ -138,13 +146,20 @@ def read_list(
             does not train on, and has no validation list; ``"cross_view1"`` trains on camera 1 and ``"cross_view2"`` on
             cameras 1, 3, 4, 6 and 7; both have 19 classes, validate on camera 5 and test on camera 2. Clips of other
             activities are left out.
+        template: names of the frames in folders, such as ``"img_{:05}.jpg"``. None: a folder must have pictures of one
+            series only. Not for "ssv2" and "smarthome".
+        start_index: with a template, the number of a folder's first frame. None: the smallest one that the folder has.
 
     Raises:
-        ValueError: an unknown kind or split (the nearest known one is named), an argument that is missing or that the
-            kind does not take, a file that can't be read, or a wrong line or entry of a file, which is named.
+        ValueError: an unknown kind or split (the nearest known one is named), an argument that is missing, out of range
+            or that the kind does not take, a file that can't be read, or a wrong line or entry of a file, which is
+            named.
     """
     list_format = format_of(kind)
-    given = {"root": root, "classes": classes, "labels": labels, "split": split}
+    given = {
+        "root": root, "classes": classes, "labels": labels, "split": split, "template": template,
+        "start_index": start_index,
+    }  # fmt: skip
     for name, value in given.items():
         if value is not None and name not in list_format.arguments:
             raise ValueError(f"{name}: expected none for a list of kind {kind!r}, got {str(value)!r}")
@@ -153,6 +168,7 @@ def read_list(
     for name, meaning in list_format.required.items():
         if given[name] is None:
             raise ValueError(f"{name}: expected {meaning}, got None")
+    check_naming(template, start_index)
     start = Path() if root is None else Path(root)
     path = start / path
     return list_format.read(
@@ -162,6 +178,8 @@ def read_list(
             classes=None if classes is None else start / classes,
             labels=None if labels is None else start / labels,
             split=split,
+            template=template,
+            start_index=start_index,
         )
     )
 
@@ -202,7 +220,8 @@ def _line_reader(
             frames = _parse_int(fields["frames"], f"{where}: total_frames") if "frames" in fields else None
             if frames is not None and frames < 1:
                 raise ValueError(f"{where}: total_frames: expected at least 1, got {frames}")
-            videos.append(Video(given.root / (name.strip(quote) if quote else name), label, frames))
+            path = given.root / (name.strip(quote) if quote else name)
+            videos.append(Video(path, label, frames, given.template, given.start_index))
         highest = max((video.label for video in videos), default=-1)
         names = tuple(map(str, range(highest + 1))) if given.classes is None else _read_classes(given.classes)
         return VideoList(tuple(videos), names, str(given.path))
@@ -286,14 +305,15 @@ def _parse_int(text: str, where: str) -> int:
     return int(text)
 
 
+_LINES = ("root", "classes", "template", "start_index")
 FORMATS = {
-    "mmaction": ListFormat(("root", "classes"), _line_reader("path label", r"(?P<path>.+)\s(?P<label>\S+)")),
+    "mmaction": ListFormat(_LINES, _line_reader("path label", r"(?P<path>.+)\s(?P<label>\S+)")),
     "mmaction_frames": ListFormat(
-        ("root", "classes"),
+        _LINES,
         _line_reader("folder total_frames label", r"(?P<path>.+)\s(?P<frames>\S+)\s+(?P<label>\S+)"),
     ),
     "pyslowfast": ListFormat(
-        ("root", "classes"),
+        _LINES,
         _line_reader("path label", r"(?P<path>.+)[\s,](?P<label>[^\s,]+)", strip=", \t", quote='"'),
     ),
     "ssv2": ListFormat(

@@ -4,18 +4,18 @@ Frames are numbered from 0 in display order, as in decoding the whole file. The 
 missing or wrong, so one pass over the packets, without decoding, collects the times of all frames. Frames before the
 first keyframe, which can't be decoded, do not count, nor do frames that an edit list hides. How long a frame is shown
 makes no difference, so variable rates need no special case. Where packets have no usable times (AVI, raw streams) the
-file is decoded from its beginning and frames are counted.
+file is decoded from its beginning and frames are counted; so it is where the times fall back, as in joined files.
 
-Rotation in a file's metadata (phones) is not applied.
+Frames are turned upright by the rotation and reflection in a file's metadata (phones). Where pixels are not square,
+frames are not stretched.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,48 +23,47 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from PIL import Image
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-_IMAGES = (".jpg", ".jpeg", ".png")
+from amflow_models.data.frames import FrameFolder, check_naming
+from amflow_models.data.reading import UnreadableVideo, VideoReader
+from amflow_models.data.transport import breaks_only_at_joins
 
-
-class UnreadableVideo(ValueError):  # noqa: N818 -- named for the video
-    """A video that can't be read. Its message is ``path: reason``.
-
-    Attributes:
-        path: path of the video.
-        reason: why it can't be read.
-    """
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # with both arguments it survives pickling
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams of cover art, not the video itself
+_STRAIGHT = 0.0175  # tan(1 degree): a rotation this close to a multiple of 90 degrees is taken for one, as FFmpeg does
 
 
 class _MissingFrameError(Exception):
     """The decoder skipped a frame or returned a damaged one."""
 
 
-class VideoFile:
-    """An open video file; ``len()`` is its number of frames.
+@dataclass(frozen=True)
+class _Orientation:
+    """How the frames of a video are turned upright."""
 
-    It decodes in one thread, since data loading runs many processes. Close it, or use it in a ``with`` statement.
+    rotation: int  # of the display matrix in degrees, counterclockwise
+    transposed: bool  # whether rows and columns are exchanged, before they are mirrored
+    mirrored: tuple[int, ...]  # axes whose order is reversed: rows (0), columns (1)
+
+
+class VideoFile(VideoReader):
+    """An open video file. It decodes in one thread, since data loading runs many processes.
 
     Raises:
-        UnreadableVideo: the file does not exist, is not a video, has no frames, or is truncated. Truncation can't
-            always
-            be detected: a truncated transport stream is a shorter video, and so is a Matroska file that is cut within
-            its last half second. The last frame before such a cut may be incomplete, or a later one.
+        UnreadableVideo: the file does not exist, is not a video, has no frames, is truncated, or lacks packets. A
+            transport stream that another one follows (``cat a.ts b.ts``) lacks none. Truncation can't always be
+            detected: a truncated transport stream is a shorter video, and so is a Matroska file that is cut within its
+            last half second. The last frame before such a cut may be incomplete, or a later one.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UnreadableVideo(path, "there is no such file")
+        self._orientation: _Orientation | None = None
+        self._reformatter: Any = None
         with self._errors():
             self._open()
             self._times = self._read_times()
@@ -76,64 +75,67 @@ class VideoFile:
     def __len__(self) -> int:
         return self._total
 
-    def __enter__(self) -> VideoFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
+        """Closes the file."""
         self._container.close()
+        self._reformatter = None
 
-    def read(self, indices: Iterable[int]) -> Tensor:
-        """Reads frames by number, in any order, with repetitions.
-
-        Returns:
-            uint8 RGB (len(indices), 3, H, W).
-
-        Raises:
-            IndexError: an index is not in [0, len).
-            UnreadableVideo: a frame can't be decoded, is damaged, or differs in size from the others. Only damage that
-                the decoder reports is noticed: noise within a frame may decode to a wrong picture.
-        """
-        indices = _check_indices(indices, len(self))
-        wanted = sorted(set(indices))
+    def _frames(self, wanted: list[int]) -> Iterator[Tensor]:
+        done = 0
         with self._errors():
             try:
-                frames = self._decode(wanted, seek=self._times is not None)
+                for frame in self._decode(wanted, seek=self._times is not None):
+                    yield frame
+                    done += 1
             except (_MissingFrameError, av.error.FFmpegError):
                 # Some packets flagged as keyframes are not decodable on their own, and some containers seek to the
                 # wrong position: read from the start.
                 try:
-                    frames = self._decode(wanted, seek=False)
+                    yield from self._decode(wanted[done:], seek=False)
                 except _MissingFrameError as error:
                     raise UnreadableVideo(self.path, str(error)) from None
-        return _stack(self.path, [frames[index] for index in indices])
 
     def _open(self) -> None:
-        self._container: Any = av.open(str(self.path))
-        if not self._container.streams.video:
+        # Without "file:", a name with a colon would be a protocol; without the option, that of a picture with "%d" a
+        # pattern of other names.
+        self._container: Any = av.open(f"file:{self.path}", options={"pattern_type": "none"})
+        videos = [stream for stream in self._container.streams.video if not stream.disposition & _PICTURES]
+        if not videos:
             raise UnreadableVideo(self.path, "holds no video stream")
-        self._stream: Any = self._container.streams.video[0]
+        self._stream: Any = videos[0]
         if self._stream.codec_context is None:
             raise UnreadableVideo(self.path, "FFmpeg has no decoder for it")
         self._stream.codec_context.thread_count = 1
+        # Without it, each frame has a converter of its own, whose threads a forked process lacks: that process would
+        # hang when it frees a frame that its parent left behind.
+        self._reformatter = VideoReformatter()
 
     def _read_times(self) -> list[int] | None:
         """The display times of the frames, ascending; None if they are unknown. Also sets the keyframes."""
         packets: list[tuple[Any, ...]] = []
         keys: dict[int, None] = {}  # times of keyframes in decoding order
+        restarts: dict[int, bool] = {}  # of keyframes: whether time falls back, by position in the file
+        latest: int | None = None  # decoding time
+        complete = ordered = True
         for packet in self._container.demux(self._stream):
             if not packet.size:  # end of the stream
                 continue
-            if packet.is_corrupt:
-                raise UnreadableVideo(self.path, "breaks off, or is damaged")
+            complete = complete and not packet.is_corrupt
             packets.append((packet.pts, packet.duration or 0, packet.is_discard))
+            falls = latest is not None and packet.dts is not None and packet.dts < latest
+            latest = latest if packet.dts is None else packet.dts
             if packet.is_keyframe:
                 keys[packet.pts] = None
+                restarts[packet.pos] = falls
+            ordered = ordered and not falls
+        transport = self._container.format.name == "mpegts"
+        if not (complete or (transport and breaks_only_at_joins(self.path, self._stream.id, restarts))):
+            raise UnreadableVideo(self.path, "breaks off, or is damaged")
         times = {time for time, *_ in packets}
         # AVI does not store the display order.
         if None in times or len(times) < len(packets) or not keys or self._container.format.name == "avi":
+            return None
+        if not ordered:
             return None
         visible = [(time, span) for time, span, hidden in packets if not hidden and time >= next(iter(keys))]
         if not visible:
@@ -159,9 +161,8 @@ class VideoFile:
         if stated is not None and stated - actual > max(0.5, 2 * actual / count):
             raise UnreadableVideo(self.path, f"breaks off: {float(actual):.1f} of {float(stated):.1f} s are there")
 
-    def _decode(self, wanted: Sequence[int], *, seek: bool) -> dict[int, Tensor]:
+    def _decode(self, wanted: Sequence[int], *, seek: bool) -> Iterator[Tensor]:
         """Decodes the frames `wanted`, ascending numbers. Seeks only forward, over parts that are not wanted."""
-        images: dict[int, Tensor] = {}
         keys = sorted(self._keys) if seek else [0]
         frames: Iterator[tuple[int, Any]] | None = None
         last = -1  # number of the frame decoded last
@@ -181,8 +182,7 @@ class VideoFile:
                 last = number
             if last > index:
                 raise _MissingFrameError(f"frame {index} of {len(self)} can't be decoded")
-            images[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-        return images
+            yield self._upright(frame)
 
     def _decode_from(self, key: int | None) -> Iterator[tuple[int, Any]]:
         """Yields (number, frame) from keyframe number `key`, or from the beginning of the file if it is None."""
@@ -196,6 +196,17 @@ class VideoFile:
             if number is not None:
                 yield number, frame
 
+    def _upright(self, frame: Any) -> Tensor:
+        """A decoded frame as it is meant to be seen, uint8 RGB (H, W, 3)."""
+        if self._orientation is None:
+            self._orientation = _read_orientation(self.path, frame)
+        if frame.rotation != self._orientation.rotation:
+            raise UnreadableVideo(self.path, "its rotation changes, expected the same in all frames")
+        image = torch.from_numpy(self._reformatter.reformat(frame, format="rgb24").to_ndarray())
+        if self._orientation.transposed:
+            image = image.transpose(0, 1)
+        return image.flip(self._orientation.mirrored)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -206,98 +217,50 @@ class VideoFile:
             raise UnreadableVideo(self.path, f"can't be read as a video ({reason})") from error
 
 
-class FrameFolder:
-    """A folder of frames, jpg and png, in the natural order of their names (``img_2`` comes before ``img_10``).
-
-    ``len()`` is the number of frames.
-
-    Raises:
-        UnreadableVideo: the folder does not exist or has no image in it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise UnreadableVideo(path, "there is no such folder")
-        self.files = sorted((file for file in self.path.iterdir() if _is_image(file.name)), key=_natural)
-        if not self.files:
-            raise UnreadableVideo(path, f"expected a folder with {', '.join(sorted(_IMAGES))} files, found none")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __enter__(self) -> FrameFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def read(self, indices: Iterable[int]) -> Tensor:
-        """Reads frames like `VideoFile.read`."""
-        indices = _check_indices(indices, len(self))
-        frames = {index: self._read(self.files[index]) for index in set(indices)}
-        return _stack(self.path, [frames[index] for index in indices])
-
-    def _read(self, file: Path) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(image.convert("RGB")))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises for bad files
-            raise UnreadableVideo(self.path, f"{file.name} can't be read as an image ({error})") from error
-
-
-def open_video(path: str | Path) -> VideoFile | FrameFolder:
+def open_video(path: str | Path, template: str | None = None, start_index: int | None = None) -> VideoReader:
     """Opens a video file or a folder of frames, whichever the path leads to.
 
+    Args:
+        path: the file or folder.
+        template, start_index: the names of a folder's frames, as for `FrameFolder`. A file needs none.
+
     Raises:
-        UnreadableVideo: for the reasons of `VideoFile` and `FrameFolder`.
+        ValueError, UnreadableVideo: for the reasons of `VideoFile` and `FrameFolder`.
     """
+    check_naming(template, start_index)
     try:
-        return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
+        return FrameFolder(path, template, start_index) if Path(path).is_dir() else VideoFile(path)
     except OSError as error:  # no permission, a network file system that is gone
         raise UnreadableVideo(path, str(error)) from error
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGES)
-
-
-def count_images(folder: str | Path) -> int:
-    """The number of frames in a folder, without sorting them."""
-    with os.scandir(folder) as entries:
-        return sum(_is_image(entry.name) for entry in entries)
-
-
-def count_frames(path: str | Path) -> int:
-    """The number of frames of a video. Raises like `open_video`."""
-    with open_video(path) as video:
+def count_frames(path: str | Path, template: str | None = None, start_index: int | None = None) -> int:
+    """The number of frames of a video. Takes and raises what `open_video` does."""
+    with open_video(path, template, start_index) as video:
         return len(video)
 
 
-def read_frames_at(path: str | Path, indices: Iterable[int]) -> Tensor:
-    """Frames of a video, uint8 RGB (len(indices), 3, H, W). Raises like `open_video` and `VideoFile.read`."""
-    with open_video(path) as video:
+def read_frames_at(
+    path: str | Path, indices: Iterable[int], template: str | None = None, start_index: int | None = None
+) -> Tensor:
+    """Frames of a video, uint8 RGB (len(indices), 3, H, W). Takes and raises what `open_video` and `read` do."""
+    with open_video(path, template, start_index) as video:
         return video.read(indices)
 
 
-def _check_indices(indices: Iterable[int], total: int) -> list[int]:
-    numbers = [int(index) for index in indices]
-    if not numbers:
-        raise IndexError("indices: expected at least one, got none")
-    if min(numbers) < 0 or max(numbers) >= total:
-        raise IndexError(f"indices: expected them in [0, {total}), got {min(numbers)} to {max(numbers)}")
-    return numbers
+def _read_orientation(path: Path, frame: Any) -> _Orientation:
+    """The orientation that the display matrix of a decoded frame gives to the video.
 
-
-def _stack(path: Path, frames: list[Tensor]) -> Tensor:
-    """Stacks frames (H, W, 3) to (T, 3, H, W)."""
-    shapes = {(frame.shape[1], frame.shape[0]) for frame in frames}
-    if len(shapes) > 1:
-        raise UnreadableVideo(path, f"has frames of several sizes: {sorted(shapes)}")
-    return torch.stack(frames).permute(0, 3, 1, 2).contiguous()
-
-
-def _natural(file: Path) -> list[tuple[int, str]]:
-    """A sort key that compares numbers in file names by value."""
-    parts = re.split(r"([0-9]+)", file.name)
-    return [(int(part), "") if number % 2 else (0, part) for number, part in enumerate(parts)]
+    It is read only once for a file: PyAV frees a frame whose matrix was read only when Python collects cycles.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _Orientation(frame.rotation, False, ())
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    (a, b), (c, d) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].tolist()
+    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, turned) > _STRAIGHT * max(straight, turned):
+        raise UnreadableVideo(path, "is rotated by an angle that is not a multiple of 90 degrees, or distorted")
+    transposed = turned > straight
+    signs = (b, c) if transposed else (d, a)  # of the order of rows, and of columns
+    return _Orientation(frame.rotation, transposed, tuple(axis for axis, sign in enumerate(signs) if sign < 0))

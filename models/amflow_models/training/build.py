@@ -101,8 +101,9 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             part = f"{data.split}/{split}" if list_format.splits else data.split
             distinct[split == "train", path, part] = split
             lists[split] = read_list(
-                data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part
-            )
+                data.kind, path, root=data.root, classes=data.classes, labels=data.labels, split=part,
+                template=data.template, start_index=data.start_index,
+            )  # fmt: skip
             named = len(lists[split].classes)
             if named != data.num_classes and (data.classes is not None or list_format.names_classes):
                 raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")

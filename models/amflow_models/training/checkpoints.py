@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from amflow_models.training.average import Average
-from amflow_models.training.config import Config
+from amflow_models.training.config import Config, parse_config
 from amflow_models.weights import save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
@@ -144,25 +144,31 @@ def find_trained(path: Path, name: str = TRAINED) -> Path:
 
 
 def check_backbone(trained: Path, config: Config) -> None:
-    """Raises ValueError if weights were trained on another backbone, whose names and shapes may be the same."""
+    """Raises ValueError if weights were trained on another backbone, whose names and shapes may be the same.
+
+    Options that the checkpoint's config lacks have their defaults; one that this version does not know is an error.
+    """
     if not (trained.parent / STATE).is_file():
         return  # only checkpoints name their backbone
-    before, now = _read_state(trained.parent)["config"]["model"], config.model.model_dump(mode="json")
+    before, now = _read_state(trained.parent)["config"].model, config.model
     changed = [
-        f"{key} {before[key]!r}, now {now[key]!r}" for key in ("backbone", "depth", "pool") if before[key] != now[key]
+        f"{key} {getattr(before, key)!r}, now {getattr(now, key)!r}"
+        for key in ("backbone", "depth", "pool")
+        if getattr(before, key) != getattr(now, key)
     ]
     if changed:
         raise ValueError(f"{trained}: was trained on another backbone: {', '.join(changed)}")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `state.pt`, with the config as a `Config`."""
     try:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own
         raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
     if not isinstance(state, dict) or not {"step", "optimizer", "config", "clips"} <= state.keys():
         raise ValueError(f"{path}: can't be read as a checkpoint (its {STATE} holds something else)")
-    return state
+    return state | {"config": parse_config(state["config"], path / STATE)}
 
 
 def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
@@ -174,17 +180,13 @@ def load_state(path: Path, config: Config, clips: str) -> dict[str, Any]:
         clips: `digest` of that run's training list.
 
     Raises:
-        ValueError: the checkpoint can't be read, or belongs to another config (the differences are listed) or to other
-            clips.
+        ValueError: the checkpoint can't be read, has options that this version does not know, or belongs to another
+            config (the differences are listed) or to other clips.
     """
     state = _read_state(path)
     if state["clips"] != clips:
         raise ValueError(f"{path}: was trained on other clips, another order of them, or with or without --synthetic")
-    # Keys that the checkpoint's config lacks have their default values.
-    before, now = (
-        _flat(Config.model_validate(state["config"]).model_dump(mode="json")),
-        _flat(config.model_dump(mode="json")),
-    )
+    before, now = (_flat(c.model_dump(mode="json")) for c in (state["config"], config))
     changed = [
         f"{key} {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

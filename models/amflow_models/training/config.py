@@ -72,7 +72,7 @@ class Data(_Section):
         kind: format of the lists, see `amflow_models.data.read_list`.
         train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
-        classes, labels, split: as for `read_list`, where the kind takes them.
+        classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
         num_classes: number of classes.
         frames: T, frames of a clip.
         sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (every `stride`-th frame).
@@ -92,6 +92,8 @@ class Data(_Section):
     classes: Path | None = None
     labels: Path | None = None
     split: str | None = None
+    template: str | None = None
+    start_index: int | None = None
     num_classes: PositiveInt
     frames: int = Field(ge=2)
     sampling: Literal["uniform", "dense"] = "dense"
@@ -192,11 +194,24 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: expected keys and values, got {type(content).__name__}")
     for change in changes:
         _change(content, change)
+    return parse_config(content, path)
+
+
+def parse_config(content: Any, source: Path) -> Config:
+    """The config that keys and values describe; keys that are not there have their defaults.
+
+    Args:
+        content: sections, keys and values.
+        source: the file that they are from, for messages.
+
+    Raises:
+        ValueError: a key is unknown or a value is out of range. All problems are listed.
+    """
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         message = "\n".join(f"  {_describe(dict(problem))}" for problem in error.errors())
-        raise ValueError(f"{path}:\n{message}") from None
+        raise ValueError(f"{source}:\n{message}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
