@@ -37,7 +37,7 @@ def am_flow(
 
     Args:
         q: queries, (B, T, *G, Nq, D): T frames, G = (heads,) or (heads, windows), D from 1 to 256. float32,
-            bfloat16, float16, or float64 (which the reference computes). Any strides with a contiguous last
+            bfloat16, float16, or float64 (which plain PyTorch computes). Any strides with a contiguous last
             dimension: views of a fused qkv are read in place. A ViT that folds frames into the batch passes
             ``q.unflatten(0, (B, T))``.
         k: keys, (B, T, *G, Nk, D), dtype and device of q.
@@ -52,12 +52,15 @@ def am_flow(
             as flash attention of the same q, k and scale returns it, from products of the same precision. It is not
             checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
             gain nothing, or lose precision, compute their own.
-        impl: None picks by device; ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that implementation
-            or raises. ``"cuda"``: at most 640 tokens and a head dimension of at most 128.
+        impl: None picks by device; ``"reference"``, ``"chunked"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that
+            implementation or raises. Where no kernel can run, None takes ``"chunked"``, plain PyTorch by blocks of query
+            rows in 64 MB besides inputs and results, and warns. ``"reference"`` forms the maps. ``"cuda"``: at most 640
+            tokens and a head dimension of at most 128.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a
-        head reduction. Differentiable once with respect to q and k.
+        head reduction. Differentiable once with respect to q and k, also through `torch.vmap`; forward mode and
+        gradients by transforms of `torch.func` raise.
 
     A map row whose logits contain NaN or +inf, or are all -inf, makes NaN of the flows that use it; any other
     -inf logit is a weight of 0.

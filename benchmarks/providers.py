@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,7 @@ PROVIDERS = {
     for provider in (
         Provider("ours", "am_flow", lambda shape: am_flow, baseline=None, ours=True),
         Provider("eager", "eager", lambda shape: eager, baseline="ours"),
+        Provider("chunked", 'impl="chunked"', lambda shape: partial(am_flow, impl="chunked"), baseline="ours"),
         Provider("compile", "torch.compile", compiled, baseline="ours", compiles=True),
         Provider("product", "q k^T", product, baseline="ours", directions=(FORWARD,)),
         Provider("sdpa", "SDPA", lambda shape: attention, baseline="ours", operands=("q", "k", "v"), grads=("dout",)),

@@ -152,7 +152,7 @@ SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject("reference", plain_rows=6, all_rows=12),
-        Subject("chunked", context=small_blocks),
+        Subject("chunked", plain_rows=12, context=small_blocks),
         Subject("cpu"),
         Subject(
             "triton",
