@@ -53,9 +53,9 @@ def am_flow(
             checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
             gain nothing, or lose precision, compute their own.
         impl: None picks by device; ``"reference"``, ``"chunked"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that
-            implementation or raises. Where no kernel can run, None takes ``"chunked"``, plain PyTorch by blocks of query
-            rows in 64 MB besides inputs and results, and warns. ``"reference"`` forms the maps. ``"cuda"``: at most 640
-            tokens and a head dimension of at most 128.
+            implementation or raises. Where no kernel can run, None takes ``"chunked"``, plain PyTorch by blocks of
+            query rows in 64 MB besides inputs and results, and warns. ``"reference"`` forms the maps. ``"cuda"``: at
+            most 640 tokens and a head dimension of at most 128.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a

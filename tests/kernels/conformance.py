@@ -99,7 +99,7 @@ def simulated_gpu() -> AbstractContextManager[None]:
 def small_blocks() -> Iterator[None]:
     """impl="chunked" cuts even small problems in every dimension."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dispatch.IMPLEMENTATIONS, "chunked", Chunked(memory=1 << 18))
+        patch.setitem(dispatch.IMPLEMENTATIONS, "chunked", Chunked(memory=1 << 20))
         yield
 
 
@@ -152,7 +152,7 @@ SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject("reference", plain_rows=6, all_rows=12),
-        Subject("chunked", plain_rows=12, context=small_blocks),
+        Subject("chunked", most_work=500_000, most_matmul_work=500_000, plain_rows=12, context=small_blocks),
         Subject("cpu"),
         Subject(
             "triton",
