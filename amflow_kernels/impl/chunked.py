@@ -224,8 +224,10 @@ class _Frames:
         for q, (_, k) in zip(self.queries(rows), self.sets, strict=True):
             q3, k3 = q.flatten(0, -3), k.flatten(0, -3)
             logits = torch.baddbmm(q3.new_zeros(()), q3, k3.mT, beta=0, alpha=self.scale)
-            maps.append(torch.softmax(logits, -1).unflatten(0, q.shape[:-2]))
+            A = torch.softmax(logits, -1).unflatten(0, q.shape[:-2])
             del logits
+            # `softmax` sums long rows less exactly than `sum`. That error is the same for equal rows, and adds up.
+            maps.append(A.div_(A.sum(-1, keepdim=True)))
         return maps
 
 
@@ -253,7 +255,7 @@ def _centre_of_rows(problem: Problem, maps: list[Tensor]) -> Tensor:
 
 
 def _multiply(problem: MatmulProblem, frames: _Frames, block: _Block, x: Tensor, y: Tensor) -> None:
-    """Writes M x, or P x = w (sum of x + e x), of a block to y."""
+    """Writes M x, or P x = w sum of x + w e x, of a block to y. w multiplies e first: w x could underflow."""
     total = _precise_sum(x) if problem.softmax else None
 
     def product_of_rows(maps: list[Tensor]) -> Tensor:
@@ -261,22 +263,22 @@ def _multiply(problem: MatmulProblem, frames: _Frames, block: _Block, x: Tensor,
         if total is None:
             return (A_a - A_b).abs_() @ x
         e, _, w = _row_weights(A_a, A_b, problem.temperature)
-        return w * (total + e @ x)
+        return w * total + e.mul_(w) @ x
 
     for rows in block.rows:
         y[..., rows, :] = product_of_rows(frames.maps(rows))
 
 
 def _multiply_transposed(problem: MatmulProblem, frames: _Frames, block: _Block, x: Tensor, y: Tensor) -> None:
-    """Writes M^T x, or P^T x = sum of w x + e^T w x, of a block to y."""
+    """Writes M^T x, or P^T x = sum of w x + (w e)^T x, of a block to y."""
     sums, total = x.new_zeros(*x.shape[:-2], problem.Nk, problem.C), x.new_zeros(*x.shape[:-2], 1, problem.C)
 
     def add_rows(maps: list[Tensor], terms: Tensor) -> None:
         A_a, A_b = _pairs(problem, maps)
         if problem.softmax:
-            change, _, w = _row_weights(A_a, A_b, problem.temperature)
-            terms = w * terms
-            total.add_(_precise_sum(terms))
+            e, _, w = _row_weights(A_a, A_b, problem.temperature)
+            total.add_(_precise_sum(w * terms))
+            change = e.mul_(w)
         else:
             change = (A_a - A_b).abs_()
         sums.add_(change.mT @ terms)
@@ -322,8 +324,8 @@ def _block_gradients(
 def _signed_gradient(A_a: Tensor, A_b: Tensor, G: Tensor, temperature: float, softmax: bool) -> Tensor:
     """S * dM for the gradient G of M, or with `softmax` of P."""
     difference = A_a - A_b
-    if not softmax:
-        return difference.sign_().mul_(G)
+    if not softmax:  # sign(NaN) is 0, but what a NaN row moves has a gradient of NaN
+        return difference.sign().masked_fill_(difference.isnan(), math.nan).mul_(G)
     e = (difference.abs() / temperature).expm1_()
     w = 1 / (e.shape[-1] * (1 + e.mean(-1, keepdim=True)))
     P = e.add_(1).mul_(w)
