@@ -6,7 +6,7 @@ namespace amflow::AMFLOW_ISA {
 namespace {
 
 // The gradient of one pair of maps, A and A'. With y = S e^(|A - A'| / temperature) and S = sign(A - A'), the pair adds
-// y (slope g - intercept) to dL/dA and subtracts it from dL/dA'.
+// y (slope g - intercept) to dL/dA and subtracts it from dL/dA'. y is in the unit of the temperature, see `unit`.
 struct PairGradient {
   float* y;  // laid out as Map::p
   float* g;  // [key_rows]: dflow minus its mean
@@ -115,7 +115,7 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
           sum += block_sum;
           block_sum = set1(0.f);
         });
-    w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + sum);
+    w[v] = load(strip.lane_weight + v * W) / (set1(unit(pb) * pb.Nk) + sum);
     mean_sum = fma(w[v], sum * set1(1.f / pb.Nk), mean_sum);
   }
   vec copies[W];
@@ -188,6 +188,7 @@ void load_dflow(const Problem& pb, const WorkItem& item, int64_t pair, float* g)
 template <bool low_temperature>
 void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b,
                    PairGradient& pair) {
+  const vec one = set1(unit(pb));
   float g_sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) g_sum += pair.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
@@ -199,7 +200,7 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
         [&](int64_t j, int64_t offset, vec A, vec B) __attribute__((always_inline)) {
           const vec d = A - B, g_j = set1(g[j]);
           const vec e_j = expm1<low_temperature>(abs(d));
-          const vec y = multiply_by_sign(e_j + set1(1.f), d);
+          const vec y = multiply_by_sign(e_j + one, d);
           const vec Ay = A * y, By = B * y;
           store(y_out + offset, y);
           e.block += e_j;
@@ -214,8 +215,8 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
           A_y.end_block(), A_y_g.end_block();
           B_y.end_block(), B_y_g.end_block();
         });
-    const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + e.total);
-    const vec delta = w * (set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
+    const vec w = load(strip.lane_weight + v * W) / (one * set1(pb.Nk) + e.total);
+    const vec delta = w * (one * set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
     pair.slope[v] = scaled_w * set1(pb.inv_temperature);
     pair.intercept[v] = pair.slope[v] * delta;
     pair.rho[v] = scaled_w * (A_y_g.total - delta * A_y.total);

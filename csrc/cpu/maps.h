@@ -350,9 +350,17 @@ inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, cons
   }
 }
 
+// At temperatures below 1, e reaches 2^92 and w = 1 / (Nk + sum of e) falls to 2^-104, and the product of either with a
+// feature or a gradient could leave the range of float32. There e is stored in units of 2^46, as e' = UNIT e, and
+// w' = 1 / (UNIT Nk + sum of e') = w / UNIT, so that P = w (1 + e) = w' (UNIT + e').
+constexpr float LOW_TEMPERATURE_UNIT = 0x1p-46f;
+
+inline float unit(const Problem& pb) { return pb.inv_temperature > 1 ? LOW_TEMPERATURE_UNIT : 1.f; }
+
+// e^x - 1 in the unit of the temperature.
 template <bool low_temperature>
 inline vec expm1(vec x) {
-  return low_temperature ? expm1_wide(x) : expm1_unit(x);
+  return low_temperature ? expm1_wide(x, LOW_TEMPERATURE_UNIT) : expm1_unit(x);
 }
 
 // A sum over keys block by block, so that its rounding error grows with the size of a block plus the number of blocks,
