@@ -21,7 +21,8 @@ namespace {
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
-constexpr int64_t MAX_COLS = 256;          // MAX_HEAD_DIM and MAX_FEATURES in amflow_kernels/problem.py
+constexpr int64_t NORM_BLOCK = 16;  // keys that are summed one by one for a row's normaliser, see compute_head_map
+constexpr int64_t MAX_COLS = 256;   // MAX_HEAD_DIM and MAX_FEATURES in amflow_kernels/problem.py
 constexpr int64_t PREFETCH_DISTANCE = 16;  // rows of a gradient that are prefetched before they are added to
 constexpr float LOWEST = -3.40282347e38f;
 
@@ -308,11 +309,16 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
       const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
       float* p = map.p + v * column + j0 * W;
       vec block_sum = set1(0.f);
+      // If rows are equal, so are the errors of their normalisers, and they add up in the flow: hence short sums.
+      for (int64_t j0 = 0; j0 < n; j0 += NORM_BLOCK) {
+        vec part = set1(0.f);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j) {
-        const vec y = exp2(fma(load(p + j * W), scale, -top));
-        store(p + j * W, y);
-        block_sum += y;
+        for (int64_t j = j0; j < min(j0 + NORM_BLOCK, n); ++j) {
+          const vec y = exp2(fma(load(p + j * W), scale, -top));
+          store(p + j * W, y);
+          part += y;
+        }
+        block_sum += part;
       }
       sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
       shift[v] = top;
@@ -372,6 +378,13 @@ struct BlockedSum {
     block = set1(0.f);
   }
 };
+
+// Adds x to the sum of `high` and `low`, which holds what rounding takes from `high`.
+inline void add_exactly(float* high, float* low, vec x) {
+  const vec a = load(high), sum = a + x, rounded = sum - a;
+  store(high, sum);
+  store(low, load(low) + ((a - (sum - rounded)) + (x - rounded)));
+}
 
 void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 
