@@ -107,9 +107,7 @@ def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_strip_q_kernel(
-    frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr
-):
+def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """Stores `StripGradient`, dq of frames that begin pairs (of all frames of a clip), and dq of frames that end them.
 
     A dq that is not needed is None. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
