@@ -348,14 +348,14 @@ def matmul_budget(problem: MatmulProblem) -> Tensor:
 
 
 def flow_budget(largest: float, temperature: float = 1.0, logit_error: float = 0.0) -> float:
-    """Largest error a flow may have anywhere, whatever the input dtype, up to 4096 tokens; `largest` is its own maximum.
+    """Largest error a flow may have anywhere, whatever the input dtype, up to 4096 tokens; `largest` is its maximum.
 
-    flow_j is a sum of P_ij over the queries. To first order, an error dM of the maps' change moves P by up to
-    P dM / temperature, so the flow by up to flow_j dM / temperature: dM is to be at most 5e-7.
+    flow_j is the sum of P_ij over the queries. To first order, an error dM of the maps' change moves P_ij by about
+    P_ij dM / temperature, and flow_j by flow_j dM / temperature. 5e-7 is granted for dM.
 
     That holds for logits of standard deviation up to 6 whose rounding errors differ from query to query. Where all
-    queries are alike, or logits are larger, these errors count too: with a `logit_error` d, A is off by A (1 - A) d, at
-    most d / 4, and M by twice that.
+    queries are alike, or logits are larger, these errors count too: with a `logit_error` of d, A is off by A (1 - A) d,
+    at most d / 4, and M by twice that.
     """
     return (5e-7 + logit_error / 2) * max(1.0, largest) * max(1.0, 1 / temperature)
 
@@ -379,9 +379,9 @@ def centred_budget(frame_step: float) -> float:
 def grad_budget(exact: Tensor, tie: Tensor, dtype: torch.dtype, magnitude: Tensor | None = None) -> float:
     """L2 error a gradient may have: `exact` from `oracle_grads`, `tie` from `grad_tie`, `dtype` of the input.
 
-    `magnitude`, from `grad_magnitude`, takes over where the terms of a gradient cancel to less than a fortieth, as with
-    peaked maps at low temperatures: some ten roundings make a term, each by `EPS` / 2 at most, and the four of them that
-    a root of squares leaves are granted.
+    `magnitude`, from `grad_magnitude` (the gradient as if none of its terms cancelled), takes over where the terms
+    cancel to less than a fortieth, as with peaked maps at low temperatures. A term goes through some 16 roundings, each
+    by at most `EPS` / 2: as a random walk 2 `EPS`, of which twice as much is granted.
     """
     norm = exact.norm().item()
     cancelled = 0.0 if magnitude is None else 4 * EPS * magnitude.norm().item()

@@ -238,6 +238,19 @@ RowView bf16_keys(const Problem& pb, const Plan& plan, const MapIndex& index, in
   return {copy, plan.d_cols * 4};
 }
 
+// Adds x to the sum of `high` and `low`, which holds what rounding takes from `high`.
+inline void add_exactly(vec& high, vec& low, vec x) {
+  const vec sum = high + x, rounded = sum - high;
+  low += (high - (sum - rounded)) + (x - rounded);
+  high = sum;
+}
+
+inline void add_exactly(float* high, float* low, vec x) {
+  vec h = load(high), l = load(low);
+  add_exactly(h, l, x);
+  store(high, h), store(low, l);
+}
+
 // ---- A = softmax(scale * q k^T) of one strip
 
 // The strip's queries, [d or pair of d][lane], for a product with keys. With a negative scale their signs are flipped,
@@ -274,10 +287,11 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
   pack_queries(pb, plan, index, strip, s, bf16);
   const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
   const int64_t column = plan.key_rows * W;
-  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // the largest scaled logit so far; the sum of p relative to it
+  // The largest scaled logit so far; the sum of p relative to it, and what rounding took from that.
+  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS], low[STRIP_VECTORS];
   for (int64_t v = 0; v < strip.vectors; ++v) {
     shift[v] = set1(LOWEST);
-    sum[v] = set1(0.f);
+    sum[v] = low[v] = set1(0.f);
     store(s.maxima + v * W, set1(-__builtin_inff()));
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -320,14 +334,16 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
         }
         block_sum += part;
       }
-      sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
+      const vec rescale = exp2(shift[v] - top);
+      sum[v] *= rescale, low[v] *= rescale;
+      add_exactly(sum[v], low[v], block_sum);
       shift[v] = top;
       store(map.factor + (v * plan.blocks + block) * W, top);
       if (next) prefetch_queries(pb, *next, strip, block * strip.vectors + v, plan.blocks * strip.vectors);
     }
   }
   for (int64_t v = 0; v < strip.vectors; ++v) {
-    const vec norm = set1(1.f / plan.map_heads) / sum[v];
+    const vec norm = set1(1.f / plan.map_heads) / (sum[v] + low[v]);
     for (int64_t block = 0; block < plan.blocks; ++block) {
       float* factor = map.factor + (v * plan.blocks + block) * W;
       store(factor, exp2(load(factor) - shift[v]) * norm);
@@ -378,13 +394,6 @@ struct BlockedSum {
     block = set1(0.f);
   }
 };
-
-// Adds x to the sum of `high` and `low`, which holds what rounding takes from `high`.
-inline void add_exactly(float* high, float* low, vec x) {
-  const vec a = load(high), sum = a + x, rounded = sum - a;
-  store(high, sum);
-  store(low, load(low) + ((a - (sum - rounded)) + (x - rounded)));
-}
 
 void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float)); }
 

@@ -37,7 +37,8 @@ FACTORS: dict[str, list[Any]] = {
     "D": [1, 8, 17, 40, 64, 72, 80, 128, 256],
     "frames": [(2, 1), (3, 1), (3, 2), (5, 2), (7, 3), (16, 1), (16, 3), (2, 0), (6, 0)],  # (T, lag); 0: T / 2 pairs
     "layout": list(tt.LAYOUTS),
-    "logits": ["plain", "negative", "zero", "still", "flat", "large", "sharp", "one-hot", "equal rows", "equal large"],
+    "logits": ["plain", "negative", "zero", "still", "flat", "large", "sharp", "cut", "one-hot", "equal rows",
+               "equal large"],
     "temperature": [1 / 64, 0.1, 0.3, 1.0, 5.0],
     "dtype": [FP32, BF16, FP16],
     "groups": [(1,), (3,), (2, 3)],
@@ -46,7 +47,8 @@ FACTORS: dict[str, list[Any]] = {
     "needs": ["all", "q", "k"],
 }  # fmt: skip
 
-LOGIT_STD = {"flat": 0.05, "large": 6.0, "sharp": 20.0, "equal large": 6.0}  # of the others 1
+LOGIT_STD = {"flat": 0.05, "large": 6.0, "sharp": 20.0, "cut": 6.0, "equal large": 6.0}  # of the others 1
+FRAME_STEP = {"still": 1e-3, "cut": 2.0}  # of the others 0.2
 OPERATORS = {"M": (False, False), "M^T": (True, False), "P": (False, True), "P^T": (True, True)}  # transpose, softmax
 X_LAYOUTS = ("contiguous", "offset", "tokens_first", "shared")
 MATMUL_FACTORS: dict[str, list[Any]] = {
@@ -247,23 +249,25 @@ class Case:
 
     @property
     def frame_step(self) -> float:
-        """For `centred_budget`: the change of the logits, at a logit_std of 1."""
-        return {"still": 1e-3, "flat": 0.2 * LOGIT_STD["flat"]}.get(self.logits, 0.2)
+        """For `centred_budget`: the change of the logits at a logit_std of 1, or less if that is smaller."""
+        return FRAME_STEP.get(self.logits, 0.2) * min(1.0, LOGIT_STD.get(self.logits, 1.0))
 
     def logit_error(self, problem: MapPairs) -> float:
-        """For `flow_budget`: where the rounding errors of the logits count, since they are large or alike for all rows."""
+        """For `flow_budget`: 0 unless rounding errors of the logits count, as they are large or alike for all rows."""
         counts = self.tokens[0] == 1 or self.logits in ("sharp", "one-hot", "equal rows", "equal large")
         return tt.logit_error(problem) if counts else 0.0
 
     def frame_pairs(self) -> dict[str, Tensor]:
         """q and k, and in pair form q_b and k_b, as every other frame of a clip.
 
-        one-hot: each row is nearly all on one key, in every other row on another in each frame. equal: so are all rows.
+        cut: maps are peaked, and frames have nothing in common. one-hot: each row is nearly all on one key, in every
+        other row on another in each frame. equal: all rows are.
         """
         T, lag = self.frames
         q, k = tt.make_qk(
-            self.B, T, self.groups, *self.tokens, self.D, dtype=self.dtype, frame_step=self.frame_step,
-            logit_std=LOGIT_STD.get(self.logits, 1.0), layout=self.layout, seed=self.seed,
+            self.B, T, self.groups, *self.tokens, self.D, dtype=self.dtype,
+            frame_step=FRAME_STEP.get(self.logits, 0.2), logit_std=LOGIT_STD.get(self.logits, 1.0),
+            layout=self.layout, seed=self.seed,
         )  # fmt: skip
         if self.logits.startswith("equal"):
             q.copy_(q[..., :1, :].clone().expand_as(q))

@@ -63,7 +63,7 @@ def test_gradients_hold_at_the_lowest_temperature(seed: int, dtype: torch.dtype,
 
     A dflow that is 2^-40 times as large gives exactly such a gradient, but for numbers below the normal ones.
     """
-    case = small_case(logits="large", temperature=1 / 64, dtype=dtype, seed=seed)
+    case = small_case(logits="cut", temperature=1 / 64, dtype=dtype, seed=seed)
     conformance.check_flow_gradients(case, impl)
     if dtype == FP32:
         problem = case.problem()
@@ -85,20 +85,24 @@ def test_budgets_hold_for_every_kind_of_map_at_every_temperature(
     conformance.check_flow_gradients(case, impl)
 
 
-@pytest.mark.parametrize("tokens", [(65, 70), pytest.param((1024, 300), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "tokens", [(65, 70), (577, 577), pytest.param((4096, 130), marks=pytest.mark.slow), (100, 1370)], ids=str
+)
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_equal_rows_do_not_add_up_their_rounding_errors(
     tokens: tuple[int, int], temperature: float, dtype: torch.dtype, impl: str
 ) -> None:
     """One-hot keys make logits exact, so that nothing but the maps and sums is rounded, in every row alike."""
-    N, Nk = tokens
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 2, 1, 1, 128, generator=generator).to(dtype).repeat(1, 1, 1, N, 1)
-    k = 40 * torch.eye(Nk, 128, dtype=dtype).expand(1, 2, 1, Nk, 128)
-    problem = Problem(q, k.contiguous(), temperature=temperature)
-    exact = tt.oracle_flow(replace(problem, center=True))
-    tt.assert_flow(tt.run(problem, impl), exact, N, temperature=temperature)
+    Nq, Nk = tokens
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        row, change = (torch.randn(shape, generator=generator) for shape in ((1, 1, 1, 1, 128), (1, 2, 1, 1, 128)))
+        q = (row + change).repeat(1, 1, 1, Nq, 1).to(dtype)
+        k = (40 * torch.eye(Nk, 128, dtype=dtype)).repeat(1, 2, 1, 1, 1)
+        problem = Problem(q, k, temperature=temperature)
+        exact = tt.oracle_flow(replace(problem, center=True))
+        tt.assert_flow(tt.run(problem, impl), exact, Nq, temperature=temperature)
 
 
 @pytest.mark.slow
