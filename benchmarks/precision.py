@@ -140,8 +140,8 @@ maps, one-hot rows and equal rows, at every temperature from 1/64:
   logits usually average out over the queries; where all queries of a frame are equal they add up, and `logit_error`
   bounds their share. The same share is granted to larger logits.
 - The centred flow: 1e-5 relative at a step of 0.2, and 1e-3 at a step of 1e-3.
-- Gradients: 2e-5 relative plus the share of ties; or, where the terms of a gradient cancel to less than a fortieth, four
-  units of float32 rounding of the terms.
+- Gradients: 2e-5 relative plus the share of ties; or, where the terms of a gradient cancel to less than a fortieth,
+  four units of float32 rounding of the terms.
 
 The reference in eager PyTorch centres in the same way.
 """

@@ -140,13 +140,11 @@ class _Launch:
         if w is None:
             return self._change_times(x.float(), transpose, softmax)
         unit = 2.0**46 if self.low_temperature else 1.0
-        before, after = w.view(*x.shape[:-2], self.Nq, 1) * unit, 1 / unit
-        if not transpose:
-            before, after = after, before
-        x = x.float() * before
+        weight = w.view(*x.shape[:-2], self.Nq, 1) * unit
+        x = x.float() * (weight if transpose else 1 / unit)
         y = self._change_times(x, transpose, softmax)
         y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
-        return y.mul_(after)
+        return y.mul_(1 / unit if transpose else weight)
 
     def _change_times(self, x: Tensor, transpose: bool, softmax: bool) -> Tensor:
         """M x, or with softmax e x, or their transposes times x."""
