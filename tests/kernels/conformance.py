@@ -398,13 +398,14 @@ def check_flow_gradients(case: Case, impl: str) -> None:
 
 
 def check_product(case: MatmulCase, impl: str) -> None:
-    """Every element is within `matmul_budget`, and M x within `centred_budget` as a whole."""
+    """Every element is within `matmul_budget`, and M x as a whole within `centred_budget` if errors average out."""
     problem, exact = case.problem(), matmul_oracle(case)
     with tt.poison_allocations():
         y = tt.run(problem, impl)
     assert y.dtype == FP32
     tt.assert_matmul(y, exact, tt.matmul_budget(problem))
-    if case.operator.startswith("M") and y.numel() >= 100:  # a few sums may all happen to cancel
+    average = case.logit_error(problem) == 0 and y.numel() >= 100  # a few sums may all happen to cancel
+    if case.operator.startswith("M") and average:
         error, norm = (y.double() - exact).norm().item(), exact.norm().item()
         assert error <= tt.centred_budget(case.frame_step) * norm, f"L2 error of {error:.3g} on {norm:.3g}"
 
