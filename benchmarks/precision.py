@@ -137,8 +137,9 @@ maps, one-hot rows and equal rows, at every temperature from 1/64:
 
 - The flow: 5e-7 times the largest value of the flow (at least 1), divided by the temperature if that is below 1, for
   logits of standard deviation up to 6. A low temperature amplifies every error of the maps. Rounding errors of the
-  logits usually average out over the queries; where all queries of a frame are equal they add up, and `logit_error`
-  bounds their share. The same share is granted to larger logits.
+  logits usually average out over the queries. Where all queries of a frame are equal they add up, and where frames are
+  unrelated and the temperature is low a value can depend on one query: `logit_error` bounds their share there, and for
+  larger logits.
 - The centred flow: 1e-5 relative at a step of 0.2, and 1e-3 at a step of 1e-3.
 - Gradients: 2e-5 relative plus the share of ties; or, where the terms of a gradient cancel to less than a fortieth,
   four units of float32 rounding of the terms.

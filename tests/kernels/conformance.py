@@ -255,8 +255,8 @@ class Case:
         return FRAME_STEP.get(self.logits, 0.2) * min(1.0, LOGIT_STD.get(self.logits, 1.0))
 
     def logit_error(self, problem: MapPairs) -> float:
-        """For `flow_budget`: 0 unless rounding errors of the logits count, as they are large or alike for all rows."""
-        counts = self.tokens[0] == 1 or self.logits in ("sharp", "one-hot", "equal rows", "equal large")
+        """For `flow_budget`: 0 unless rounding errors of the logits count, as they do not average out, or are large."""
+        counts = self.tokens[0] == 1 or self.logits in ("sharp", "cut", "one-hot", "equal rows", "equal large")
         return tt.logit_error(problem) if counts else 0.0
 
     def frame_pairs(self) -> dict[str, Tensor]:
