@@ -132,10 +132,19 @@ is their share of the gradient.
 
 ## Error budgets
 
-`amflow_kernels/testing.py` states the budgets, and the tests hold every implementation to them: the flow within 5e-7
-(logits of standard deviation up to 6, temperature 1), the centred flow within 1e-5 relative at a step of 0.2 and
-1e-3 at a step of 1e-3, gradients within 2e-5 relative plus the share of ties. The reference in eager PyTorch centres
-in the same way.
+`amflow_kernels/testing.py` states the budgets, and the tests hold every implementation to them, for flat and peaked
+maps, one-hot rows and equal rows, at every temperature from 1/64:
+
+- The flow: 5e-7 times the largest value of the flow (at least 1), divided by the temperature if that is below 1, for
+  logits of standard deviation up to 6. A low temperature amplifies every error of the maps. Rounding errors of the
+  logits usually average out over the queries. Where all queries of a frame are equal they add up, and where frames are
+  unrelated and the temperature is low a value can depend on one query: `logit_error` bounds their share there, and for
+  larger logits.
+- The centred flow: 1e-5 relative at a step of 0.2, and 1e-3 at a step of 1e-3.
+- Gradients: 2e-5 relative plus the share of ties; or, where the terms of a gradient cancel to less than a fortieth,
+  four units of float32 rounding of the terms.
+
+The reference in eager PyTorch centres in the same way.
 """
 
 

@@ -11,6 +11,7 @@ a and q_b, k_b frames b, (B, P, *G, N, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor
@@ -76,8 +77,8 @@ class Reference(Implementation):
                     e, _, w = _row_weights(A_a, A_b, problem.temperature)
                     P, G = w * (1 + e), u @ (v - v.mean(-2, keepdim=True)).mT
                     dM = P * (G - (P * G).sum(-1, keepdim=True)) / problem.temperature
-                else:
-                    dM = u @ v.mT
+                else:  # a row of the result that is NaN has a gradient of NaN; sign(NaN) is 0
+                    dM = (u @ v.mT).masked_fill((A_a - A_b).isnan(), nan)
                 dq, dk, dq_b, dk_b = _maps_backward(problem, A_a, A_b, torch.sign(A_a - A_b) * dM, needs[:4])
         return dq, dk, dq_b, dk_b, dx
 
@@ -88,7 +89,9 @@ class Reference(Implementation):
 def attention_maps(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """A = softmax_keys(scale * q k^T), (B, T, *G, Nq, Nk), in float32, or in float64 for float64 inputs."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.softmax(scale * (q.to(dtype) @ k.to(dtype).mT), dim=-1)
+    A = torch.softmax(scale * (q.to(dtype) @ k.to(dtype).mT), dim=-1)
+    # `softmax` sums long rows less exactly than `sum`. That error is the same for equal rows, and adds up in the flow.
+    return A / A.sum(dim=-1, keepdim=True)
 
 
 def pair_maps(problem: MapPairs) -> tuple[Tensor, Tensor]:
@@ -115,10 +118,11 @@ def _product(problem: MatmulProblem, x: Tensor, transpose: bool) -> Tensor:
             M = (A_a - A_b).abs()
             return M.mT @ x if transpose else M @ x
         # P = w (1 + e): the 1 gives nearly all of the result, and is summed in float64, without rounding errors.
+        # w multiplies e before x does: at low temperatures w x could underflow.
         e, _, w = _row_weights(A_a, A_b, problem.temperature)
         terms = w * x if transpose else x
         total = terms.sum(-2, keepdim=True, dtype=torch.float64).to(x.dtype)
-        return total + e.mT @ terms if transpose else w * (total + e @ terms)
+        return total + (w * e).mT @ x if transpose else w * total + (w * e) @ x
 
 
 def _maps_backward(

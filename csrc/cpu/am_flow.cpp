@@ -6,7 +6,7 @@ namespace amflow::AMFLOW_ISA {
 namespace {
 
 // The gradient of one pair of maps, A and A'. With y = S e^(|A - A'| / temperature) and S = sign(A - A'), the pair adds
-// y (slope g - intercept) to dL/dA and subtracts it from dL/dA'.
+// y (slope g - intercept) to dL/dA and subtracts it from dL/dA'. y is in the unit of the temperature, see `unit`.
 struct PairGradient {
   float* y;  // laid out as Map::p
   float* g;  // [key_rows]: dflow minus its mean
@@ -18,14 +18,16 @@ struct PairGradient {
 struct Scratch : MapScratch {
   Map head_map;           // the map of one head, for mean_map
   PairGradient pairs[2];  // backward: the two latest pairs of the chain
-  float* flow;            // forward: [pair of the chain][key_rows]
+  float* flow;            // forward: [pair of the chain][2][key_rows], see `add_exactly`
 };
+
+int64_t flow_size(const Plan& plan) { return (plan.chain_frames - 1) * 2 * plan.key_rows; }
 
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   Scratch s{};
   take_map_scratch(plan, arena, s);
   if (pb.reduction == Reduction::mean_map) s.head_map = take_map(plan, arena);
-  if (!backward) s.flow = arena.take((plan.chain_frames - 1) * plan.key_rows);
+  if (!backward) s.flow = arena.take(flow_size(plan));
   if (backward) {
     for (PairGradient& pair : s.pairs) {
       pair.y = arena.take(map_size(plan));
@@ -46,6 +48,7 @@ Plan plan_forward(const Problem& pb) {
   plan.items = num_chains(pb, plan) * plan.groups;
   plan.summed_heads = pb.reduction == Reduction::mean ? pb.H : 1;
   plan.sums = num_chains(pb, plan) / plan.summed_heads;
+  plan.sum_floats = plan.summed_heads * plan.groups > 1 ? flow_size(plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, false, arena);
   plan.scratch = arena.used;
@@ -96,7 +99,9 @@ void compute_map(const Problem& pb, const Plan& plan, const WorkItem& item, int6
 
 // ---- forward
 
-// Adds sum_i w_i (e_ij - ebar_i) of the strip's queries i to flow[j]. Overwrites a.p with e.
+// Adds sum_i w_i (e_ij - ebar_i) of the strip's queries i to flow [2][key_rows]. Overwrites a.p with e. Strips whose
+// queries are all alike add the same number again and again, which would round the same way every time.
+// Hence the exact sum.
 template <bool low_temperature>
 void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& a, const Map& b, float* flow) {
   vec w[STRIP_VECTORS];
@@ -115,7 +120,7 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
           sum += block_sum;
           block_sum = set1(0.f);
         });
-    w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + sum);
+    w[v] = load(strip.lane_weight + v * W) / (set1(unit(pb) * pb.Nk) + sum);
     mean_sum = fma(w[v], sum * set1(1.f / pb.Nk), mean_sum);
   }
   vec copies[W];
@@ -130,14 +135,14 @@ void forward_pair(const Problem& pb, const Plan& plan, const Strip& strip, Map& 
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) r[i] = fma(w[v], load(a.p + (v * plan.key_rows + j + i) * W), r[i]);
     }
-    store(flow + j, load(flow + j) + (sum_lanes(r) - total_mean));
+    add_exactly(flow + j, flow + plan.key_rows + j, sum_lanes(r) - total_mean);
   }
 }
 
 void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch) {
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
-  fill_zeros(s.flow, (plan.chain_frames - 1) * plan.key_rows);
+  fill_zeros(s.flow, flow_size(plan));
   const WorkItem item = work_item_at(pb, plan, index);
   const int64_t frames = chain_length(pb, item.chain);
   if (frames < 2) return;
@@ -147,15 +152,15 @@ void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch)
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
-      float* flow = s.flow + (frame - 1) * plan.key_rows;
+      float* flow = s.flow + (frame - 1) * 2 * plan.key_rows;
       if (pb.inv_temperature > 1) forward_pair<true>(pb, plan, strip, previous, current, flow);
       else forward_pair<false>(pb, plan, strip, previous, current, flow);
     }
   }
 }
 
-// Adds the item's flow, which is in its scratch, to the result.
-void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float*) {
+// Adds the item's flow, which is in its scratch, to `sums`; the last item of a sum writes the result.
+void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch, float* sums) {
   Arena arena{scratch};
   const Scratch s = layout(pb, plan, false, arena);
   const WorkItem item = work_item_at(pb, plan, index);
@@ -164,11 +169,18 @@ void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* s
   const double base = pb.center ? 0. : static_cast<double>(pb.Nq) / pb.Nk;
   for (int64_t frame = 0; frame + 1 < chain_length(pb, item.chain); ++frame) {
     float* flow = pb.flow + flow_offset(pb, item, pair_index(pb, item.chain, frame));
-    const float* part = s.flow + frame * plan.key_rows;
-    for (int64_t j = 0; j < pb.Nk; ++j) {
-      const float sum = position ? flow[j] + part[j] : part[j];
-      flow[j] = last ? static_cast<float>(base + sum / static_cast<double>(plan.summed_heads)) : sum;
+    const float *part = s.flow + frame * 2 * plan.key_rows, *part_low = part + plan.key_rows;
+    if (position || !last) {
+      float *const sum = sums + frame * 2 * plan.key_rows, *const low = sum + plan.key_rows;
+      if (!position) fill_zeros(sum, 2 * plan.key_rows);
+      for (int64_t j = 0; j < plan.key_rows; j += W) {
+        add_exactly(sum + j, low + j, load(part + j));
+        store(low + j, load(low + j) + load(part_low + j));
+      }
+      part = sum, part_low = low;
     }
+    for (int64_t j = 0; last && j < pb.Nk; ++j)
+      flow[j] = static_cast<float>(base + (static_cast<double>(part[j]) + part_low[j]) / plan.summed_heads);
   }
 }
 
@@ -188,6 +200,7 @@ void load_dflow(const Problem& pb, const WorkItem& item, int64_t pair, float* g)
 template <bool low_temperature>
 void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b,
                    PairGradient& pair) {
+  const vec one = set1(unit(pb));
   float g_sum = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) g_sum += pair.g[j];
   for (int64_t v = 0; v < strip.vectors; ++v) {
@@ -199,7 +212,7 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
         [&](int64_t j, int64_t offset, vec A, vec B) __attribute__((always_inline)) {
           const vec d = A - B, g_j = set1(g[j]);
           const vec e_j = expm1<low_temperature>(abs(d));
-          const vec y = multiply_by_sign(e_j + set1(1.f), d);
+          const vec y = multiply_by_sign(e_j + one, d);
           const vec Ay = A * y, By = B * y;
           store(y_out + offset, y);
           e.block += e_j;
@@ -214,8 +227,8 @@ void backward_pair(const Problem& pb, const Plan& plan, const Strip& strip, cons
           A_y.end_block(), A_y_g.end_block();
           B_y.end_block(), B_y_g.end_block();
         });
-    const vec w = load(strip.lane_weight + v * W) / (set1(pb.Nk) + e.total);
-    const vec delta = w * (set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
+    const vec w = load(strip.lane_weight + v * W) / (one * set1(pb.Nk) + e.total);
+    const vec delta = w * (one * set1(g_sum) + e_g.total), scaled_w = set1(pb.scale) * w;
     pair.slope[v] = scaled_w * set1(pb.inv_temperature);
     pair.intercept[v] = pair.slope[v] * delta;
     pair.rho[v] = scaled_w * (A_y_g.total - delta * A_y.total);

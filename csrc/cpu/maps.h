@@ -21,7 +21,8 @@ namespace {
 constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
-constexpr int64_t MAX_COLS = 256;          // MAX_HEAD_DIM and MAX_FEATURES in amflow_kernels/problem.py
+constexpr int64_t NORM_BLOCK = 16;  // keys that are summed one by one for a row's normaliser, see compute_head_map
+constexpr int64_t MAX_COLS = 256;   // MAX_HEAD_DIM and MAX_FEATURES in amflow_kernels/problem.py
 constexpr int64_t PREFETCH_DISTANCE = 16;  // rows of a gradient that are prefetched before they are added to
 constexpr float LOWEST = -3.40282347e38f;
 
@@ -237,6 +238,19 @@ RowView bf16_keys(const Problem& pb, const Plan& plan, const MapIndex& index, in
   return {copy, plan.d_cols * 4};
 }
 
+// Adds x to the sum of `high` and `low`, which holds what rounding takes from `high`.
+inline void add_exactly(vec& high, vec& low, vec x) {
+  const vec sum = high + x, rounded = sum - high;
+  low += (high - (sum - rounded)) + (x - rounded);
+  high = sum;
+}
+
+inline void add_exactly(float* high, float* low, vec x) {
+  vec h = load(high), l = load(low);
+  add_exactly(h, l, x);
+  store(high, h), store(low, l);
+}
+
 // ---- A = softmax(scale * q k^T) of one strip
 
 // The strip's queries, [d or pair of d][lane], for a product with keys. With a negative scale their signs are flipped,
@@ -273,10 +287,11 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
   pack_queries(pb, plan, index, strip, s, bf16);
   const vec scale = set1(__builtin_fabsf(pb.scale) * 1.44269504f);
   const int64_t column = plan.key_rows * W;
-  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS];  // the largest scaled logit so far; the sum of p relative to it
+  // The largest scaled logit so far; the sum of p relative to it, and what rounding took from that.
+  vec shift[STRIP_VECTORS], sum[STRIP_VECTORS], low[STRIP_VECTORS];
   for (int64_t v = 0; v < strip.vectors; ++v) {
     shift[v] = set1(LOWEST);
-    sum[v] = set1(0.f);
+    sum[v] = low[v] = set1(0.f);
     store(s.maxima + v * W, set1(-__builtin_inff()));
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -308,20 +323,27 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
       const vec top = amflow::AMFLOW_ISA::max(set1(LOWEST), load(s.maxima + v * W) * scale);
       float* p = map.p + v * column + j0 * W;
       vec block_sum = set1(0.f);
+      // If rows are equal, so are the errors of their normalisers, and they add up in the flow: hence short sums.
+      for (int64_t j0 = 0; j0 < n; j0 += NORM_BLOCK) {
+        vec part = set1(0.f);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < n; ++j) {
-        const vec y = exp2(fma(load(p + j * W), scale, -top));
-        store(p + j * W, y);
-        block_sum += y;
+        for (int64_t j = j0; j < min(j0 + NORM_BLOCK, n); ++j) {
+          const vec y = exp2(fma(load(p + j * W), scale, -top));
+          store(p + j * W, y);
+          part += y;
+        }
+        block_sum += part;
       }
-      sum[v] = fma(sum[v], exp2(shift[v] - top), block_sum);
+      const vec rescale = exp2(shift[v] - top);
+      sum[v] *= rescale, low[v] *= rescale;
+      add_exactly(sum[v], low[v], block_sum);
       shift[v] = top;
       store(map.factor + (v * plan.blocks + block) * W, top);
       if (next) prefetch_queries(pb, *next, strip, block * strip.vectors + v, plan.blocks * strip.vectors);
     }
   }
   for (int64_t v = 0; v < strip.vectors; ++v) {
-    const vec norm = set1(1.f / plan.map_heads) / sum[v];
+    const vec norm = set1(1.f / plan.map_heads) / (sum[v] + low[v]);
     for (int64_t block = 0; block < plan.blocks; ++block) {
       float* factor = map.factor + (v * plan.blocks + block) * W;
       store(factor, exp2(load(factor) - shift[v]) * norm);
@@ -350,9 +372,17 @@ inline void for_each_change(const Problem& pb, const Plan& plan, int64_t v, cons
   }
 }
 
+// At temperatures below 1, e reaches 2^92 and w = 1 / (Nk + sum of e) falls to 2^-104, and the product of either with a
+// feature or a gradient could leave the range of float32. There e is stored in units of 2^46, as e' = UNIT e, and
+// w' = 1 / (UNIT Nk + sum of e') = w / UNIT, so that P = w (1 + e) = w' (UNIT + e').
+constexpr float LOW_TEMPERATURE_UNIT = 0x1p-46f;
+
+inline float unit(const Problem& pb) { return pb.inv_temperature > 1 ? LOW_TEMPERATURE_UNIT : 1.f; }
+
+// e^x - 1 in the unit of the temperature.
 template <bool low_temperature>
 inline vec expm1(vec x) {
-  return low_temperature ? expm1_wide(x) : expm1_unit(x);
+  return low_temperature ? expm1_wide(x, LOW_TEMPERATURE_UNIT) : expm1_unit(x);
 }
 
 // A sum over keys block by block, so that its rounding error grows with the size of a block plus the number of blocks,

@@ -164,7 +164,8 @@ void sum_v(const MatmulProblem& pb, const MapIndex& pair, double* sum) {
 
 // ---- M or e of a strip, and its products
 
-// Fills m, laid out as Map::p, with M, or with e and also computes w. m may be the first map.
+// Fills m, laid out as Map::p, with M, or with e and also computes w, both in the unit of the temperature (see `unit`).
+// m may be the first map.
 template <bool softmax, bool low_temperature>
 void compute_change(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b, float* m,
                     vec* w) {
@@ -179,7 +180,7 @@ void compute_change(const MatmulProblem& pb, const Plan& plan, const Strip& stri
           if (softmax) e.block += x;
         },
         [&] { e.end_block(); });
-    if (softmax) w[v] = load(strip.lane_weight + v * W) / (set1(pb.Nk) + e.total);
+    if (softmax) w[v] = load(strip.lane_weight + v * W) / (set1(unit(pb) * pb.Nk) + e.total);
   }
 }
 
@@ -222,7 +223,7 @@ void multiply_to_queries(const MatmulProblem& pb, const Plan& plan, const MapInd
     for (int64_t c = 0; c < pb.C; ++c)
       for (int64_t v = 0; v < strip.vectors; ++v) {
         float* const x = s.transposed + c * lanes + v * W;
-        store(x, w[v] * (set1(static_cast<float>(v_sum[c])) + load(x)));
+        store(x, w[v] * (set1(static_cast<float>(unit(pb) * v_sum[c])) + load(x)));
       }
   transpose_rows(s.transposed, cols, lanes, lanes, s.product_rows, cols, 0);  // rows after the first C are undefined
   for (int64_t l = 0; l < strip.queries(pb.Nq); ++l)
@@ -318,7 +319,7 @@ void complete_key_product(const MatmulProblem& pb, const Plan& plan, const WorkI
     for (int64_t c = 0; has_few_columns(pb) && c < pb.C; ++c)
       for (int64_t j = 0; j < pb.Nk; ++j) out[j * cols + c] = s.columns[(frame * pb.C + c) * plan.key_rows + j];
     if (!pb.softmax) continue;
-    for (int64_t c = 0; c < cols; ++c) sum[c] = static_cast<float>(s.wu_sum[frame * cols + c]);
+    for (int64_t c = 0; c < cols; ++c) sum[c] = static_cast<float>(unit(pb) * s.wu_sum[frame * cols + c]);
     for (int64_t j = 0; j < pb.Nk; ++j)
       for (int64_t c = 0; c < cols; c += W) store(out + j * cols + c, load(out + j * cols + c) + load(sum + c));
   }
@@ -402,9 +403,10 @@ template <bool softmax>
 void backward_pair(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const Map& a, const Map& b,
                    const float* m, const vec* w, PairGradient& pair) {
   const vec temperature = set1(1.f / pb.inv_temperature);  // cancels the factor 1 / temperature in A and B
+  const vec one = set1(unit(pb));
   for (int64_t v = 0; v < strip.vectors; ++v) {
     float* const y = pair.y;
-    vec slope = set1(pb.scale), intercept = set1(0.f);
+    vec slope = set1(pb.scale), delta = set1(0.f);  // y is slope S (1 + e) (g - delta), or slope S g for M
     if (softmax) {
       BlockedSum g, e_g;
       for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -419,14 +421,20 @@ void backward_pair(const MatmulProblem& pb, const Plan& plan, const Strip& strip
         g.end_block(), e_g.end_block();
       }
       slope = slope * w[v] * set1(pb.inv_temperature);
-      intercept = slope * w[v] * (g.total + e_g.total);
+      delta = w[v] * (one * g.total + e_g.total);
+    } else {
+      // M and with it the result are NaN where the row of either map is; so is then the gradient of both.
+      const int64_t first = v * plan.key_rows * W, factor = v * plan.blocks * W;
+      const vec change = load(a.p + first) * load(a.factor + factor) - load(b.p + first) * load(b.factor + factor);
+      slope = fma(change, set1(0.f), slope);
     }
+    const vec slope_one = slope * one;
     BlockedSum A_y, B_y;
     for_each_change(
         pb, plan, v, a, b,
         [&](int64_t, int64_t offset, vec A, vec B) __attribute__((always_inline)) {
           const vec g = load(y + offset);
-          const vec x = softmax ? (load(m + offset) + set1(1.f)) * fma(slope, g, -intercept) : slope * g;
+          const vec x = softmax ? fma(slope, load(m + offset), slope_one) * (g - delta) : slope * g;
           const vec y_j = multiply_by_sign(x, A - B);
           store(y + offset, y_j);
           A_y.block = fma(A, y_j, A_y.block);

@@ -57,7 +57,8 @@ inline void prefetch_rows(const char* first, int64_t row, int64_t bytes, int64_t
 }
 
 // With Epilogue::max_blocked, terms that are summed from 0 before they are added to the total: rounding errors grow
-// with the length of a sum.
+// with the length of a sum. Blocks of 16 halve the errors of logits and took 5 to 11 % more of the forward's time (Zen
+// 4, 197 and 577 tokens, D = 64); blocks of 32 took 1 to 5 %.
 constexpr int64_t SUM_BLOCK = 64;
 
 // R rows by V vectors in registers; rows_adjacent: b_row is 4, otherwise b_k is. Never inlined: in a larger function

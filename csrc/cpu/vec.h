@@ -168,8 +168,8 @@ inline vec expm1_unit(vec x) {
   return x * y;
 }
 
-// e^x - 1 for x in [0, 64].
-inline vec expm1_wide(vec x) {
+// unit (e^x - 1) for x in [0, 64] and a power of two `unit`, at no cost: the bits are those of e^x - 1.
+inline vec expm1_wide(vec x, float unit) {
   const vec n = round(x * set1(1.44269504f));
   vec r = fma(n, set1(-0.693145752f), x);  // ln 2 in two parts: n * the first is exact
   r = fma(n, set1(-1.42860677e-6f), r);
@@ -179,8 +179,8 @@ inline vec expm1_wide(vec x) {
   y = fma(y, r, set1(1.6666506e-1f));
   y = fma(y, r, set1(4.9999997e-1f));
   y = fma(y, r, set1(1.f));
-  const vec pow2 = scale_by_pow2(set1(1.f), n);
-  return fma(r * y, pow2, pow2 - set1(1.f));
+  const vec pow2 = scale_by_pow2(set1(unit), n);
+  return fma(r * y, pow2, pow2 - set1(unit));
 }
 
 }  // namespace amflow::AMFLOW_ISA

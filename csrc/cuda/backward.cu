@@ -280,8 +280,10 @@ struct Gradient {
           const float slope = TRANSPOSED ? column_slope : row_parameters[SLOPE + frame][half];
           const float delta = TRANSPOSED ? column_delta : row_parameters[DELTA + frame][half];
           const float dflow = TRANSPOSED ? row_parameters[DFLOW + frame][half] : column_dflow;
-          const float change = A[n][2 * half + i] - B[n][2 * half + i], term = slope * (dflow - delta);
-          dA[n][2 * half + i] += multiply_by_sign(fmaf(term, expm1(fabsf(change)), term), change);
+          // slope includes w, which can be 1e-31 at low temperatures: it multiplies e first, or it could underflow.
+          const float change = A[n][2 * half + i] - B[n][2 * half + i];
+          const float weight = fmaf(slope, expm1(fabsf(change)), slope);
+          dA[n][2 * half + i] += multiply_by_sign(weight * (dflow - delta), change);
         }
       }
   }

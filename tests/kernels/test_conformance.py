@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,60 @@ def test_gradients_are_within_their_budget(subject: Subject, flow_case: Case) ->
 def test_any_problem_is_within_its_budgets(impl: str, case: Case) -> None:
     conformance.check_flow(case, impl)
     conformance.check_flow_gradients(case, impl)
+
+
+def small_case(**options: Any) -> Case:
+    row = {name: values[0] for name, values in FACTORS.items()}
+    return Case(**{**row, "tokens": (8, 9), "D": 16, **options})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradients_hold_at_the_lowest_temperature(seed: int, dtype: torch.dtype, impl: str) -> None:
+    """Weights of 1e-28 meet exponentials of 1e27: their product with the rest must not underflow, however small dflow.
+
+    A dflow that is 2^-40 times as large gives exactly such a gradient, but for numbers below the normal ones.
+    """
+    case = small_case(logits="cut", temperature=1 / 64, dtype=dtype, seed=seed)
+    conformance.check_flow_gradients(case, impl)
+    if dtype == FP32:
+        problem = case.problem()
+        dflow = case.incoming(problem.flow_shape)
+        large, small = (conformance.gradients(problem, [True] * 2, dflow * unit, impl) for unit in (1, 2.0**-40))
+        for one, other in zip(large, small, strict=True):
+            torch.testing.assert_close(other * 2.0**40, one, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("temperature", FACTORS["temperature"])
+@pytest.mark.parametrize("logits", FACTORS["logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.subjects("reference", "cpu")  # the tables of the others, which are slower, have these pairs
+def test_budgets_hold_for_every_kind_of_map_at_every_temperature(
+    logits: str, temperature: float, dtype: torch.dtype, impl: str
+) -> None:
+    case = small_case(tokens=(40, 70), D=64, logits=logits, temperature=temperature, dtype=dtype)
+    conformance.check_flow(case, impl)
+    conformance.check_flow_gradients(case, impl)
+
+
+@pytest.mark.parametrize(
+    "tokens", [(65, 70), (577, 577), pytest.param((4096, 130), marks=pytest.mark.slow), (100, 1370)], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_equal_rows_do_not_add_up_their_rounding_errors(
+    tokens: tuple[int, int], temperature: float, dtype: torch.dtype, impl: str
+) -> None:
+    """One-hot keys make logits exact, so that nothing but the maps and sums is rounded, in every row alike."""
+    Nq, Nk = tokens
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        row, change = (torch.randn(shape, generator=generator) for shape in ((1, 1, 1, 1, 128), (1, 2, 1, 1, 128)))
+        q = (row + change).repeat(1, 1, 1, Nq, 1).to(dtype)
+        k = (40 * torch.eye(Nk, 128, dtype=dtype)).repeat(1, 2, 1, 1, 1)
+        problem = Problem(q, k, temperature=temperature)
+        exact = tt.oracle_flow(replace(problem, center=True))
+        tt.assert_flow(tt.run(problem, impl), exact, Nq, temperature=temperature)
 
 
 @pytest.mark.slow
@@ -191,6 +246,16 @@ def test_a_logit_of_minus_infinity_weighs_nothing(dtype: torch.dtype, scale: flo
 
 
 # ---------------------------------------------------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize("kind", conformance.BAD_ROWS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_bad_map_row_makes_nan_of_the_gradients_that_it_moves(kind: str, dtype: torch.dtype, impl: str) -> None:
+    """Those of its query, and of all keys, in its own frame and in those that it is paired with; of no others."""
+    q, k = tt.make_qk(1, 5, (2,), 20, 33, 8, dtype=dtype)
+    clean = flow_and_grads(Problem(q, k), impl)[1:]
+    conformance.make_bad_row(kind, q[0, 2, 1], k[0, 2, 1])
+    conformance.check_bad_gradients(kind, flow_and_grads(Problem(q, k), impl)[1:], clean)
 
 
 def flow_and_grads(problem: Problem, impl: str) -> tuple[Tensor, ...]:

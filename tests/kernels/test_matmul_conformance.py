@@ -92,7 +92,7 @@ def test_ones_give_the_flow(tokens: tuple[int, int], dtype: torch.dtype, impl: s
     flow = am_flow_matmul(q, k, queries, transpose=True, softmax=True, temperature=0.5, impl=impl).squeeze(-1)
     tt.assert_flow(flow, tt.oracle_flow(Problem(q, k, temperature=0.5, center=True)), Nq, temperature=0.5)
     same = am_flow(q, k, temperature=0.5, impl=impl)
-    torch.testing.assert_close(flow, same, rtol=0, atol=2 * tt.flow_budget(Nq, Nk, 0.5))
+    torch.testing.assert_close(flow, same, rtol=0, atol=2 * tt.flow_budget(same.max().item(), 0.5))
     ones = am_flow_matmul(q, k, keys, softmax=True, impl=impl)
     torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=5e-7)
     by_query, by_key = (am_flow_matmul(q, k, x, transpose=t, impl=impl) for x, t in ((keys, False), (queries, True)))
@@ -151,6 +151,60 @@ def test_a_bad_map_row_makes_nan_of_exactly_its_results(
     y = am_flow_matmul(q, k, x, **options)
     assert torch.equal(y.isnan(), expected)
     assert torch.equal(y[~(expected | touched)], clean[~(expected | touched)])
+
+
+@all_operators
+@pytest.mark.parametrize("kind", conformance.BAD_ROWS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_bad_map_row_makes_nan_of_the_gradients_that_it_moves(
+    kind: str, dtype: torch.dtype, operator: str, impl: str
+) -> None:
+    """Those of its query, and of all keys, in its own frame and in those that it is paired with; of no others."""
+    q, k = tt.make_qk(1, 5, (2,), 20, 33, 8, dtype=dtype)
+    options = options_of(operator)
+    x = tt.make_features(q, k, 3, lag=1, transpose=options["transpose"])
+
+    def gradients() -> tuple[Tensor, ...]:
+        inputs = tuple(t.detach().requires_grad_() for t in (q, k))
+        return grads_of(am_flow_matmul(*inputs, x, impl=impl, **options), inputs)
+
+    clean = gradients()
+    conformance.make_bad_row(kind, q[0, 2, 1], k[0, 2, 1])
+    conformance.check_bad_gradients(kind, gradients(), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ["P", "P^T"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradients_hold_at_the_lowest_temperature(seed: int, operator: str, dtype: torch.dtype, impl: str) -> None:
+    """Weights of 1e-28 meet exponentials of 1e27: their product with the rest must not underflow, however small dy.
+
+    A dy that is 2^-40 times as large gives exactly such gradients, but for numbers below the normal ones.
+    """
+    row = {name: values[0] for name, values in conformance.MATMUL_FACTORS.items()}
+    row |= {"tokens": (8, 9), "C": 3, "D": 16, "logits": "cut", "temperature": 1 / 64, "dtype": dtype, "seed": seed}
+    case = MatmulCase(**row, operator=operator)
+    conformance.check_product_gradients(case, impl)
+    if dtype == FP32:
+        problem = case.problem()
+        dy = case.incoming(problem.product_shape)
+        large, small = (conformance.gradients(problem, [True] * 3, dy * unit, impl) for unit in (1, 2.0**-40))
+        for one, other in zip(large, small, strict=True):
+            torch.testing.assert_close(other * 2.0**40, one, rtol=1e-5, atol=1e-25)
+
+
+@pytest.mark.parametrize("temperature", conformance.FACTORS["temperature"])
+@pytest.mark.parametrize("logits", conformance.FACTORS["logits"])
+@pytest.mark.parametrize("operator", ["P", "P^T"])
+@pytest.mark.subjects("reference", "cpu")  # the tables of the others, which are slower, have these pairs
+def test_budgets_hold_for_every_kind_of_map_at_every_temperature(
+    operator: str, logits: str, temperature: float, impl: str
+) -> None:
+    row = {name: values[0] for name, values in conformance.MATMUL_FACTORS.items()}
+    row |= {"tokens": (40, 70), "C": 5, "D": 64, "logits": logits, "temperature": temperature}
+    case = MatmulCase(**row, operator=operator)
+    conformance.check_product(case, impl)
+    conformance.check_product_gradients(case, impl)
 
 
 @all_operators

@@ -154,3 +154,22 @@ def test_the_checks_of_a_flow_see_small_errors() -> None:
         tt.assert_flow(torch.full_like(exact, math.nan), exact, 60)
     with pytest.raises(ValueError, match="frame_step"):
         tt.centred_budget(1e-4)
+
+
+def test_the_budget_of_a_flow_grows_with_its_largest_value_and_with_errors_of_the_logits() -> None:
+    """Not with its mean Nq / Nk; and a logit error moves A by a quarter of itself at most, and M by half."""
+    assert tt.flow_budget(0.3) == tt.flow_budget(1.0) == 5e-7
+    assert tt.flow_budget(40.0, 0.1) == pytest.approx(2e-4)
+    assert tt.flow_budget(1.0, logit_error=1e-6) == pytest.approx(1e-6)
+    q, k = tt.make_qk(1, 2, (1,), 4, 5, 8)
+    logits = 8**-0.5 * q.abs() @ k.abs().mT
+    assert tt.logit_error(Problem(q, k)) == pytest.approx(2**-23 * logits.max().item())
+    pair = Problem(q[:, :1], k[:, :1], q_b=2 * q[:, 1:], k_b=k[:, 1:])
+    assert tt.logit_error(pair) == pytest.approx(2**-23 * max(logits[:, 0].max(), 2 * logits[:, 1].max()).item())
+
+
+def test_cancelling_terms_widen_the_budget_of_a_gradient_only_where_they_cancel_to_a_fortieth() -> None:
+    exact, tie = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    plain = tt.grad_budget(exact, tie, torch.float32)
+    assert plain == tt.grad_budget(exact, tie, torch.float32, 40 * exact) == pytest.approx(4e-5)
+    assert tt.grad_budget(exact, tie, torch.float32, 1000 * exact) == pytest.approx(8000 * 2**-23)

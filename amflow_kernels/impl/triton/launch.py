@@ -132,15 +132,19 @@ class _Launch:
         return w
 
     def times(self, x: Tensor, transpose: bool, softmax: bool, w: Tensor | None) -> Tensor:
-        """The motion operator, or its transpose, times x (B, P, *G, N, C): float32."""
-        weight = None if w is None else w.view(*x.shape[:-2], self.Nq, 1)
-        x = x.float() if weight is None or not transpose else x.float() * weight
+        """The motion operator, or its transpose, times x (B, P, *G, N, C): float32.
+
+        At low temperatures e can be 1e27 and w 1e-31. A power of two that x or w takes on beforehand keeps the products
+        of either with x within the range of float32.
+        """
+        if w is None:
+            return self._change_times(x.float(), transpose, softmax)
+        unit = 2.0**46 if self.low_temperature else 1.0
+        weight = w.view(*x.shape[:-2], self.Nq, 1) * unit
+        x = x.float() * (weight if transpose else 1 / unit)
         y = self._change_times(x, transpose, softmax)
-        if weight is not None:
-            y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
-            if not transpose:
-                y *= weight
-        return y
+        y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
+        return y.mul_(1 / unit if transpose else weight)
 
     def _change_times(self, x: Tensor, transpose: bool, softmax: bool) -> Tensor:
         """M x, or with softmax e x, or their transposes times x."""
@@ -236,7 +240,7 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
     launch = _Launch(problem, saved)
     q = problem.q
     dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
-    g = subtract_mean(dflow)
+    g = subtract_mean(dflow) * launch.scale
     if problem.head_reduction == "mean":
         g = (g / launch.H).unsqueeze(HEADS).expand(launch.B, launch.P, launch.H, *g.shape[2:])
     elif launch.mean_map:
@@ -244,11 +248,11 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
     if q.dim() == 5:
         g = g.unsqueeze(-2)
     with _on(q):
-        if _strips_backward(launch, g, launch.scale, (dq, dk, dq_b, dk_b)):
+        if _strips_backward(launch, g, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
         rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=q.device)
         d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
-        _tiled_backward(launch, d, launch.scale, (dq, dk, dq_b, dk_b), FLOW)
+        _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
 
 
@@ -277,10 +281,10 @@ def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[
             v = v.float()
             if softmax:  # a constant added to all keys has no effect; subtracting the mean makes equal v give 0 exactly
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
-            u, v = u.float().contiguous(), v.contiguous()
+            u, v = (u.float() * launch.scale).contiguous(), v.contiguous()
             rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=launch.q.device)
             d = backward.Gradient(u, (0, 0, 0, 0), u, v, *rows)
-            _tiled_backward(launch, d, launch.scale, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
+            _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
     return dq, dk, dq_b, dk_b, dx
 
 
@@ -292,14 +296,13 @@ def _matmul_launch(problem: MatmulProblem) -> _Launch:
 def _tiled_backward(
     launch: _Launch,
     d: backward.Gradient,
-    scale: float,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     kind: dict[str, int | bool],
 ) -> None:
     """dq, dk, dq_b, dk_b in three passes over tiles."""
     constants = launch.map_constants(**kind)
     config = launch.config("bwd_rows")
-    launch.pair_kernel(backward.am_flow_bwd_rows_kernel, config, (d, launch.e_sum, scale), "rows", constants)
+    launch.pair_kernel(backward.am_flow_bwd_rows_kernel, config, (d, launch.e_sum), "rows", constants)
     first, second = launch.frames
     if launch.pair:
         _frames_backward(launch, backward.Frame(second, first, second, launch.P, launch.P), d, grads[:2], constants)
@@ -318,7 +321,7 @@ def _clear_unpaired(launch: _Launch, grads: tuple[Tensor, ...]) -> None:
             grad[:, launch.P : launch.step] = 0
 
 
-def _strips_backward(launch: _Launch, g: Tensor, scale: float, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
+def _strips_backward(launch: _Launch, g: Tensor, grads: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
     """All gradients in two passes by strips, if those fit; returns whether they do."""
     by_rows = configs.gradient_strip("bwd_strip_q", launch.Nk, launch.D, launch.q.dtype)
     by_columns = configs.gradient_strip("bwd_strip_k", launch.Nq, launch.D, launch.q.dtype)
@@ -326,11 +329,11 @@ def _strips_backward(launch: _Launch, g: Tensor, scale: float, grads: tuple[Tens
         return False
     _clear_unpaired(launch, grads)
     dq, dk, dq_b, dk_b = (x if x.numel() else None for x in (grads if launch.pair else (*grads[:2], *grads[:2])))
-    slope, offset = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=g.device)
+    w, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=g.device)
     rho = torch.empty((1 + launch.pair, launch.frames.first.row_max.numel()), dtype=torch.float32, device=g.device)
-    d = strip_backward.StripGradient(g, g.stride()[:4], slope, offset, rho[0], rho[-1])
+    d = strip_backward.StripGradient(g, g.stride()[:4], w, delta, rho[0], rho[-1])
     constants = launch.map_constants()
-    arguments = (d, launch.e_sum, (dq, dq_b), scale)
+    arguments = (d, launch.e_sum, (dq, dq_b))
     launch.pair_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, arguments, "rows", constants)
     if dk is not None or dk_b is not None:
         launch.pair_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, (d, (dk, dk_b)), "columns", constants)

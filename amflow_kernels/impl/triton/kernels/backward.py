@@ -1,6 +1,8 @@
 """The backward: coefficients of every pair's gradient, then dq and dk of every frame. docs/maths.md derives it.
 
-Here maps are A / temperature, and gradients with respect to them scale * temperature * dL/dA.
+Here maps are A / temperature, and gradients with respect to them scale * temperature * dL/dA; g includes the scale.
+A row's w multiplies e before anything else does: at low temperatures w can be 1e-31 and e 1e27, and w times anything
+else could underflow.
 """
 
 from typing import Any, NamedTuple
@@ -25,19 +27,19 @@ from amflow_kernels.impl.triton.kernels.maps import (
 
 
 class Gradient(NamedTuple):
-    """Gradients of the pairs: dflow minus its mean, and coefficients of the rows, (B, P, Z, G, Nq) each.
+    """Gradients of the pairs: scale * (dflow minus its mean), and coefficients of the rows, (B, P, Z, G, Nq) each.
 
-    With y = S e^|A - A'|, S = sign(A - A'), a pair adds y (slope g - offset) to the gradient of A and subtracts it from
-    that of A'. Without the second softmax y is S. For the motion operator g is the matrix u v^T, where each query and
-    key has C features.
+    With y = S w e^|A - A'|, S = sign(A - A'), a pair adds y (g - delta) to the gradient of A and subtracts it from that
+    of A'. Without the second softmax w is 1 (NaN in rows that are NaN in either map), y is S w, and delta is 0. For the
+    motion operator g is the matrix u v^T, where each query and key has C features; u includes the scale.
     """
 
     g: Any
     g_stride: Any  # of (batch, pair, Z, window)
     u: Any  # (B, P, Z, G, Nq, C)
     v: Any  # (B, P, Z, G, Nk, C)
-    slope: Any
-    offset: Any
+    w: Any
+    delta: Any
     rho: Any  # the pair's part of temperature * rowsum(A * gradient of A)
     next_rho: Any  # the pair's part of temperature * rowsum(A' * gradient of A')
     head_rho: Any = (
@@ -46,20 +48,20 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def signed_exp(x, LOW_TEMPERATURE: tl.constexpr):
-    """S e^|x|, S = sign(x), exactly 0 where x is 0; and e^|x|."""
-    exp = 1.0 + expm1(tl.abs(x), LOW_TEMPERATURE)
+def signed_exp(x, w, LOW_TEMPERATURE: tl.constexpr):
+    """S w e^|x|, S = sign(x), exactly 0 where x is 0; and w e^|x|."""
+    exp = tl.fma(expm1(tl.abs(x), LOW_TEMPERATURE), w, w)
     return tl.where(x == 0, 0.0, tl.where(x < 0, -exp, exp)), exp
 
 
 @triton.jit
-def _signed(x, CONST: tl.constexpr):
-    """y of `Gradient`, and |y| as the limit from either side of x = 0: e^|x|, or 1 without the second softmax."""
+def _signed(x, w, CONST: tl.constexpr):
+    """y of `Gradient`, and |y| as the limit from either side of x = 0: w e^|x|, or w without the second softmax."""
     if CONST.SOFTMAX:
-        return signed_exp(x, CONST.LOW_TEMPERATURE)
+        return signed_exp(x, w, CONST.LOW_TEMPERATURE)
     else:
-        one = tl.full(x.shape, 1.0, tl.float32)
-        return tl.where(x == 0, 0.0, tl.where(x < 0, -one, one)), one
+        size = tl.zeros(x.shape, tl.float32) + w
+        return tl.where(x == 0, 0.0, tl.where(x < 0, -size, size)), size
 
 
 @triton.jit
@@ -91,13 +93,13 @@ def _incoming(d, p, m, i, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """The coefficients of `Gradient`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
     block, _, run = pair_owner(p, grid, CONST)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
     c = tl.arange(0, CONST.CHUNK)
-    h_g = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
+    delta = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
     A_y = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
     A_y_g = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
     B_y = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
@@ -111,11 +113,14 @@ def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, scale, grid, CONST: tl.cons
                 pair = run.first + n * p.step
                 B = scaled_map(frames.second, p, map_index(run, pair + p.shift), i, j, CONST, False)
                 g_j = _incoming(d, p, map_index(run, pair), i, key, CONST, False)
-                y, h = _signed(A - B, CONST)
+                w = tl.full([TILING.BLOCK_M], 1.0, tl.float32)
+                if CONST.SOFTMAX:
+                    w = reciprocal(p.Nk + tl.load(e_sum_ptr + pair_number(p, map_index(run, pair)) * p.Nq + i))
+                y, h = _signed(A - B, w[:, None], CONST)
                 y = tl.where(key[None, :] < p.Nk, y, 0.0)
                 y_g = y * g_j
                 selected = c[None, :] == n
-                h_g += tl.where(selected, tl.sum(h * g_j, 1)[:, None], 0.0)
+                delta += tl.where(selected, tl.sum(h * g_j, 1)[:, None], 0.0)
                 A_y += tl.where(selected, tl.sum(A * y, 1)[:, None], 0.0)
                 A_y_g += tl.where(selected, tl.sum(A * y_g, 1)[:, None], 0.0)
                 B_y += tl.where(selected, tl.sum(B * y, 1)[:, None], 0.0)
@@ -125,15 +130,15 @@ def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, scale, grid, CONST: tl.cons
         offset = pair_number(p, map_index(run, pair[None, :])) * p.Nq + row[:, None]
         inside = (row[:, None] < p.Nq) & (c[None, :] < run.length)
         w = tl.full([TILING.BLOCK_M, CONST.CHUNK], 1.0, tl.float32)
-        delta = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
         if CONST.SOFTMAX:
             w = reciprocal(p.Nk + tl.load(e_sum_ptr + offset, mask=inside, other=0.0))
-            delta = w * h_g
-        slope = scale * w
-        tl.store(d.slope + offset, slope, mask=inside)
-        tl.store(d.offset + offset, slope * delta, mask=inside)
-        tl.store(d.rho + offset, slope / p.inv_temperature * (A_y_g - delta * A_y), mask=inside)
-        tl.store(d.next_rho + offset, -slope / p.inv_temperature * (B_y_g - delta * B_y), mask=inside)
+        else:
+            w += 0.0 * (A_y + B_y)
+            delta = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
+        tl.store(d.w + offset, w, mask=inside)
+        tl.store(d.delta + offset, delta, mask=inside)
+        tl.store(d.rho + offset, (A_y_g - delta * A_y) / p.inv_temperature, mask=inside)
+        tl.store(d.next_rho + offset, (delta * B_y - B_y_g) / p.inv_temperature, mask=inside)
 
 
 class Frame(NamedTuple):
@@ -153,13 +158,13 @@ class Frame(NamedTuple):
 @triton.jit
 def _pair_gradient(A, B, d, p, m, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The gradient of A through pair m, (A, B); 0 in rows beyond the last."""
-    y, _ = _signed(A - B, CONST)
     first = pair_number(p, m) * p.Nq
     i = tl.minimum(row, p.Nq - 1)
-    slope = tl.load(d.slope + first + i, mask=row < p.Nq, other=0.0)
-    offset = tl.load(d.offset + first + i, mask=row < p.Nq, other=0.0)
+    w = tl.load(d.w + first + i, mask=row < p.Nq, other=0.0)
+    delta = tl.load(d.delta + first + i, mask=row < p.Nq, other=0.0)
+    y, _ = _signed(A - B, expand_rows(w, TRANSPOSED), CONST)
     g_j = _incoming(d, p, m, i, key, CONST, TRANSPOSED)
-    return y * (expand_rows(slope, TRANSPOSED) * g_j - expand_rows(offset, TRANSPOSED))
+    return y * (g_j - expand_rows(delta, TRANSPOSED))
 
 
 @triton.jit

@@ -31,10 +31,10 @@ class StripGradient(NamedTuple):
     The pass by rows computes all but g, and the pass by columns reads them.
     """
 
-    g: Any  # dflow minus its mean
+    g: Any  # scale * (dflow minus its mean)
     g_stride: Any  # of (batch, pair, Z, window)
-    slope: Any  # of the pairs, as in `backward.Gradient`
-    offset: Any
+    w: Any  # of the pairs, as in `backward.Gradient`
+    delta: Any
     rho: Any  # temperature * rowsum(A * gradient of A) of the frames that begin pairs (of all frames of a clip)
     rho_b: Any  # the same of the frames that end them
 
@@ -107,9 +107,7 @@ def _dflow_tiles(dflow, p, key, TILING: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_strip_q_kernel(
-    frames, p, d, e_sum_ptr, dq_ptrs, scale, grid, CONST: tl.constexpr, TILING: tl.constexpr
-):
+def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """Stores `StripGradient`, dq of frames that begin pairs (of all frames of a clip), and dq of frames that end them.
 
     A dq that is not needed is None. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
@@ -131,26 +129,22 @@ def am_flow_bwd_strip_q_kernel(
             t = run.first + n * p.step
             B = _maps_of_rows(frames.second, p, map_index(run, t + p.shift), row0, CONST, TILING)
             g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
+            first = pair_number(p, map_index(run, t)) * p.Nq
+            w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
             x = ()
             y = ()
             for c in tl.static_range(TILING.TILES + TILING.REST):
-                y_c, h = signed_exp(A[c] - B[c], CONST.LOW_TEMPERATURE)
+                y_c, h = signed_exp(A[c] - B[c], w[:, None] if c < TILING.TILES else w, CONST.LOW_TEMPERATURE)
                 x = x + (h * g_j[c],)
                 y = y + (y_c,)
-            first = pair_number(p, map_index(run, t)) * p.Nq
-            w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
-            slope = scale * w
-            offset = slope * w * row_sum(x, 0, TILING)
+            delta = row_sum(x, 0, TILING)
             inside = (row < p.Nq) & (n >= 0)
-            tl.store(d.slope + first + row, slope, mask=inside)
-            tl.store(d.offset + first + row, offset, mask=inside)
+            tl.store(d.w + first + row, w, mask=inside)
+            tl.store(d.delta + first + row, delta, mask=inside)
             dA = ()
             next_carry = ()
             for c in tl.static_range(TILING.TILES + TILING.REST):
-                if c < TILING.TILES:
-                    G = y[c] * tl.fma(slope[:, None], g_j[c], -offset[:, None])
-                else:
-                    G = y[c] * tl.fma(slope, g_j[c], -offset)
+                G = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
                 dA = dA + (carry[c] + G,)
                 next_carry = next_carry + (-G,)
             out = RowOutput(d.rho, dq_ptrs[0], n >= 0)
@@ -255,13 +249,10 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
             next_carry = ()
             for c in tl.static_range(TILING.TILES + TILING.REST):
                 B_c = _column_map(frames.second, p, after, k_tile, c, CONST, TILING)
-                slope = _row_values(d.slope + pair_row, p, c, TILING)
-                offset = _row_values(d.offset + pair_row, p, c, TILING)
-                y, _ = signed_exp(A[c] - B_c, CONST.LOW_TEMPERATURE)
-                if c < TILING.TILES:
-                    G = y * tl.fma(slope, g_j[:, None], -offset)
-                else:
-                    G = y * tl.fma(slope, g_j, -offset)
+                w = _row_values(d.w + pair_row, p, c, TILING)
+                delta = _row_values(d.delta + pair_row, p, c, TILING)
+                y, _ = signed_exp(A[c] - B_c, w, CONST.LOW_TEMPERATURE)
+                G = y * ((g_j[:, None] if c < TILING.TILES else g_j) - delta)
                 if dk_ptrs[0] is not None:
                     dA = carry[c] + G
                     rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
