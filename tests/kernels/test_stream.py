@@ -108,9 +108,9 @@ def test_a_compiled_stream_needs_few_graphs_for_any_lag() -> None:
 
 # Views with a contiguous last dimension, (T, B, heads, N, D), whose elements overlap or are not in order.
 VIEWS: dict[str, Callable[[], Tensor]] = {
-    "overlapping windows": lambda: torch.randn(5, 2, 3, 16).unfold(-1, 8, 1),
+    "overlapping windows": lambda: torch.randn(5, 2, 3, 12).unfold(-1, 8, 1),
     "expanded heads": lambda: torch.randn(5, 2, 1, 9, 8).expand(-1, -1, 3, -1, -1),
-    "expanded tokens": lambda: torch.randn(5, 2, 3, 1, 8).expand(-1, -1, -1, 9, -1),
+    "expanded batch": lambda: torch.randn(5, 1, 3, 9, 8).expand(-1, 2, -1, -1, -1),
     "permuted": lambda: torch.randn(5, 2, 9, 3, 8).transpose(2, 3),
     "a slice of the head dimension": lambda: torch.randn(5, 2, 3, 9, 12)[..., 4:],
 }
