@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from math import prod
 from typing import Any
 
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 
 from amflow_kernels.integrations.block_finder import block_lists, select_blocks, unwrap
@@ -16,8 +16,8 @@ from amflow_kernels.integrations.recording import (
     BlockFlow,
     FlowRecorder,
     OnAttention,
-    replaced_forwards,
-    with_reader,
+    reading_attention,
+    wrapped_forwards,
 )
 
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
@@ -81,8 +81,8 @@ def record_am_flow(
 
         return record
 
-    forwards = [(layer, with_reader(name, layer.forward, on_attention(i, name))) for i, name, layer in selected]
-    with replaced_forwards([*forwards, (timm_model.patch_embed, grid.observing(timm_model.patch_embed.forward))]):
+    readers = [(layer, reading_attention(name, on_attention(i, name))) for i, name, layer in selected]
+    with wrapped_forwards([*readers, (unwrap(timm_model.patch_embed), grid.observe)]):
         yield recorder.flows
     recorder.check_complete({index: name for index, name, _ in selected})
 
@@ -121,7 +121,7 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
 
         return record
 
-    with replaced_forwards([(layer, with_reader(name, layer.forward, on_attention(i))) for i, name, layer in selected]):
+    with wrapped_forwards([(layer, reading_attention(name, on_attention(i))) for i, name, layer in selected]):
         yield qk
     missing = [name for index, name, _ in selected if index not in qk]
     if missing:
@@ -139,19 +139,14 @@ class _Grid:
         self.images = 0
         self.size: tuple[int, int] = (0, 0)  # rows and columns of a ViT's image tokens
 
-    def observing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps the forward of the patch embedding so that the number and size of the images become known."""
-
-        @wraps(forward)
-        def observing_forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.images = x.shape[0]
-            if not self.hiera:
-                embed = self.model.patch_embed
-                dynamic = getattr(embed, "dynamic_feat_size", None)
-                self.size = tuple(embed.grid_size if dynamic is None else dynamic(tuple(x.shape[-2:])))
-            return forward(x, *args, **kwargs)
-
-        return observing_forward
+    def observe(self, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward of the patch embedding, and notes the number and size of its images."""
+        self.images = x.shape[0]
+        if not self.hiera:
+            embed = self.model.patch_embed
+            dynamic = getattr(embed, "dynamic_feat_size", None)
+            self.size = tuple(embed.grid_size if dynamic is None else dynamic(tuple(x.shape[-2:])))
+        return forward(x, *args, **kwargs)
 
     def check(self, name: str, index: int, q: Tensor, k: Tensor) -> None:
         """Raises RuntimeError unless q and k hold all tokens of each image."""
@@ -186,7 +181,13 @@ class _Grid:
 
 def _selected_layers(model: nn.Module, blocks: Iterable[int] | None) -> list[tuple[int, str, Any]]:
     """(index, name, attention layer) of each selected block."""
-    layers = _attention_layers(model)
+    block_list = block_lists(model).get("blocks")
+    if block_list is None:
+        raise TypeError(
+            f"model: expected a timm vision transformer, with a list `.blocks` (a ModuleList or Sequential) of "
+            f"transformer blocks; got {type(model).__name__}, which has none"
+        )
+    layers = [_attention_layer(model, index, unwrap(block)) for index, block in enumerate(block_list)]
     selected = [(index, *layers[index]) for index in select_blocks(blocks, len(layers))]
     for _, name, layer in selected:
         if not layer.fused_attn:
@@ -197,27 +198,25 @@ def _selected_layers(model: nn.Module, blocks: Iterable[int] | None) -> list[tup
     return selected
 
 
-def _attention_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, layer) of each block's attention: `block.attn`, or the block itself where it computes its own.
+def _attention_layer(model: nn.Module, index: int, block: Any) -> tuple[str, Any]:
+    """(name, layer) of a block's attention: `block.attn`, or the block itself where it computes its own.
 
-    They are recognised by the attribute `fused_attn`: every timm layer that can call scaled_dot_product_attention has
-    it.
+    It is recognised by the attribute `fused_attn`: every timm layer that can call scaled_dot_product_attention has it.
     """
-    layers: list[tuple[str, Any]] = []
-    for index, block in enumerate(block_lists(model).get("blocks", ())):
-        attn = getattr(block, "attn", None)
-        if isinstance(attn, nn.Module) and hasattr(attn, "fused_attn"):
-            layers.append((f"blocks.{index}.attn", attn))
-        elif hasattr(block, "fused_attn"):
-            layers.append((f"blocks.{index}", block))
-        else:
-            raise TypeError(
-                "model: expected a timm vision transformer with an attention layer in every block; "
-                f"blocks.{index} of this {type(model).__name__} is {type(block).__name__} without one"
-            )
-    if not layers:
-        raise TypeError(
-            "model: expected a timm vision transformer, that is `.blocks` (a ModuleList or Sequential) of blocks "
-            f"with an attention layer `.attn`; got {type(model).__name__}"
-        )
-    return layers
+    name, attn = f"blocks.{index}", getattr(block, "attn", None)
+    if isinstance(attn, nn.Module):
+        name, attn = f"{name}.attn", unwrap(attn)
+    if isinstance(attn, XCA):
+        found = "XCA, whose attention is between channels: it has no attention map of tokens"
+    elif hasattr(attn, "fused_attn"):
+        return name, attn
+    elif hasattr(block, "fused_attn"):
+        return f"blocks.{index}", block
+    elif isinstance(attn, nn.Module):
+        found = f"{type(attn).__name__}, which has no `fused_attn`: timm's layers that can call it have"
+    else:
+        found = f"{type(block).__name__}, which has no attention layer `attn`"
+    raise TypeError(
+        "model: expected a timm vision transformer whose blocks call scaled_dot_product_attention; "
+        f"{name} of this {type(model).__name__} is {found}"
+    )
