@@ -41,13 +41,20 @@ def record_am_flow(
             out = vit(frames)           # (B * T, 3, height, width), the frames of a clip side by side
         flows[11].grid                  # (B, T - 1, heads, height, width), differentiable in the model's parameters
 
-    It works in compiled models (they are compiled again for it), in `DistributedDataParallel` and with `fully_shard`.
-    Under activation checkpointing q and k are kept, and the recomputation in the backward records nothing; with the
-    reentrant variant flows take no gradient, since its forward runs without one.
+    It works in compiled models (they are compiled again for the first recording), with `fully_shard`, and in
+    `DistributedDataParallel`, `AveragedModel` and other wrappers that hold the model as ``.module``. Under activation
+    checkpointing q and k are kept, and the recomputation in the backward records nothing, wherever it runs; with the
+    reentrant variant flows take no gradient, since its forward runs without one. To compile a checkpointed model with
+    ``fullgraph=True``, set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint``.
+
+    Recorders of one thread may overlap and end in any order; each records every forward. Forwards in other threads run
+    the bare model and are not recorded (compiled code can't tell threads apart: there, run one at a time). A copy that
+    is made of the model, by `copy.deepcopy` or by saving and loading it, has its own weights and is not recorded.
 
     Args:
-        model: a timm model with a ``.blocks`` sequence whose attention is a single ``scaled_dot_product_attention`` per
-            block without mask or bias: ViT, DeiT, DINOv2, EVA, DINOv3, ..., or Hiera.
+        model: a timm model, wrapped or not, with a ``.blocks`` sequence whose attention is a single
+            ``scaled_dot_product_attention`` per block without mask or bias: ViT, DeiT, DINOv2, EVA, DINOv3, ..., or
+            Hiera.
         num_frames: T; the batch of images is B clips of T frames.
         blocks: indices of the blocks to record, from 0; None means all.
         replace_attention: run `am_flow_attention` instead of the model's attention call, where it has no windows. On a
@@ -62,7 +69,7 @@ def record_am_flow(
         ValueError: a block index or an option is out of range, or the images are not whole clips.
         RuntimeError: a selected layer is not fused, adds a mask or bias to its logits, uses a scale other than
             D ** -0.5, calls the attention more than once, does not see all tokens of one image, or (at the end of the
-            ``with`` block) did not run.
+            ``with`` block) did not run in its thread; or another thread records the model.
 
     However the ``with`` block ends, the model is left as it was.
     """
@@ -92,7 +99,8 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
     """Records q and k of the attention layers of a timm ViT while the model runs inside the ``with`` block.
 
     They are the tensors that enter ``scaled_dot_product_attention``: after q/k norm and rotary embedding, before the
-    scale. Attention stays fused, and not a bit of the model's output changes::
+    scale. Attention stays fused, and not a bit of the model's output changes. For wrappers, checkpointing, copies and
+    threads see `record_am_flow`::
 
         with record_qk(vit) as qk:
             vit(frames)                                  # (B * T, 3, height, width)
@@ -104,8 +112,8 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
 
     Yields:
         A dict {block index: (q, k)} that the forward fills, each (batch, heads, N, D), or (batch, heads, windows, N, D)
-        where attention runs in windows, in the dtype that the layer uses. They are not copied and stay attached to the
-        autograd graph. A second forward replaces the dict's values.
+        where attention runs in windows, in the dtype that the layer uses; some models fold windows into the batch. They
+        are not copied and stay attached to the autograd graph. A second forward replaces the dict's values.
 
     Raises:
         As `record_am_flow`.
@@ -135,7 +143,10 @@ class _Grid:
         self.model = model
         self.hiera = hasattr(model, "reroll")
         if not hasattr(model, "patch_embed") or not (self.hiera or hasattr(model, "num_prefix_tokens")):
-            raise TypeError(f"model: expected a timm ViT or Hiera, got {type(model).__name__}")
+            raise TypeError(
+                "model: expected a timm ViT or Hiera, whose tokens' places are known (by `patch_embed` and "
+                f"`num_prefix_tokens`, or by `reroll`), got {type(model).__name__}"
+            )
         self.images = 0
         self.size: tuple[int, int] = (0, 0)  # rows and columns of a ViT's image tokens
 
@@ -184,7 +195,7 @@ def _selected_layers(model: nn.Module, blocks: Iterable[int] | None) -> list[tup
     block_list = block_lists(model).get("blocks")
     if block_list is None:
         raise TypeError(
-            f"model: expected a timm vision transformer, with a list `.blocks` (a ModuleList or Sequential) of "
+            "model: expected a timm vision transformer, with a list `.blocks` (a ModuleList or Sequential) of "
             f"transformer blocks; got {type(model).__name__}, which has none"
         )
     layers = [_attention_layer(model, index, unwrap(block)) for index, block in enumerate(block_list)]
@@ -213,7 +224,7 @@ def _attention_layer(model: nn.Module, index: int, block: Any) -> tuple[str, Any
     elif hasattr(block, "fused_attn"):
         return f"blocks.{index}", block
     elif isinstance(attn, nn.Module):
-        found = f"{type(attn).__name__}, which has no `fused_attn`: timm's layers that can call it have"
+        found = f"{type(attn).__name__}, which is not known to call it (timm's layers that can have `fused_attn`)"
     else:
         found = f"{type(block).__name__}, which has no attention layer `attn`"
     raise TypeError(

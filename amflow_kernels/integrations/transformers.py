@@ -8,7 +8,7 @@ Importing this module registers it::
         model(pixel_values)             # (B * T, 3, height, width)
     flows[11].grid                      # (B, T - 1, heads, height, width)
 
-Outside `record_am_flow` it is the library's own "sdpa".
+It is the library's own "sdpa", which says that flows may be recorded where a model calls it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def record_am_flow(
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a vision model while it runs inside the ``with`` block.
 
-    Like `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call.
+    Like `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call. What is said there of
+    wrappers, checkpointing, copies, threads and overlapping recorders holds here.
 
     Args:
         model: a ViT, DINOv2 (with or without registers), DINOv3 (ViT) or CLIP vision model of transformers, with or
@@ -68,8 +69,9 @@ def record_am_flow(
     Raises:
         TypeError: the model is of another kind, or an option is unknown or of a wrong type.
         ValueError: a block index or an option is out of range, or the images are not whole clips.
-        RuntimeError: the model has another attention implementation, or (at the end of the ``with`` block) a block did
-            not run.
+        RuntimeError: the model has another attention implementation; a layer uses a mask or dropout, or a scale other
+            than D ** -0.5; another thread records the model; or (at the end of the ``with`` block) a block did not run
+            in its thread.
     """
     recorder = FlowRecorder(num_frames, replace_attention=True, **options)
     vision = unwrap(model)
