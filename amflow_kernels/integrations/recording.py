@@ -110,7 +110,8 @@ class FlowRecorder:
         if len(q) % self.num_frames:
             raise ValueError(f"num_frames: expected a divisor of the {len(q)} images, got {self.num_frames}")
         q, k, v = autocast(q, k, v)
-        q_frames, k_frames, v_frames = (x.unflatten(0, (-1, self.num_frames)) for x in (q, k, v))
+        # torch 2.11 can't trace the method `unflatten` where another TorchFunctionMode is active.
+        q_frames, k_frames, v_frames = (torch.unflatten(x, 0, (-1, self.num_frames)) for x in (q, k, v))
         out = lse = None
         if self.replace_attention and q.dim() == 4:  # without windows
             # Recomputation runs the model's own attention call, which saves the same tensors as this one.

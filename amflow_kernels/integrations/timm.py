@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+import torch
 from timm.models.xcit import XCA
 from torch import Tensor, nn
 
@@ -44,8 +45,9 @@ def record_am_flow(
     It works in compiled models (they are compiled again for the first recording), with `fully_shard`, and in
     `DistributedDataParallel`, `AveragedModel` and other wrappers that hold the model as ``.module``. Under activation
     checkpointing q and k are kept, and the recomputation in the backward records nothing, wherever it runs; with the
-    reentrant variant flows take no gradient, since its forward runs without one. To compile a checkpointed model with
-    ``fullgraph=True``, set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint``.
+    reentrant variant flows take no gradient, since its forward runs without one. Compile checkpointed blocks, and don't
+    checkpoint compiled ones, whose backward would have to run inside the ``with`` block; for ``fullgraph=True`` set
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint``.
 
     Recorders of one thread may overlap and end in any order; each records every forward. Forwards in other threads run
     the bare model and are not recorded (compiled code can't tell threads apart: there, run one at a time). A copy that
@@ -177,12 +179,12 @@ class _Grid:
         """Puts a block's flow, (..., Nk) or (..., windows, Nk) in the order of the block's tokens, on the grid."""
         if not self.hiera:
             prefix = self.model.num_prefix_tokens
-            return BlockFlow(flow[..., prefix:].unflatten(-1, self.size), flow[..., :prefix], 1)
+            return BlockFlow(torch.unflatten(flow[..., prefix:], -1, self.size), flow[..., :prefix], 1)
         if windows is not None:
             flow = flow.transpose(-1, -2).flatten(-2)  # Hiera orders tokens by place in the window, then by window
         tokens = flow.reshape(-1, flow.shape[-1], 1)
-        grid = self.model.reroll(tokens, self._layout(index)).squeeze(-1).unflatten(0, flow.shape[:-1])
-        return BlockFlow(grid, flow[..., :0], windows or 1)
+        grid = self.model.reroll(tokens, self._layout(index)).squeeze(-1)
+        return BlockFlow(torch.unflatten(grid, 0, flow.shape[:-1]), flow[..., :0], windows or 1)
 
     @staticmethod
     def _layout(index: int) -> int:

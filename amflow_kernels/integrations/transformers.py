@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -118,7 +119,7 @@ class _Grid:
             )
 
     def block_flow(self, flow: Tensor) -> BlockFlow:
-        return BlockFlow(flow[..., self.prefix :].unflatten(-1, self.size), flow[..., : self.prefix], 1)
+        return BlockFlow(torch.unflatten(flow[..., self.prefix :], -1, self.size), flow[..., : self.prefix], 1)
 
 
 def _prefix_tokens(model: Any) -> int:

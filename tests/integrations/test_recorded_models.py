@@ -393,7 +393,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", ["plain", pytest.param("hiera", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_is_recorded_as_the_bare_one(wrapper: str, name: str, first: str) -> None:
-    """Whether it ran before it is recorded or not; and afterwards it runs as the bare one."""
+    """By two recorders at once, whether it ran before or not; and afterwards it runs as the bare one."""
     bare = small(name)
     x = some_images(bare, 2 * T)
     expected = bare(x)
@@ -427,6 +427,17 @@ def test_recording_a_compiled_model_again_needs_no_other_graph(name: str) -> Non
         assert_same(flows, want, rtol=1e-5, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace_attention", [False, True])
+def test_a_model_compiled_under_a_default_device(replace_attention: bool) -> None:
+    """Which is a TorchFunctionMode, as the recorder has one in each layer."""
+    model, x = small("plain"), images()
+    want = Subject("timm").flows(model, x)
+    with torch.device("cpu"), record_am_flow(model, num_frames=T, replace_attention=replace_attention) as flows:
+        compiled(model)(x)
+    assert_same(flows, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True], ids="fullgraph={}".format)
