@@ -112,7 +112,9 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize(
+    "copy", ["deepcopy", "pickle", *(pytest.param(c, marks=pytest.mark.slow) for c in [*COPIES][2:])]
+)
 def test_a_copy_made_while_recording_is_a_bare_model(subject: Subject, copy: str) -> None:
     """It computes with its own weights, gradients included, records nothing, and can be recorded itself."""
     model, other, x = subject.make(), subject.make(), images()
@@ -297,7 +299,7 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("where", ["this thread", "another thread"])
 @pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
 @pytest.mark.parametrize("replace_attention", [False, True], ids=["own attention", "replaced attention"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"])
 def test_gradients_of_a_checkpointed_model(replace_attention: bool, inside: bool, where: str, autocast: bool) -> None:
     """In whichever thread the backward runs, inside of recording or after it: those of the output plus the flows'."""
     model, x = small("plain").train(), images()
