@@ -203,7 +203,7 @@ class _Forward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.plain
-        # torch.compile can trace neither question. Compiled code does not recompute by calling forwards again.
+        # torch.compile can trace neither question, so compiled code records in every thread and on recomputation.
         if torch.compiler.is_compiling() or (get_ident() == self.thread and not _in_backward()):
             for around in self.wrappers:
                 forward = partial(around, forward)
