@@ -113,10 +113,11 @@ def attention(problem: Problem, v: Tensor, impl: str | None) -> tuple[Tensor, Te
     lse = None
     if uses_lse(problem, impl) and _runs_flash(q4, k4, v4, scale):
         out, lse = _flash(q4, k4, v4, scale)
-        lse = lse.unflatten(1, groups).unflatten(0, frames)
+        lse = torch.unflatten(torch.unflatten(lse, 1, groups), 0, frames)
     else:
         out = scaled_dot_product_attention(q4, k4, v4, scale=scale)
-    return out.unflatten(1, groups).unflatten(0, frames), lse
+    # torch 2.11 can't trace the method `unflatten` where a TorchFunctionMode is active (a recorder, a default device).
+    return torch.unflatten(torch.unflatten(out, 1, groups), 0, frames), lse
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

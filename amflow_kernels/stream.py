@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ class AMFlowStream:
             q, k = ...              # (B, heads, N, D) of this frame
             flow = stream(q, k)     # (B, heads, N), or None for the first `lag` frames
 
+    Compiled code may call a stream, with ``fullgraph=True`` too, and its calls may alternate with eager ones.
+
     Args:
         lag: distance in frames of the two maps that are compared, at least 1.
         impl: as in `am_flow`.
@@ -35,7 +36,15 @@ class AMFlowStream:
         check_options(lag=lag, **options)
         check_impl(impl, None)
         self._options: dict[str, Any] = {"impl": impl, **options}
-        self._frames: deque[tuple[Tensor, Tensor]] = deque(maxlen=lag)
+        self._lag = lag
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames: the next one begins another video."""
+        # Copies of q and k of the last `lag` frames, the oldest one first. All are made with the first frame and then
+        # overwritten in turn, so that compiled code meets a list of one length.
+        self._frames: list[tuple[Tensor, Tensor]] = []
+        self._seen = 0  # frames of this video, counted up to `lag`
 
     @torch.no_grad()
     def __call__(self, q: Tensor, k: Tensor) -> Tensor | None:
@@ -52,12 +61,17 @@ class AMFlowStream:
                 stream is then as it was before the call.
         """
         self._check(q, k)
-        before = self._frames[0] if len(self._frames) == self._frames.maxlen else None
+        if not self._frames:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be overwritten outside of it
+                self._frames = [(_room_for(q), _room_for(k)) for _ in range(self._lag)]
+        (q_before, k_before), *others = self._frames
         flow = None
-        if before is not None:
-            q_a, k_a, q_b, k_b = (x.unsqueeze(1) for x in (*before, q, k))
+        if self._seen == self._lag:
+            q_a, k_a, q_b, k_b = (x.unsqueeze(1) for x in (q_before, k_before, q, k))
             flow = am_flow_pair(q_a, k_a, q_b, k_b, **self._options).squeeze(1)
-        self._frames.append((q.clone(), k.clone()))
+        else:
+            self._seen += 1
+        self._frames = [*others, (q_before.copy_(q), k_before.copy_(k))]
         return flow
 
     def _check(self, q: Tensor, k: Tensor) -> None:
@@ -79,6 +93,7 @@ class AMFlowStream:
                         "call reset() to begin another video"
                     )
 
-    def reset(self) -> None:
-        """Forget all frames: the next one begins another video."""
-        self._frames.clear()
+
+def _room_for(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor that a copy of x fits into."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -6,16 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 NAMES = ("blocks", "layers", "layer", "resblocks")  # what timm, transformers, torchvision and CLIP call the list
+# What torch.compile, the wrappers for data parallelism and averaging, FSDP and checkpointing call the model inside.
+WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model inside of `DistributedDataParallel` and `torch.compile`."""
+    """The model inside of `torch.compile`, `DistributedDataParallel` and other wrappers, whose only child it is."""
     inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    while isinstance(inner, nn.Module) and len(inner._modules) == 1 and next(iter(inner._modules)) in WRAPPED:
+        (inner,) = inner._modules.values()
     return inner
 
 

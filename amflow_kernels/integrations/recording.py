@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
+from threading import Lock, get_ident
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +23,15 @@ from amflow_kernels.attention import attention, autocast
 from amflow_kernels.dispatch import check_impl
 from amflow_kernels.problem import Problem, check_options
 
-NOT_RUN = "the model did not run inside the `with` block, or it ran without calling scaled_dot_product_attention there"
+NOT_RUN = (
+    "the model did not run in the `with` block and its thread, or it ran there without calling "
+    "scaled_dot_product_attention"
+)
 OPTIONS = ("lag", "temperature", "head_reduction", "center", "impl")  # of am_flow; the scale is the model's own
 # Called with q, k, v of the attention call. Returns the attention's output to replace the call, or None to leave it.
 OnAttention = Callable[[Tensor, Tensor, Tensor], "Tensor | None"]
+# Called with a forward and that forward's arguments. Runs it and returns its result.
+Around = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,10 @@ class BlockFlow:
     windows: int
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def _hidden_from_checkpoints() -> Any:
     """Keeps what is saved for the backward out of activation checkpointing.
 
-    A checkpoint would expect the recomputation to save it again, but that may run after the ``with`` block.
+    A checkpoint would expect the recomputation to save it again, but recomputation does not record.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
@@ -102,24 +107,19 @@ class FlowRecorder:
         Returns:
             The attention's output, (B * T, heads, N, D), if it is to be replaced, else None.
         """
-        recompute = _in_backward()  # activation checkpointing runs the layer again
-        # On recomputation the layer must save the same tensors as in its first run, so attention that was replaced
-        # there is replaced again. With windows it never is.
-        replaces = self.replace_attention and q.dim() == 4
-        if recompute and not replaces:
-            return None
         if len(q) % self.num_frames:
             raise ValueError(f"num_frames: expected a divisor of the {len(q)} images, got {self.num_frames}")
         q, k, v = autocast(q, k, v)
-        q_frames, k_frames, v_frames = (x.unflatten(0, (-1, self.num_frames)) for x in (q, k, v))
+        # torch 2.11 can't trace the method `unflatten` where another TorchFunctionMode is active.
+        q_frames, k_frames, v_frames = (torch.unflatten(x, 0, (-1, self.num_frames)) for x in (q, k, v))
         out = lse = None
-        if replaces:
+        if self.replace_attention and q.dim() == 4:  # without windows
+            # Recomputation runs the model's own attention call, which saves the same tensors as this one.
             out, lse = attention(Problem(q_frames, k_frames, lag=self.lag), v_frames, self.impl)
             out = out.flatten(0, 1)
-        if not recompute:
-            with _hidden_from_checkpoints():
-                flow = am_flow(q_frames, k_frames, lse=lse, **self.options)
-            self.flows[block] = on_grid(flow, k)
+        with _hidden_from_checkpoints():
+            flow = am_flow(q_frames, k_frames, lse=lse, **self.options)
+        self.flows[block] = on_grid(flow, k)
         return out
 
     def check_complete(self, blocks: Mapping[int, str]) -> None:
@@ -130,34 +130,110 @@ class FlowRecorder:
 
 
 @contextmanager
-def replaced_forwards(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replaces the forward of modules during the ``with`` block, and restores it however the block ends.
+def wrapped_forwards(wrappers: Sequence[tuple[nn.Module, Around]]) -> Iterator[None]:
+    """Wraps the forward of modules during the ``with`` block, and unwraps it however the block ends.
 
-    The new forward is set as an attribute of the instance, so that compiled code is compiled again: it would not notice
-    new hooks.
+    A module may be wrapped several times, in ``with`` blocks of one thread that end in any order. Copies that are made
+    of a wrapped module, its forwards in other threads, and recomputation in a backward run without the wrappers.
+
+    Args:
+        wrappers: (module, around); ``around(forward, *args, **kwargs)`` runs instead of ``forward(*args, **kwargs)``.
+
+    Raises:
+        RuntimeError: another thread wraps one of the modules.
     """
-    previous = []
+    wrapped: list[tuple[_Forward, Around]] = []
     try:
-        for module, forward in forwards:
-            previous.append((module, module.__dict__.get("forward")))
-            module.forward = forward
+        with _WRAPPING:
+            for module, around in wrappers:
+                forward = _Forward.of(module)
+                forward.add(around)
+                wrapped.append((forward, around))
         yield
     finally:
-        for module, own in reversed(previous):
-            del module.forward
-            if own is not None:  # the module had an instance attribute `forward` before
-                module.forward = own
+        with _WRAPPING:
+            for forward, around in wrapped:
+                forward.remove(around)
 
 
-def with_reader(name: str, forward: Callable[..., Any], on_attention: OnAttention) -> Callable[..., Any]:
-    """Wraps the forward of the layer `name` so that `on_attention` sees its attention call."""
+_WRAPPING = Lock()  # held while wrappers are added or removed
 
-    @wraps(forward)
-    def reading_forward(*args: Any, **kwargs: Any) -> Any:
+
+class _Forward:
+    """Runs the forward of a module with wrappers around it: while there are some, this `forward` is the module's.
+
+    It is set as an attribute of the instance, so that compiled code is compiled again: it would not notice new hooks.
+    It is a bound method because torch.compile recognises methods by their code, so another recording needs no other
+    graph, and because a copied method is bound to a copy of this object.
+    """
+
+    def __init__(self, module: nn.Module, own: Callable[..., Any] | None) -> None:
+        self.module = module
+        self.own = own  # the attribute `forward` that the instance had before
+        self.plain = MethodType(type(module).forward, module) if own is None else own
+        self.wrappers: tuple[Around, ...] = ()
+        self.thread = get_ident()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Forward:
+        """The one that the module has, or a new one."""
+        own = module.__dict__.get("forward")
+        present = getattr(own, "__self__", None)
+        return present if isinstance(present, cls) and present.module is module else cls(module, own)
+
+    def add(self, around: Around) -> None:
+        if not self.wrappers:
+            self.thread = get_ident()
+            self.module.forward = self.forward
+        elif self.thread != get_ident():
+            raise RuntimeError(
+                "model: is being recorded in another thread; record it in one thread at a time, or record a copy "
+                "(copy.deepcopy) in each"
+            )
+        self.wrappers = (*self.wrappers, around)
+
+    def remove(self, around: Around) -> None:
+        self.wrappers = tuple(other for other in self.wrappers if other is not around)
+        # If something else has replaced the forward in between, it may call this one, which now adds nothing.
+        if not self.wrappers and self.module.__dict__.get("forward") == self.forward:
+            if self.own is None:
+                del self.module.forward
+            else:
+                self.module.forward = self.own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.plain
+        # torch.compile can trace neither question, so compiled code records in every thread and on recomputation.
+        if torch.compiler.is_compiling() or (get_ident() == self.thread and not _in_backward()):
+            for around in self.wrappers:
+                forward = partial(around, forward)
+        return forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(deepcopy(self.module, memo), deepcopy(self.own, memo))
+
+    def __reduce__(self) -> Any:
+        """Pickles as an object with the `forward` that the module had before, of which a pickled method asks its name.
+
+        So the loaded module is a plain one, and loading it takes no amflow_kernels.
+        """
+        plain = self.module if self.own is None else SimpleNamespace(forward=self.own)
+        return operator.getitem, ((plain,), 0)
+
+
+def _in_backward() -> bool:
+    """Whether this thread runs a backward, whose forwards are the recomputation of activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def reading_attention(name: str, on_attention: OnAttention) -> Around:
+    """A wrapper of the layer `name` with which `on_attention` sees its attention call."""
+
+    def read(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with AttentionReader(name, on_attention):
             return forward(*args, **kwargs)
 
-    return reading_forward
+    return read
 
 
 class AttentionReader(TorchFunctionMode):
@@ -213,5 +289,7 @@ class AttentionReader(TorchFunctionMode):
         self.dropout_p = dropout_p
         out = self.on_attention(query, key, value)
         if out is not None and dropout_p:
-            raise RuntimeError(f"{self.name}: drops attention at random, which replace_attention=True would leave out")
+            raise RuntimeError(
+                f"{self.name}: drops attention at random, which attention computed together with its flow leaves out"
+            )
         return out

@@ -8,23 +8,29 @@ Importing this module registers it::
         model(pixel_values)             # (B * T, 3, height, width)
     flows[11].grid                      # (B, T - 1, heads, height, width)
 
-Outside `record_am_flow` it is the library's own "sdpa".
+It is the library's own "sdpa", which says that flows may be recorded where a model calls it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from amflow_kernels.integrations.block_finder import find_blocks, select_blocks, unwrap
-from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, OnAttention, replaced_forwards
+from amflow_kernels.integrations.recording import (
+    BlockFlow,
+    FlowRecorder,
+    OnAttention,
+    reading_attention,
+    wrapped_forwards,
+)
 
 __all__ = ["BlockFlow", "record_am_flow"]
 
@@ -36,7 +42,6 @@ _PREFIX: dict[str, Callable[[Any], int]] = {
     "dinov3_vit": lambda config: 1 + int(config.num_register_tokens),
     "clip_vision_model": lambda config: 1,
 }
-_RECORD = "_am_flow_record"  # attribute of an attention layer whose flow is recorded
 
 
 @contextmanager
@@ -49,7 +54,8 @@ def record_am_flow(
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a vision model while it runs inside the ``with`` block.
 
-    Like `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call.
+    Like `amflow_kernels.integrations.timm.record_am_flow`, with attention and flow in one call. What is said there of
+    wrappers, checkpointing, copies, threads and overlapping recorders holds here.
 
     Args:
         model: a ViT, DINOv2 (with or without registers), DINOv3 (ViT) or CLIP vision model of transformers, with or
@@ -64,8 +70,9 @@ def record_am_flow(
     Raises:
         TypeError: the model is of another kind, or an option is unknown or of a wrong type.
         ValueError: a block index or an option is out of range, or the images are not whole clips.
-        RuntimeError: the model has another attention implementation, or (at the end of the ``with`` block) a block did
-            not run.
+        RuntimeError: the model has another attention implementation; a layer uses a mask or dropout, or a scale other
+            than D ** -0.5; another thread records the model; or (at the end of the ``with`` block) a block did not run
+            in its thread.
     """
     recorder = FlowRecorder(num_frames, replace_attention=True, **options)
     vision = unwrap(model)
@@ -81,14 +88,9 @@ def record_am_flow(
 
         return record
 
-    try:
-        for index, (name, layer) in selected.items():
-            setattr(layer, _RECORD, recording(index, name))
-        with replaced_forwards([(vision, grid.observing(vision.forward))]):
-            yield recorder.flows
-    finally:
-        for _, layer in selected.values():
-            layer.__dict__.pop(_RECORD, None)
+    readers = [(layer, reading_attention(name, recording(index, name))) for index, (name, layer) in selected.items()]
+    with wrapped_forwards([*readers, (vision, grid.observe)]):
+        yield recorder.flows
     recorder.check_complete({index: name for index, (name, _) in selected.items()})
 
 
@@ -100,18 +102,13 @@ class _Grid:
         self.patch_size: tuple[int, int] = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         self.size = (0, 0)  # rows and columns of image tokens
 
-    def observing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps the model's forward so that the size of the images becomes known."""
-
-        @wraps(forward)
-        def observing_forward(*args: Any, **kwargs: Any) -> Any:
-            pixels = kwargs.get("pixel_values", args[0] if args else None)
-            if isinstance(pixels, Tensor):
-                height, width = self.patch_size
-                self.size = (pixels.shape[-2] // height, pixels.shape[-1] // width)
-            return forward(*args, **kwargs)
-
-        return observing_forward
+    def observe(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward of the model, and notes the size of its images."""
+        pixels = kwargs.get("pixel_values", args[0] if args else None)
+        if isinstance(pixels, Tensor):
+            height, width = self.patch_size
+            self.size = (pixels.shape[-2] // height, pixels.shape[-1] // width)
+        return forward(*args, **kwargs)
 
     def check(self, name: str, k: Tensor) -> None:
         """Raises RuntimeError unless k holds all tokens of each image."""
@@ -122,7 +119,7 @@ class _Grid:
             )
 
     def block_flow(self, flow: Tensor) -> BlockFlow:
-        return BlockFlow(flow[..., self.prefix :].unflatten(-1, self.size), flow[..., : self.prefix], 1)
+        return BlockFlow(torch.unflatten(flow[..., self.prefix :], -1, self.size), flow[..., : self.prefix], 1)
 
 
 def _prefix_tokens(model: Any) -> int:
@@ -155,29 +152,5 @@ def _calls_attention(layer: nn.Module) -> bool:
     return hasattr(layer, "is_causal") and (hasattr(layer, "scaling") or hasattr(layer, "scale"))
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention implementation: q, k, v (batch, heads, N, D) -> output (batch, N, heads, D), no weights."""
-    record = getattr(module, _RECORD, None)
-    if record is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-    name = type(module).__name__
-    if attention_mask is not None or dropout or options.get("is_causal", module.is_causal):
-        raise RuntimeError(f"{name}: attention with a mask or dropout; AM flow is of plain attention maps")
-    if scaling is not None and scaling != query.shape[-1] ** -0.5:
-        raise RuntimeError(f"{name}: scales its logits by {scaling}, not by D ** -0.5 = {query.shape[-1] ** -0.5}")
-    return record(query, key, value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("am_flow", _attention)
+AttentionInterface.register("am_flow", sdpa_attention_forward)
 AttentionMaskInterface.register("am_flow", sdpa_mask)

@@ -157,13 +157,51 @@ def test_model_is_restored_after_an_exception_in_the_forward(plain: Any) -> None
     assert torch.equal(plain(x), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "mixer_s32_224"])
-def test_models_without_attention_blocks_are_refused(name: str) -> None:
-    model = timm.create_model(name, pretrained=False, num_classes=0)
-    with (
-        pytest.raises(TypeError, match=r"model: expected a timm vision transformer.*(ResNet|MlpMixer)"),
-        record_qk(model),
-    ):
+class NestedTensorBlock(nn.Module):
+    """A block like those of DINOv2's own code: its attention layer is none of timm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(48, HEADS)
+
+
+KNOWN = r"model: expected a timm vision transformer whose blocks call scaled_dot_product_attention; "
+NO_LIST = r"model: expected a timm vision transformer, with a list `\.blocks`.*; got {}, which has none"
+REFUSED = {
+    "resnet10t": NO_LIST.format("ResNet"),
+    "swin_tiny_patch4_window7_224": NO_LIST.format("SwinTransformer"),
+    "mixer_s32_224": KNOWN + r"blocks\.0 of this MlpMixer is MixerBlock, which has no attention layer `attn`",
+    "tnt_s_legacy_patch16_224": KNOWN + r"blocks\.0 of this TNT is Block, which has no attention layer `attn`",
+    "crossvit_9_240": KNOWN + r"blocks\.0 of this CrossVit is MultiScaleBlock, which has no attention layer `attn`",
+    "twins_svt_small": KNOWN + r"blocks\.0 of this Twins is ModuleList, which has no attention layer `attn`",
+    "cait_xxs24_224": KNOWN + r"blocks\.0\.attn of this Cait is TalkingHeadAttn, which is not known to call it",
+    "convit_tiny": KNOWN + r"blocks\.0\.attn of this ConVit is GPSA, which is not known to call it",
+    "xcit_nano_12_p16_224": KNOWN + r"blocks\.0\.attn of this Xcit is XCA, whose attention is between channels",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_whose_attention_cant_be_read_are_refused(name: str) -> None:
+    """The message says of the model only what is true."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    with pytest.raises(TypeError, match=REFUSED[name]), record_qk(model):
+        pass
+
+
+def test_attention_between_channels_is_refused_where_it_is_fused_too() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("xcit_nano_12_p16_224", pretrained=False, depth=1)
+    model.blocks[0].attn.fused_attn = True
+    with pytest.raises(TypeError, match=REFUSED["xcit_nano_12_p16_224"]), record_qk(model):
+        pass
+
+
+def test_an_attention_layer_that_is_not_timms_is_refused_as_such() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([NestedTensorBlock()])
+    message = r"blocks\.0\.attn of this Module is MultiheadAttention, which is not known to call it"
+    with pytest.raises(TypeError, match=message), record_qk(model):
         pass
 
 
