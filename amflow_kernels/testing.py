@@ -353,9 +353,11 @@ def flow_budget(largest: float, temperature: float = 1.0, logit_error: float = 0
     flow_j is the sum of P_ij over the queries. To first order, an error dM of the maps' change moves P_ij by about
     P_ij dM / temperature, and flow_j by flow_j dM / temperature. 5e-7 is granted for dM.
 
-    That holds for logits of standard deviation up to 6 whose rounding errors average out over the queries. They do not
-    where all queries are alike, or where one query makes most of a value (unrelated frames at a low temperature): with a
-    `logit_error` of d, A is off by A (1 - A) d, at most d / 4, and M by twice that. So for larger logits. Logits in shorter sums would cost more than 2 % (csrc/cpu/product.h).
+    That holds for logits of standard deviation up to 6 whose rounding errors average out over the queries. They do
+    not where all queries are alike, or where one query makes most of a value (unrelated frames, low temperature).
+    There, and for larger logits, a `logit_error` of d counts: A is off by A (1 - A) d, at most d / 4, and M by twice
+    that.
+    Shorter sums for the logits would cost more than 2 % of the time (csrc/cpu/product.h).
     """
     return (5e-7 + logit_error / 2) * max(1.0, largest) * max(1.0, 1 / temperature)
 
