@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from amflow_kernels import dispatch
@@ -473,51 +472,3 @@ def check_bad_gradients(kind: str, grads: Sequence[Tensor], clean: Sequence[Tens
             assert not grad[0, 1:4, 1, rest].isnan().any(), "a gradient of another query is NaN"
         untouched = torch.stack((grad[0, [0, 4], 1], grad[0, [0, 4], 0]))
         assert torch.equal(untouched, torch.stack((before[0, [0, 4], 1], before[0, [0, 4], 0])))
-
-
-# ---------------------------------------------------------------------------------------------------- random cases
-
-
-@st.composite
-def any_case(draw: st.DrawFn) -> Case:
-    """A flow of any shape, strides, lag, options and dtype."""
-    sizes = st.one_of(st.integers(1, 20), st.integers(21, 150))
-    Nq, Nk = draw(sizes), draw(sizes)
-    layout = draw(st.sampled_from(tt.LAYOUTS))
-    lag = draw(st.integers(0, 3))
-    T = draw(st.integers(lag + 1, 6)) if lag else 2 * draw(st.integers(1, 3))
-    return Case(
-        tokens=(Nq, Nq) if layout == "fused_qkv" else (Nq, Nk),
-        D=draw(st.one_of(st.integers(1, 70), st.integers(71, 256))),
-        frames=(T, lag),
-        layout=layout,
-        logits=draw(st.sampled_from([kind for kind in FACTORS["logits"] if kind != "one-hot"])),
-        temperature=draw(st.floats(1 / 64, 10)),
-        dtype=draw(st.sampled_from(FACTORS["dtype"])),
-        groups=draw(st.sampled_from([(1,), (2,), (5,), (1, 3), (3, 1), (2, 2)])),
-        head_reduction=draw(st.sampled_from(FACTORS["head_reduction"])),
-        dflow=draw(st.sampled_from(FACTORS["dflow"])),
-        needs=draw(st.sampled_from(FACTORS["needs"])),
-        B=draw(st.integers(1, 3)),
-        seed=draw(st.integers(0, 2**20)),
-    )
-
-
-@st.composite
-def any_matmul_case(draw: st.DrawFn) -> MatmulCase:
-    """A product of any operator, shape, strides, lag and dtypes."""
-    operator = draw(st.sampled_from(list(OPERATORS)))
-    base = draw(any_case())
-    values = {name: getattr(base, name) for name in ("tokens", "D", "frames", "layout", "dtype", "groups", "dflow")}
-    return MatmulCase(
-        operator=operator,
-        C=draw(st.one_of(st.integers(1, 20), st.integers(21, 256))),
-        x_layout=draw(st.sampled_from(X_LAYOUTS)),
-        logits=base.logits,
-        temperature=base.temperature if operator.startswith("P") else 1.0,
-        x_float=draw(st.booleans()),
-        needs=draw(st.sampled_from(MATMUL_FACTORS["needs"])),
-        B=base.B,
-        seed=base.seed,
-        **values,
-    )

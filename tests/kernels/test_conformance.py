@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,21 +33,6 @@ def test_forward_is_within_its_budget(subject: Subject, flow_case: Case) -> None
 
 def test_gradients_are_within_their_budget(subject: Subject, flow_case: Case) -> None:
     conformance.check_flow_gradients(flow_case, subject.name)
-
-
-@pytest.mark.slow
-@pytest.mark.subjects("cpu")
-@settings(
-    max_examples=120,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(case=conformance.any_case())
-def test_any_problem_is_within_its_budgets(impl: str, case: Case) -> None:
-    conformance.check_flow(case, impl)
-    conformance.check_flow_gradients(case, impl)
 
 
 def small_case(**options: Any) -> Case:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair
@@ -43,21 +42,6 @@ def test_forward_is_within_its_budget(subject: Subject, matmul_case: MatmulCase)
 
 def test_gradients_are_within_their_budget(subject: Subject, matmul_case: MatmulCase) -> None:
     conformance.check_product_gradients(matmul_case, subject.name)
-
-
-@pytest.mark.slow
-@pytest.mark.subjects("cpu")
-@settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(case=conformance.any_matmul_case())
-def test_any_problem_is_within_its_budgets(impl: str, case: MatmulCase) -> None:
-    conformance.check_product(case, impl)
-    conformance.check_product_gradients(case, impl)
 
 
 @all_operators

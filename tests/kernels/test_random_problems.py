@@ -18,9 +18,9 @@ from torch import Tensor
 
 from amflow_kernels import testing as tt
 from amflow_kernels.impl.reference import Reference
-from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
+from amflow_kernels.problem import MapPairs
 from tests.kernels import conformance
-from tests.kernels.conformance import FACTORS, FP32, MATMUL_FACTORS, OPERATORS, X_LAYOUTS, Case, MatmulCase, Subject
+from tests.kernels.conformance import FACTORS, MATMUL_FACTORS, OPERATORS, X_LAYOUTS, Case, MatmulCase, Subject
 
 pytestmark = pytest.mark.slow
 
@@ -133,40 +133,6 @@ def random_product(draw: st.DrawFn, most: int = 90, **options: Any) -> RandomPro
     )
 
 
-def check_flow(case: RandomFlow, impl: str) -> None:
-    if case.bad == "none":
-        conformance.check_flow(case, impl)
-        conformance.check_flow_gradients(case, impl)
-        return
-    problem = case.problem()
-    double = in_double(problem)
-    check_finite_part(tt.run(problem, impl), Reference().forward(double)[0], 0.0, case, problem)
-    if case.bad != "+inf logit":
-        dflow = case.incoming(problem.flow_shape)
-        exact = Reference().backward(double, dflow.double(), dflow, [True] * 4)
-        check_finite_gradients(case, problem, dflow, impl, exact, tt.grad_tie(problem, dflow))
-
-
-def check_product(case: RandomProduct, impl: str) -> None:
-    if case.bad == "none":
-        conformance.check_product(case, impl)
-        conformance.check_product_gradients(case, impl)
-        return
-    problem = case.problem()
-    double = in_double(problem)
-    exact = Reference().matmul(double)
-    check_finite_part(tt.run(problem, impl), exact, tt.matmul_budget(problem).nan_to_num(0.0), case, problem)
-    if case.bad != "+inf logit":
-        dy = case.incoming(problem.product_shape)
-        exact_grads = Reference().matmul_backward(double, dy.double(), [True] * 5)
-        ties = (*tt.matmul_tie(problem, dy), torch.zeros(()))
-        check_finite_gradients(case, problem, dy, impl, exact_grads, ties)
-
-
-def in_double(problem: Any) -> Any:
-    return tt.with_inputs(problem, [x.double() for x in tt.inputs_of(problem)])
-
-
 def check_finite_part(found: Tensor, exact: Tensor, budget: Tensor | float) -> None:
     """The same elements are NaN, and the others are within their budget."""
     assert torch.equal(found.isnan(), exact.isnan()), "not the elements are NaN that a bad row moves"
@@ -203,9 +169,7 @@ def check_flow(case: RandomFlow, impl: str) -> None:
     exact, saved = Reference().forward(double)
     largest = max(1.0, exact.nan_to_num(0.0).max().item())
     finite = tt.with_inputs(problem, [x.nan_to_num(0.0, 0.0, 0.0) for x in tt.inputs_of(problem)])
-    check_finite_part(
-        tt.run(problem, impl), exact, tt.flow_budget(largest, case.temperature, tt.logit_error(finite))
-    )
+    check_finite_part(tt.run(problem, impl), exact, tt.flow_budget(largest, case.temperature, tt.logit_error(finite)))
     if case.bad != "+inf logit":  # its gradients hold 0 * inf
         dflow = case.incoming(problem.flow_shape)
         exact_grads = Reference().backward(double, dflow.double(), saved, [x is not None for x in problem.frames])
@@ -245,8 +209,9 @@ COUNTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def run_random(count: int, cases: st.SearchStrategy[Any], check: Callable[[Any, str], None], impl: str) -> None:
-    @settings(max_examples=count, derandomize=True, deadline=None, database=None)
-    @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     @given(case=cases)
     def run(case: Any) -> None:
         check(case, impl)
