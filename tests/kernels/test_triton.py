@@ -171,6 +171,25 @@ def test_every_kind_of_gradient_strip_is_within_its_budgets(tokens: tuple[int, i
     assert_within_budgets(Problem(q, k))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "seed"),
+    [
+        ((65, 17), 0),
+        ((17, 65), 6),
+        pytest.param((65, 65), 1, marks=SLOW),
+        *(pytest.param(tokens, 0, marks=SLOW) for tokens in ((129, 17), (17, 129), (257, 17), (17, 257))),
+    ],
+)
+def test_both_passes_of_a_gradient_see_the_same_signs(tokens: tuple[int, int], seed: int) -> None:
+    """Where elements of a map are near 1, rounding errors decide the sign of their change: in both passes alike."""
+    q, k = tt.make_qk(1, 3, (1,), *tokens, 16, dtype=torch.float16, logit_std=60.0, seed=seed)
+    problem = Problem(q, k, temperature=0.1)
+    inputs = [x.requires_grad_() for x in (q, k)]
+    dflow = tt.make_dflow(problem.flow_shape)
+    grads = torch.autograd.grad(tt.run(problem, "triton"), inputs, dflow)
+    tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
+
+
 def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:
     """A forward in strips does not compute their maps, so a backward in tiles must not read their statistics."""
     q, k = tt.make_qk(1, 3, (1,), 330, 16, 16, dtype=torch.float16)

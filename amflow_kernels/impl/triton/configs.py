@@ -71,7 +71,7 @@ class GradientStrip:
     """How a strip kernel of the backward is launched.
 
     A program owns BLOCK_M rows and loops over all keys, in TILES tiles of BLOCK_N and REST single keys; or it owns
-    BLOCK_N keys and loops over all rows, in TILES tiles of BLOCK_M and REST single rows.
+    BLOCK_N keys and loops over all rows, in TILES tiles of BLOCK_M; at most one row, REST, follows them.
     """
 
     BLOCK_M: int

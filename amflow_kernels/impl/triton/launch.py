@@ -331,7 +331,11 @@ def _strips_backward(launch: _Launch, g: Tensor, grads: tuple[Tensor, Tensor, Te
     dq, dk, dq_b, dk_b = (x if x.numel() else None for x in (grads if launch.pair else (*grads[:2], *grads[:2])))
     w, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=g.device)
     rho = torch.empty((1 + launch.pair, launch.frames.first.row_max.numel()), dtype=torch.float32, device=g.device)
-    d = strip_backward.StripGradient(g, g.stride()[:4], w, delta, rho[0], rho[-1])
+    d = strip_backward.StripGradient(g, g.stride()[:4], w, delta, rho[0], rho[-1], None, None)
+    if by_columns.REST and (dk is not None or dk_b is not None):
+        rows = launch.frames.first.row_max.numel() // launch.Nq
+        last = torch.empty((1 + launch.pair, rows * launch.Nk), dtype=torch.float32, device=g.device)
+        d = d._replace(last=last[0], last_b=last[-1])
     constants = launch.map_constants()
     arguments = (d, launch.e_sum, (dq, dq_b))
     launch.pair_kernel(strip_backward.am_flow_bwd_strip_q_kernel, by_rows, arguments, "rows", constants)

@@ -56,8 +56,12 @@ def tile_mask(n, BLOCK: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
-    """Whole rows of +-q k^T from row0 on, as a flat tuple."""
+def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BITS: tl.constexpr):
+    """Whole rows of +-q k^T from row0 on, as a flat tuple.
+
+    SAME_BITS: the REST columns have the bits that they have as part of a tile, since a product of matrices computes
+    them. Otherwise sums do, in another order: the forward, which needs no sign of A - A', would have no registers left.
+    """
     MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
     d = tl.arange(0, CONST.BLOCK_D)
     j = tile_offsets(p.Nk, TILING.BLOCK_N, TILING).to(CONST.INDEX)
@@ -83,9 +87,13 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
     columns = ()
     for x in tl.static_range(TILING.REST):
         key = tl.full([], TILING.TILES * TILING.BLOCK_N + x, CONST.INDEX)
-        k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
         for r in tl.static_range(TILING.ROW_TILES):
-            s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
+            if SAME_BITS:
+                equal_keys = tile(k + key * kn, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
+                s = tl.max(tl.dot(q_tiles[r], equal_keys), 1)
+            else:
+                k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+                s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
             if CONST.NEGATE:
                 s = -s
             columns = columns + (s,)
@@ -114,7 +122,7 @@ def row_sum(x, r: tl.constexpr, TILING: tl.constexpr):
 @triton.jit
 def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
     """Whole rows of A / temperature from row0 on, as a flat tuple. Stores the row statistics of A."""
-    s = whole_rows(f, p, m, row0, CONST, TILING)
+    s = whole_rows(f, p, m, row0, CONST, TILING, False)
     width: tl.constexpr = TILING.TILES + TILING.REST
     A = ()
     for r in tl.static_range(TILING.ROW_TILES):

@@ -3,6 +3,10 @@
 Programs loop over frames as in the forward's strips, with the same tiles and columns (strip.py). A frame's gradient is
 the sum of its parts from the pair that it ends, which is carried along, and from the pair that it begins. Meaning and
 units are those of backward.py.
+
+Both passes must see the same bits of a map: with others, the sign of A - A' can differ, and row sums of one pass do not
+fit elements of the other. Hence both multiply q k^T as matrices. A row after the tiles (REST) has no map in the pass by
+columns, which takes its dlogits from the pass by rows.
 """
 
 from typing import Any, NamedTuple
@@ -37,12 +41,15 @@ class StripGradient(NamedTuple):
     delta: Any
     rho: Any  # temperature * rowsum(A * gradient of A) of the frames that begin pairs (of all frames of a clip)
     rho_b: Any  # the same of the frames that end them
+    last: Any  # scale * dL/dlogits of the last rows of the same frames as rho's, (B, T, H, G, Nk); None: not needed
+    last_b: Any  # and of the same frames as rho_b's
 
 
 class RowOutput(NamedTuple):
     """Destinations of the results for the rows of one frame."""
 
     rho: Any
+    last: Any  # None: not needed
     dq: Any  # None: not needed
     store: Any  # False: another program, which owns the pair, stores them
 
@@ -50,7 +57,7 @@ class RowOutput(NamedTuple):
 @triton.jit
 def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
     """Whole rows of A / temperature from row0 on; 0 beyond the last key."""
-    s = whole_rows(f, p, m, row0, CONST, TILING)
+    s = whole_rows(f, p, m, row0, CONST, TILING, True)
     i = tl.minimum(row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX), p.Nq - 1)
     offset = map_number(f, p, m) * p.Nq + i
     row_max = tl.load(f.row_max + offset)
@@ -64,17 +71,43 @@ def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _finish_rows(f, p, m, row, A, dA, out, CONST: tl.constexpr, TILING: tl.constexpr):
-    """Stores rho and, if needed, dq of the rows of a map whose gradient dA is complete."""
+def _store_last_row(out, f, p, m, row0, j, dlogits, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores dlogits of the last row of a map if it is among the rows from row0 on."""
+    if row0 + TILING.BLOCK_M >= p.Nq:
+        row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
+        is_last = (row == p.Nq - 1) & out.store
+        last = out.last + map_number(f, p, m) * p.Nk
+        for c in tl.static_range(TILING.TILES):
+            key = tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + j
+            mask = is_last[:, None]
+            if TILING.PARTIAL and c == TILING.TILES - 1:
+                mask = mask & tile_mask(p.Nk, TILING.BLOCK_N, TILING)[None, :]
+            tl.store(tl.broadcast_to((last + key)[None, :], dlogits[c].shape), dlogits[c], mask=mask)
+        for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
+            ptr = last + TILING.TILES * (TILING.BLOCK_N - 1) + c
+            tl.store(tl.broadcast_to(ptr, row.shape), dlogits[c], mask=is_last)
+
+
+@triton.jit
+def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores the `RowOutput` of a map whose gradient dA is complete."""
+    row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     x = ()
     for c in tl.static_range(TILING.TILES + TILING.REST):
         x = x + (A[c] * dA[c],)
     rho = row_sum(x, 0, TILING) / p.inv_temperature
     first = map_number(f, p, m) * p.Nq
     tl.store(out.rho + first + row, rho, mask=(row < p.Nq) & out.store)
+    dlogits = ()
+    for c in tl.static_range(TILING.TILES):
+        dlogits = dlogits + (A[c] * (dA[c] - rho[:, None]),)
+    for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
+        dlogits = dlogits + (A[c] * (dA[c] - rho),)
+    j = tile_offsets(p.Nk, TILING.BLOCK_N, TILING).to(CONST.INDEX)
+    if out.last is not None:
+        _store_last_row(out, f, p, m, row0, j, dlogits, CONST, TILING)
     if out.dq is not None:
         MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
-        j = tile_offsets(p.Nk, TILING.BLOCK_N, TILING).to(CONST.INDEX)
         d = tl.arange(0, CONST.BLOCK_D)
         k = keys(f, m)
         kn = f.k_stride[4]
@@ -82,11 +115,11 @@ def _finish_rows(f, p, m, row, A, dA, out, CONST: tl.constexpr, TILING: tl.const
         for c in tl.static_range(TILING.TILES):
             start = tile_start(c, p.Nk, TILING.BLOCK_N, TILING)
             k_tile = tile(k + start * kn, kn, j[:, None], d[None, :], CONST.D, MASK_D)
-            dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
+            dq = product_with(dlogits[c], k_tile, dq, "ieee")
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
             key = tl.full([], TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST.INDEX)
             k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
-            dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
+            dq += dlogits[c][:, None] * k_row[None, :]
         dq_ptrs = out.dq + (first + row[:, None]) * CONST.D + d[None, :]
         inside = (row[:, None] < p.Nq) & (d[None, :] < CONST.D) & out.store
         tl.store(dq_ptrs, dq.to(out.dq.dtype.element_ty), mask=inside)
@@ -147,50 +180,38 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
                 G = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
                 dA = dA + (carry[c] + G,)
                 next_carry = next_carry + (-G,)
-            out = RowOutput(d.rho, dq_ptrs[0], n >= 0)
-            _finish_rows(frames.first, p, map_index(run, t), row, A, dA, out, CONST, TILING)
+            out = RowOutput(d.rho, d.last, dq_ptrs[0], n >= 0)
+            _finish_rows(frames.first, p, map_index(run, t), row0, A, dA, out, CONST, TILING)
             A = B
             carry = next_carry
         end = run.first + run.length * p.step
         if end >= p.P:
             last = map_index(run, end - p.step + p.shift)
-            _finish_rows(frames.second, p, last, row, A, carry, RowOutput(d.rho_b, dq_ptrs[1], True), CONST, TILING)
+            out = RowOutput(d.rho_b, d.last_b, dq_ptrs[1], True)
+            _finish_rows(frames.second, p, last, row0, A, carry, out, CONST, TILING)
 
 
 @triton.jit
 def _row_values(ptr, p, c, TILING: tl.constexpr):
-    """Values of the rows of tile or row c of the strip: [1, BLOCK_M], or a scalar."""
-    if c < TILING.TILES:
-        offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING)
-        return tl.load(ptr + tile_start(c, p.Nq, TILING.BLOCK_M, TILING) + offset)[None, :]
-    else:
-        return tl.load(ptr + TILING.TILES * (TILING.BLOCK_M - 1) + c)
+    """Values of the rows of tile c of the strip: [1, BLOCK_M]."""
+    offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING)
+    return tl.load(ptr + tile_start(c, p.Nq, TILING.BLOCK_M, TILING) + offset)[None, :]
 
 
 @triton.jit
 def _queries(f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
-    """The queries of tile or row c of the strip: [BLOCK_M, BLOCK_D], or [BLOCK_D]."""
-    MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
-    q = queries(f, m)
+    """The queries of tile c of the strip: [BLOCK_M, BLOCK_D]."""
     sn = f.q_stride[4]
     d = tl.arange(0, CONST.BLOCK_D)
-    if c < TILING.TILES:
-        offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING).to(CONST.INDEX)
-        start = tl.full([], tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST.INDEX)
-        return tile(q + start * sn, sn, offset[:, None], d[None, :], CONST.D, MASK_D)
-    else:
-        row = tl.full([], TILING.TILES * (TILING.BLOCK_M - 1) + c, CONST.INDEX)
-        return tile(q + row * sn, sn, 0, d, CONST.D, MASK_D)
+    offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING).to(CONST.INDEX)
+    start = tl.full([], tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST.INDEX)
+    return tile(queries(f, m) + start * sn, sn, offset[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
 
 
 @triton.jit
 def _column_map(f, p, m, k_tile, c, CONST: tl.constexpr, TILING: tl.constexpr):
-    """Tile or row c of columns of A / temperature: [BLOCK_N, BLOCK_M], 0 in rows that it repeats, or [BLOCK_N]."""
-    q = _queries(f, p, m, c, CONST, TILING)
-    if c < TILING.TILES:
-        s = tl.dot(k_tile, tl.trans(q))
-    else:
-        s = tl.sum(product(k_tile.to(tl.float32), q.to(tl.float32)[None, :]), 1)
+    """Tile c of columns of A / temperature: [BLOCK_N, BLOCK_M], 0 in rows that it repeats."""
+    s = tl.dot(k_tile, tl.trans(_queries(f, p, m, c, CONST, TILING)))
     if CONST.NEGATE:
         s = -s
     first = map_number(f, p, m) * p.Nq
@@ -203,13 +224,15 @@ def _column_map(f, p, m, k_tile, c, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _add_rows(dk, dlogits, f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
-    """dk plus the share of tile or row c of the strip."""
-    q = _queries(f, p, m, c, CONST, TILING)
-    if c < TILING.TILES:
-        return product_with(dlogits, q, dk, "ieee")
-    else:
-        return dk + dlogits[:, None] * q.to(tl.float32)[None, :]
+def _add_last_row(dk, last_ptr, f, p, m, j, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dk [BLOCK_N, BLOCK_D] plus the share of the row after the tiles, if there is one."""
+    if TILING.REST:
+        d = tl.arange(0, CONST.BLOCK_D)
+        row = tl.full([], TILING.TILES * TILING.BLOCK_M, CONST.INDEX)
+        q = tile(queries(f, m) + row * f.q_stride[4], 0, 0, d, CONST.D, CONST.D != CONST.BLOCK_D).to(tl.float32)
+        dlogits = tl.load(last_ptr + map_number(f, p, m) * p.Nk + j)
+        dk += dlogits[:, None] * q[None, :]
+    return dk
 
 
 @triton.jit
@@ -232,7 +255,7 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
         k_tile = tile(keys(frames.first, m), frames.first.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
         A = ()
         carry = ()
-        for c in tl.static_range(TILING.TILES + TILING.REST):
+        for c in tl.static_range(TILING.TILES):
             A_c = _column_map(frames.first, p, m, k_tile, c, CONST, TILING)
             A = A + (A_c,)
             carry = carry + (tl.zeros_like(A_c),)
@@ -247,22 +270,23 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             B = ()
             next_carry = ()
-            for c in tl.static_range(TILING.TILES + TILING.REST):
+            for c in tl.static_range(TILING.TILES):
                 B_c = _column_map(frames.second, p, after, k_tile, c, CONST, TILING)
                 w = _row_values(d.w + pair_row, p, c, TILING)
                 delta = _row_values(d.delta + pair_row, p, c, TILING)
                 y, _ = signed_exp(A[c] - B_c, w, CONST.LOW_TEMPERATURE)
-                G = y * ((g_j[:, None] if c < TILING.TILES else g_j) - delta)
+                G = y * (g_j[:, None] - delta)
                 if dk_ptrs[0] is not None:
                     dA = carry[c] + G
                     rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
                     dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
-                    dk = _add_rows(dk, dlogits, frames.first, p, own, c, CONST, TILING)
+                    dk = product_with(dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, "ieee")
                 B = B + (B_c,)
                 next_carry = next_carry + (-G,)
             A = B
             carry = next_carry
             if dk_ptrs[0] is not None:
+                dk = _add_last_row(dk, d.last, frames.first, p, own, j, CONST, TILING)
                 first_key = map_number(frames.first, p, own) * p.Nk
                 ptrs = dk_ptrs[0] + (first_key + key[:, None]) * CONST.D + col[None, :]
                 tl.store(ptrs, dk.to(dk_ptrs[0].dtype.element_ty), mask=inside & (n >= 0))
@@ -270,9 +294,10 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
         if dk_ptrs[1] is not None and end >= p.P:
             last = map_index(run, end - p.step + p.shift)
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
-            for c in tl.static_range(TILING.TILES + TILING.REST):
+            for c in tl.static_range(TILING.TILES):
                 rho_ptr = d.rho_b + map_number(frames.second, p, last) * p.Nq
                 dlogits = A[c] * (carry[c] - _row_values(rho_ptr, p, c, TILING))
-                dk = _add_rows(dk, dlogits, frames.second, p, last, c, CONST, TILING)
+                dk = product_with(dlogits, _queries(frames.second, p, last, c, CONST, TILING), dk, "ieee")
+            dk = _add_last_row(dk, d.last_b, frames.second, p, last, j, CONST, TILING)
             ptrs = dk_ptrs[1] + (map_number(frames.second, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
             tl.store(ptrs, dk.to(dk_ptrs[1].dtype.element_ty), mask=inside)
