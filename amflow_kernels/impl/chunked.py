@@ -223,7 +223,9 @@ class _Frames:
         maps = []
         for q, (_, k) in zip(self.queries(rows), self.sets, strict=True):
             q3, k3 = q.flatten(0, -3), k.flatten(0, -3)
-            logits = torch.baddbmm(q3.new_zeros(()), q3, k3.mT, beta=0, alpha=self.scale)
+            logits = torch.baddbmm(q3.new_zeros(()), q3, k3.mT, beta=0, alpha=self.scale or 1.0)
+            if self.scale == 0:  # with alpha = 0 the product is left out, and NaN of q and k are lost
+                logits.mul_(0.0)
             A = torch.softmax(logits, -1).unflatten(0, q.shape[:-2])
             del logits
             # `softmax` sums long rows less exactly than `sum`. That error is the same for equal rows, and adds up.

@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         _parametrize_cases(metafunc, "flow_case", {s: conformance.flow_cases(s) for s in subjects})
     elif "matmul_case" in metafunc.fixturenames:
         _parametrize_cases(metafunc, "matmul_case", {s: conformance.matmul_cases(s) for s in subjects})
-    elif "subject" in metafunc.fixturenames:
+    elif "subject" in metafunc.fixturenames and "batch" not in metafunc.fixturenames:
         parameters = [pytest.param(subject, id=subject.name, marks=_marks(subject)) for subject in subjects]
         metafunc.parametrize("subject", parameters, indirect=True)
 

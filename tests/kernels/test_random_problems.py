@@ -1,6 +1,6 @@
 """Two thousand random problems of both operators: any shape, memory layout, dtype, temperature, kind of maps and NaN.
 
-They are the same in every run. `hypothesis` prints the smallest problem that fails.
+They are the same in every run.
 """
 
 from __future__ import annotations
@@ -8,19 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from amflow_kernels import testing as tt
 from amflow_kernels.impl.reference import Reference
 from amflow_kernels.problem import MapPairs
 from tests.kernels import conformance
-from tests.kernels.conformance import FACTORS, MATMUL_FACTORS, OPERATORS, X_LAYOUTS, Case, MatmulCase, Subject
+from tests.kernels.conformance import (
+    BF16,
+    FACTORS,
+    FP16,
+    FP32,
+    MATMUL_FACTORS,
+    OPERATORS,
+    SUBJECTS,
+    X_LAYOUTS,
+    Case,
+    MatmulCase,
+    Subject,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -88,48 +99,45 @@ def windows_of_a_sequence(x: Tensor) -> Tensor:
     return memory.as_strided(x.shape, [stride * D for stride in strides] + [1])
 
 
-def sizes(most: int) -> st.SearchStrategy[int]:
+def any_size(draw: Random, most: int) -> int:
     """Mostly small: all that is special about a size happens up to 20."""
-    return st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(1, most))
+    return draw.randint(1, draw.choice((20, 20, most)))
 
 
-@st.composite
-def random_flow(draw: st.DrawFn, most: int = 90, dtypes: Sequence[torch.dtype] = tuple(FACTORS["dtype"])) -> RandomFlow:
-    Nq, Nk = draw(sizes(most)), draw(sizes(most))
-    layout = draw(st.sampled_from(tt.LAYOUTS))
-    lag = draw(st.integers(0, 3))
+def random_flow(draw: Random, *, most: int = 90, dtypes: Sequence[torch.dtype] = (FP32, BF16, FP16)) -> RandomFlow:
+    Nq, Nk = any_size(draw, most), any_size(draw, most)
+    layout, lag = draw.choice(tt.LAYOUTS), draw.randint(0, 3)
     return RandomFlow(
         tokens=(Nq, Nq) if layout == "fused_qkv" else (Nq, Nk),
-        D=draw(st.one_of(sizes(2 * most), st.sampled_from([64, 128, 256]))),
-        frames=(draw(st.integers(lag + 1, 6)) if lag else 2 * draw(st.integers(1, 3)), lag),
+        D=draw.choice((any_size(draw, 2 * most), *((64, 128, 256) if most > 50 else (64, 65)))),
+        frames=(draw.randint(lag + 1, 6) if lag else 2 * draw.randint(1, 3), lag),
         layout=layout,
-        logits=draw(st.sampled_from([kind for kind in FACTORS["logits"] if kind != "one-hot"])),
-        temperature=draw(st.one_of(st.floats(1 / 64, 1), st.floats(1, 10), st.just(1 / 64))),
-        dtype=draw(st.sampled_from(dtypes)),
-        groups=draw(st.sampled_from([(1,), (2,), (3,), (1, 3), (3, 1), (2, 2)])),
-        head_reduction=draw(st.sampled_from(FACTORS["head_reduction"])),
-        dflow=draw(st.sampled_from(FACTORS["dflow"])),
-        needs=draw(st.sampled_from(FACTORS["needs"])),
-        B=draw(st.integers(1, 2)),
-        seed=draw(st.integers(0, 2**20)),
-        shared=draw(st.sampled_from(SHARED_MEMORY)),
-        bad=draw(st.sampled_from(BAD_NUMBERS)),
+        logits=draw.choice([kind for kind in FACTORS["logits"] if kind != "one-hot"]),
+        temperature=draw.choice((draw.uniform(1 / 64, 1), draw.uniform(1, 10), 1 / 64)),
+        dtype=draw.choice(dtypes),
+        groups=draw.choice(((1,), (2,), (3,), (1, 3), (3, 1), (2, 2))),
+        head_reduction=draw.choice(FACTORS["head_reduction"]),
+        dflow=draw.choice(FACTORS["dflow"]),
+        needs=draw.choice(FACTORS["needs"]),
+        B=draw.randint(1, 2),
+        seed=draw.randrange(2**20),
+        shared=draw.choice(SHARED_MEMORY),
+        bad=draw.choice(BAD_NUMBERS),
     )
 
 
-@st.composite
-def random_product(draw: st.DrawFn, most: int = 90, **options: Any) -> RandomProduct:
-    operator = draw(st.sampled_from(list(OPERATORS)))
-    flow = vars(draw(random_flow(most, **options))) | {"head_reduction": "none"}
-    flow |= {"needs": draw(st.sampled_from(MATMUL_FACTORS["needs"]))}
+def random_product(draw: Random, *, most: int = 90, **limits: Any) -> RandomProduct:
+    operator = draw.choice(list(OPERATORS))
+    flow = vars(random_flow(draw, most=most, **limits)) | {"head_reduction": "none"}
+    flow["needs"] = draw.choice(MATMUL_FACTORS["needs"])
     if operator.startswith("M"):
         flow["temperature"] = 1.0
     return RandomProduct(
         **flow,
         operator=operator,
-        C=draw(st.one_of(sizes(most), st.sampled_from([64, 256] if most > 50 else [33]))),
-        x_layout=draw(st.sampled_from(X_LAYOUTS)),
-        x_float=draw(st.booleans()),
+        C=any_size(draw, most) if most < 50 else draw.choice((any_size(draw, most), 64, 256)),
+        x_layout=draw.choice(X_LAYOUTS),
+        x_float=draw.random() < 0.5,
     )
 
 
@@ -146,25 +154,35 @@ def check_finite_gradients(
     impl: str,
     exact: Sequence[Tensor],
     ties: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
 ) -> None:
     """The same elements are NaN, and the others are within their budget."""
     grads = conformance.gradients(case.problem(), case.needed(), incoming, impl)
-    masked: list[list[Tensor | None]] = [[], [], []]
-    for grad, want, tie in zip(grads, (x for x in exact if x.numel()), ties, strict=True):
+    masked: list[list[Tensor]] = [[], [], [], []]
+    for grad, want, tie, magnitude in zip(grads, (x for x in exact if x.numel()), ties, magnitudes, strict=True):
         if grad is None:
             continue
         assert torch.equal(grad.isnan(), want.isnan()), "not the gradients are NaN that a bad row moves"
-        for tensors, x in zip(masked, (grad, want, tie), strict=True):
+        for tensors, x in zip(masked, (grad, want, tie, magnitude), strict=True):
             tensors.append(x.masked_fill(want.isnan(), 0.0))
-    tt.assert_grads(*masked)  # type: ignore[arg-type]
+    tt.assert_grads(*masked)
 
 
 def check_flow(case: RandomFlow, impl: str) -> None:
+    problem = case.problem()
     if case.bad == "none":
-        conformance.check_flow(case, impl)
+        if case.logit_error(problem) == 0 and min(*case.tokens, case.D) >= 8:
+            conformance.check_flow(case, impl)
+        else:  # a few numbers may happen to change so little that nothing relative to their change is promised
+            tt.assert_flow(
+                tt.run(problem, impl),
+                tt.oracle_flow(replace(problem, center=True)),
+                problem.Nq,
+                temperature=case.temperature,
+                logit_error=case.logit_error(problem),
+            )
         conformance.check_flow_gradients(case, impl)
         return
-    problem = case.problem()
     double = in_double(problem)
     exact, saved = Reference().forward(double)
     largest = max(1.0, exact.nan_to_num(0.0).max().item())
@@ -173,7 +191,9 @@ def check_flow(case: RandomFlow, impl: str) -> None:
     if case.bad != "+inf logit":  # its gradients hold 0 * inf
         dflow = case.incoming(problem.flow_shape)
         exact_grads = Reference().backward(double, dflow.double(), saved, [x is not None for x in problem.frames])
-        check_finite_gradients(case, dflow, impl, exact_grads, tt.grad_tie(problem, dflow))
+        check_finite_gradients(
+            case, dflow, impl, exact_grads, tt.grad_tie(problem, dflow), tt.grad_magnitude(problem, dflow)
+        )
 
 
 def check_product(case: RandomProduct, impl: str) -> None:
@@ -190,41 +210,48 @@ def check_product(case: RandomProduct, impl: str) -> None:
         needs = [x is not None for x in (*problem.frames, problem.x)]
         exact_grads = Reference().matmul_backward(double, dy.double(), needs)
         dx_budget = tt.matmul_budget(replace(problem, x=dy.contiguous(), transpose=not problem.transpose))
-        ties = (*tt.matmul_tie(problem, dy), dx_budget)
-        check_finite_gradients(case, dy, impl, exact_grads, ties)
+        ties, magnitudes = (*tt.matmul_tie(problem, dy), dx_budget), (*tt.matmul_magnitude(problem, dy), dx_budget)
+        check_finite_gradients(case, dy, impl, exact_grads, ties, magnitudes)
 
 
 def in_double(problem: Any) -> Any:
     return tt.with_inputs(problem, [x.double() for x in tt.inputs_of(problem)])
 
 
-# How many flows and products each implementation computes, and limits where it runs slowly here: 2,000 problems in all.
-COUNTS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "cpu": (700, 500, {}),
-    "chunked": (250, 200, {}),
-    "reference": (100, 100, {}),
-    "triton": (60, 40, {"most": 12, "dtypes": conformance.SUBJECTS["triton"].dtypes}),
-    "cuda": (50, 0, {"most": 12}),
+BATCH = 50
+# Batches of flows and of products of each implementation, and limits where it runs slowly here: 2,000 problems in all.
+BATCHES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "cpu": (14, 10, {}),
+    "chunked": (5, 3, {}),
+    "reference": (2, 2, {}),
+    "triton": (1, 1, {"most": 12, "dtypes": conformance.SUBJECTS["triton"].dtypes}),
+    "cuda": (2, 0, {"most": 12}),
 }
 
 
-def run_random(count: int, cases: st.SearchStrategy[Any], check: Callable[[Any, str], None], impl: str) -> None:
-    @settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-    )
-    @given(case=cases)
-    def run(case: Any) -> None:
-        check(case, impl)
-
-    run()
+def batches(kind: int) -> Any:
+    """Parametrises `subject` and the number of a batch; kind 0: flows, 1: products."""
+    parameters = [(SUBJECTS[name], batch) for name, counts in BATCHES.items() for batch in range(counts[kind])]
+    return pytest.mark.parametrize(("subject", "batch"), parameters, ids=str, indirect=["subject"])
 
 
-def test_random_flows_are_within_their_budgets(subject: Subject) -> None:
-    count, _, limits = COUNTS[subject.name]
-    run_random(count, random_flow(**limits), check_flow, subject.name)
+def run_batch(batch: int, subject: Subject, make: Callable[..., Any], check: Callable[[Any, str], None]) -> None:
+    """All problems of a batch; the error says which fail, and why."""
+    failures = []
+    for number in range(BATCH * batch, BATCH * (batch + 1)):
+        case = make(Random(number), **BATCHES[subject.name][2])
+        try:
+            check(case, subject.name)
+        except AssertionError as error:
+            failures.append(f"{number}: {case}: {str(error).splitlines()[0]}")
+    assert not failures, "\n".join(failures)
 
 
-@pytest.mark.operator
-def test_random_products_are_within_their_budgets(subject: Subject) -> None:
-    _, count, limits = COUNTS[subject.name]
-    run_random(count, random_product(**limits), check_product, subject.name)
+@batches(0)
+def test_random_flows_are_within_their_budgets(subject: Subject, batch: int) -> None:
+    run_batch(batch, subject, random_flow, check_flow)
+
+
+@batches(1)
+def test_random_products_are_within_their_budgets(subject: Subject, batch: int) -> None:
+    run_batch(batch, subject, random_product, check_product)
