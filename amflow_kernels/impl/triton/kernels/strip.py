@@ -56,6 +56,27 @@ def tile_mask(n, BLOCK: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
+def _rest(q_tiles, k, kn, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BITS: tl.constexpr):
+    """The REST columns of +-q k^T, each for all tiles of rows."""
+    MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
+    d = tl.arange(0, CONST.BLOCK_D)
+    columns = ()
+    for x in tl.static_range(TILING.REST):
+        key = tl.full([], TILING.TILES * TILING.BLOCK_N + x, CONST.INDEX)
+        for r in tl.static_range(TILING.ROW_TILES):
+            if SAME_BITS:
+                equal_keys = tile(k + key * kn, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
+                s = tl.max(tl.dot(q_tiles[r], equal_keys), 1)
+            else:
+                k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+                s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
+            if CONST.NEGATE:
+                s = -s
+            columns = columns + (s,)
+    return columns
+
+
+@triton.jit
 def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BITS: tl.constexpr):
     """Whole rows of +-q k^T from row0 on, as a flat tuple.
 
@@ -73,6 +94,8 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
         q_tiles = q_tiles + (tile(q, sn, i[:, None], d[None, :], CONST.D, MASK_D),)
     kn = f.k_stride[4]
     k = keys(f, m)
+    if SAME_BITS:  # before the tiles, when more registers are free
+        columns = _rest(q_tiles, k, kn, CONST, TILING, True)
     tiles = ()
     for c in tl.static_range(TILING.TILES):
         start = tl.full([], tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST.INDEX)
@@ -84,19 +107,8 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
             if TILING.PARTIAL and c == TILING.TILES - 1:
                 s = tl.where(tile_mask(p.Nk, TILING.BLOCK_N, TILING)[None, :], s, -float("inf"))
             tiles = tiles + (s,)
-    columns = ()
-    for x in tl.static_range(TILING.REST):
-        key = tl.full([], TILING.TILES * TILING.BLOCK_N + x, CONST.INDEX)
-        for r in tl.static_range(TILING.ROW_TILES):
-            if SAME_BITS:
-                equal_keys = tile(k + key * kn, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
-                s = tl.max(tl.dot(q_tiles[r], equal_keys), 1)
-            else:
-                k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
-                s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
-            if CONST.NEGATE:
-                s = -s
-            columns = columns + (s,)
+    if not SAME_BITS:
+        columns = _rest(q_tiles, k, kn, CONST, TILING, False)
     rows = ()
     for r in tl.static_range(TILING.ROW_TILES):
         for c in tl.static_range(TILING.TILES):

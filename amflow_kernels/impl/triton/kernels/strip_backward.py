@@ -71,7 +71,7 @@ def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _store_last_row(out, f, p, m, row0, j, dlogits, CONST: tl.constexpr, TILING: tl.constexpr):
+def _store_last_row(out, f, p, m, row0, j, A, dA, rho, CONST: tl.constexpr, TILING: tl.constexpr):
     """Stores dlogits of the last row of a map if it is among the rows from row0 on."""
     if row0 + TILING.BLOCK_M >= p.Nq:
         row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
@@ -82,10 +82,11 @@ def _store_last_row(out, f, p, m, row0, j, dlogits, CONST: tl.constexpr, TILING:
             mask = is_last[:, None]
             if TILING.PARTIAL and c == TILING.TILES - 1:
                 mask = mask & tile_mask(p.Nk, TILING.BLOCK_N, TILING)[None, :]
-            tl.store(tl.broadcast_to((last + key)[None, :], dlogits[c].shape), dlogits[c], mask=mask)
+            dlogits = A[c] * (dA[c] - rho[:, None])
+            tl.store(tl.broadcast_to((last + key)[None, :], dlogits.shape), dlogits, mask=mask)
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
             ptr = last + TILING.TILES * (TILING.BLOCK_N - 1) + c
-            tl.store(tl.broadcast_to(ptr, row.shape), dlogits[c], mask=is_last)
+            tl.store(tl.broadcast_to(ptr, row.shape), A[c] * (dA[c] - rho), mask=is_last)
 
 
 @triton.jit
@@ -98,14 +99,9 @@ def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.cons
     rho = row_sum(x, 0, TILING) / p.inv_temperature
     first = map_number(f, p, m) * p.Nq
     tl.store(out.rho + first + row, rho, mask=(row < p.Nq) & out.store)
-    dlogits = ()
-    for c in tl.static_range(TILING.TILES):
-        dlogits = dlogits + (A[c] * (dA[c] - rho[:, None]),)
-    for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
-        dlogits = dlogits + (A[c] * (dA[c] - rho),)
     j = tile_offsets(p.Nk, TILING.BLOCK_N, TILING).to(CONST.INDEX)
     if out.last is not None:
-        _store_last_row(out, f, p, m, row0, j, dlogits, CONST, TILING)
+        _store_last_row(out, f, p, m, row0, j, A, dA, rho, CONST, TILING)
     if out.dq is not None:
         MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
         d = tl.arange(0, CONST.BLOCK_D)
@@ -115,11 +111,11 @@ def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.cons
         for c in tl.static_range(TILING.TILES):
             start = tile_start(c, p.Nk, TILING.BLOCK_N, TILING)
             k_tile = tile(k + start * kn, kn, j[:, None], d[None, :], CONST.D, MASK_D)
-            dq = product_with(dlogits[c], k_tile, dq, "ieee")
+            dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
             key = tl.full([], TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST.INDEX)
             k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
-            dq += dlogits[c][:, None] * k_row[None, :]
+            dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
         dq_ptrs = out.dq + (first + row[:, None]) * CONST.D + d[None, :]
         inside = (row[:, None] < p.Nq) & (d[None, :] < CONST.D) & out.store
         tl.store(dq_ptrs, dq.to(out.dq.dtype.element_ty), mask=inside)
