@@ -63,7 +63,8 @@ def am_flow(
         gradients by transforms of `torch.func` raise.
 
     A map row whose logits contain NaN or +inf, or are all -inf, makes NaN of the flows that use it; any other
-    -inf logit is a weight of 0.
+    -inf logit is a weight of 0. A NaN map row also makes NaN of the gradients of its query and of all keys, in its own
+    frame and in the frames it is paired with, and of no others.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.

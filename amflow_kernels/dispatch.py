@@ -80,7 +80,7 @@ def implementation(problem: MapPairs, impl: str | None) -> Implementation:
         _warned.add(choice.reason)
         warnings.warn(
             f"amflow_kernels: no fused kernel runs here ({choice.reason}); plain PyTorch computes AM flow by blocks of "
-            f"query rows, several times slower. impl={choice.name!r} asks for it without this warning.",
+            f"query rows, slower than a kernel. impl={choice.name!r} asks for it without this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

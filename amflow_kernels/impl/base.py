@@ -87,6 +87,17 @@ def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> t
     )
 
 
+def clear_unpaired(problem: MapPairs, grads: Sequence[Tensor]) -> None:
+    """Zeroes the gradients of frames that are in no pair, which there are for a lag of more than T / 2.
+
+    The formula would give them 0 times their maps, which may be NaN.
+    """
+    if not problem.pair:
+        for grad in grads[:2]:
+            if grad.numel():
+                grad[:, problem.P : problem.lag] = 0
+
+
 def nothing_saved(problem: Problem) -> Tensor:
     """The result of a forward whose backward needs nothing but the inputs."""
     return problem.q.new_empty(0, dtype=torch.float32)

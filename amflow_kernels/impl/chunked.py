@@ -18,7 +18,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from amflow_kernels.impl.base import Implementation, empty_gradients, nothing_saved
+from amflow_kernels.impl.base import Implementation, clear_unpaired, empty_gradients, nothing_saved
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MEMORY = 64 << 20  # bytes
@@ -116,10 +116,7 @@ class Chunked(Implementation):
         C = problem.C if isinstance(problem, MatmulProblem) else 0
         per_row, per_frame = 5 * problem.Nk + 3 * problem.D + 2 * C, 3 * (problem.D + C) * problem.Nk
         results = [_with_windows(grad, problem) if grad.numel() else None for grad in grads]
-        if not problem.pair:
-            for grad in results[:2]:
-                if grad is not None:
-                    grad[:, problem.P : problem.lag] = 0  # frames in no pair
+        clear_unpaired(problem, grads)
         with _no_autocast(problem):
             for chain in _chains(problem):
                 own = [None if grad is None else chain.of(grad) for grad in results]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext
-from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, empty_gradients, nothing_saved
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaired, empty_gradients, nothing_saved
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 
@@ -33,6 +33,7 @@ class Cpu(Implementation):
         torch.ops.amflow_native.am_flow_backward(
             *grads, dflow.contiguous(), *_maps(problem), problem.reduction, _vector_bits()
         )
+        clear_unpaired(problem, grads)
         return grads
 
     def matmul(self, problem: MatmulProblem) -> Tensor:
@@ -49,6 +50,7 @@ class Cpu(Implementation):
         torch.ops.amflow_native.am_flow_matmul_backward(
             *grads, dy.contiguous(), *frames, problem.x, *options, problem.transpose, problem.softmax, _vector_bits()
         )
+        clear_unpaired(problem, grads)
         return grads
 
     def describe(self, problem: MapPairs | None = None) -> list[str]:

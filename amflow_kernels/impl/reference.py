@@ -16,7 +16,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from amflow_kernels.impl.base import Implementation, nothing_saved
+from amflow_kernels.impl.base import Implementation, clear_unpaired, nothing_saved
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
@@ -139,6 +139,7 @@ def _maps_backward(
         dA[:, :-lag] += S_dM
         dA[:, lag:] -= S_dM
         grads = (*_map_backward(q, k, A, dA, scale), q.new_empty(0), q.new_empty(0))
+        clear_unpaired(problem, grads)
     return tuple(grad if needed else q.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
 
 

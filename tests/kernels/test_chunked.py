@@ -134,7 +134,7 @@ def test_it_runs_where_no_kernel_does(monkeypatch: pytest.MonkeyPatch, recwarn: 
     flow.square().sum().backward()
     am_flow_matmul(q, k, tt.make_features(q, k, 3, lag=1))
     (warning,) = recwarn.list
-    assert re.search(r"no fused kernel .*\(no fused kernel for cpu\).*several times slower", str(warning.message))
+    assert re.search(r"no fused kernel .*\(no fused kernel for cpu\).*slower than a kernel", str(warning.message))
     assert torch.equal(flow, am_flow(q, k, impl="chunked"))
     assert explain(q, k).impl == "chunked"
     assert "in 64 MB" in str(explain(q, k))

@@ -104,15 +104,20 @@ def any_size(draw: Random, most: int) -> int:
     return draw.randint(1, draw.choice((20, 20, most)))
 
 
-def random_flow(draw: Random, *, most: int = 90, dtypes: Sequence[torch.dtype] = (FP32, BF16, FP16)) -> RandomFlow:
+def random_flow(
+    draw: Random, *, most: int = 90, least_D: int = 1, dtypes: Sequence[torch.dtype] = (FP32, BF16, FP16)
+) -> RandomFlow:
     Nq, Nk = any_size(draw, most), any_size(draw, most)
     layout, lag = draw.choice(tt.LAYOUTS), draw.randint(0, 3)
+    logits, bad = draw.choice([kind for kind in FACTORS["logits"] if kind != "one-hot"]), draw.choice(BAD_NUMBERS)
+    if logits == "zero" and bad == "+inf logit":
+        bad = "none"  # the kernels for GPUs take a scale of 0 for one of 1e-38, so that 0 * inf is not NaN
     return RandomFlow(
         tokens=(Nq, Nq) if layout == "fused_qkv" else (Nq, Nk),
-        D=draw.choice((any_size(draw, 2 * most), *((64, 128, 256) if most > 50 else (64, 65)))),
+        D=max(least_D, draw.choice((any_size(draw, 2 * most), *((64, 128, 256) if most > 50 else (64, 65))))),
         frames=(draw.randint(lag + 1, 6) if lag else 2 * draw.randint(1, 3), lag),
         layout=layout,
-        logits=draw.choice([kind for kind in FACTORS["logits"] if kind != "one-hot"]),
+        logits=logits,
         temperature=draw.choice((draw.uniform(1 / 64, 1), draw.uniform(1, 10), 1 / 64)),
         dtype=draw.choice(dtypes),
         groups=draw.choice(((1,), (2,), (3,), (1, 3), (3, 1), (2, 2))),
@@ -122,7 +127,7 @@ def random_flow(draw: Random, *, most: int = 90, dtypes: Sequence[torch.dtype] =
         B=draw.randint(1, 2),
         seed=draw.randrange(2**20),
         shared=draw.choice(SHARED_MEMORY),
-        bad=draw.choice(BAD_NUMBERS),
+        bad=bad,
     )
 
 
@@ -164,7 +169,7 @@ def check_finite_gradients(
             continue
         assert torch.equal(grad.isnan(), want.isnan()), "not the gradients are NaN that a bad row moves"
         for tensors, x in zip(masked, (grad, want, tie, magnitude), strict=True):
-            tensors.append(x.masked_fill(want.isnan(), 0.0))
+            tensors.append(x.masked_fill(want.isnan(), 0.0).nan_to_num(0.0))  # ties of frames in no pair are NaN
     tt.assert_grads(*masked)
 
 
@@ -225,7 +230,8 @@ BATCHES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "chunked": (5, 3, {}),
     "reference": (2, 2, {}),
     "triton": (1, 1, {"most": 12, "dtypes": conformance.SUBJECTS["triton"].dtypes}),
-    "cuda": (2, 0, {"most": 12}),
+    # It rounds the summands of bf16 gradients to bf16: with fewer dimensions a few of them may cancel past the budget.
+    "cuda": (2, 0, {"most": 12, "least_D": 8}),
 }
 
 
