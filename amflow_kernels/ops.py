@@ -6,6 +6,7 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 """
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -328,7 +329,9 @@ def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
             raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
         return kernel(keyset, *args)
 
-    op._lib.impl(op._name, checked, "Autograd", with_keyset=True)
+    with warnings.catch_warnings():  # older versions of PyTorch warn that a kernel is replaced, which is the purpose
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        op._lib.impl(op._name, checked, "Autograd", with_keyset=True, allow_override=True)
 
 
 _GRADIENTS = (
