@@ -54,7 +54,7 @@ class MapPairs:
             self._check_clip()
         if self.scale is not None:
             _check_number("scale", self.scale, self.result_dtype)
-        _check_number("temperature", self.temperature, self.result_dtype)
+        _check_number("temperature", self.temperature, torch.float64)  # it divides: infinity would do
         if self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 "temperature: expected at least 1/64 (below it the second softmax overflows), "
