@@ -153,8 +153,15 @@ class Subject:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("reference", plain_rows=6, all_rows=12),
-        Subject("chunked", most_work=500_000, most_matmul_work=500_000, plain_rows=12, context=small_blocks),
+        Subject("reference", plain_rows=6, all_rows=12, plain_combinations=20),
+        Subject(
+            "chunked",
+            most_work=500_000,
+            most_matmul_work=500_000,
+            plain_rows=12,
+            plain_combinations=6,
+            context=small_blocks,
+        ),
         Subject("cpu"),
         Subject(
             "triton",
