@@ -316,7 +316,8 @@ def matmul_budget(problem: MatmulProblem) -> Tensor:
 
     - a logit is off by L = |scale| |q|.|k|, its terms as if none cancelled, or, if few do, by a random walk as below,
       sqrt(D) / 2 of the logit; its exponential is off by 1 + L, relatively;
-    - an entry of A, divided by the row's sum, by dA = A ((1 + L) + rowsum(A (1 + L))), and by one subnormal number;
+    - an entry of A, divided by the row's sum, by dA = A ((1 + L) + rowsum(A (1 + L))); below float32's normal numbers,
+      which not every exponential and not every GPU can hold, it may be 0;
     - an entry of M by dM = dA[t] + dA[t + lag], however small M is: an absolute error, even where frames hardly differ;
     - P = w (1 + e) by P (dM + rowsum(P dM)) / temperature, and by the four roundings of w, w x and the last sum;
     - a chain of n additions by a random walk of n steps, which is more than sqrt(n) / 2 of the sum of |M x| or |w e x|,
@@ -329,7 +330,7 @@ def matmul_budget(problem: MatmulProblem) -> Tensor:
         A = reference.attention_maps(q, k, scale)
         chain = q.shape[-1] ** 0.5 / 2 * (q @ k.mT).abs()
         relative = 1 + abs(scale) * torch.maximum(q.abs() @ k.abs().mT, chain)
-        return A * (relative + (A * relative).sum(-1, keepdim=True)) + torch.finfo(torch.float32).smallest_normal
+        return A * (relative + (A * relative).sum(-1, keepdim=True)) + torch.finfo(torch.float32).smallest_normal / EPS
 
     q, k, q_b, k_b = problem.frames
     dA = map_error(q, k)
