@@ -23,6 +23,7 @@ from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MEMORY = 64 << 20  # bytes
 FEW_ROWS = 32  # a block takes so many rows, of all its heads, before a second pair: fewer make slow matrix products
+GROWTH = ("steps", "rows", "heads", "windows", "batch")  # what a block takes more of first, while it fits
 HEADS = 2  # the heads' dimension
 
 Maps = tuple[Tensor, Tensor]  # of the first and of the second frames of pairs
@@ -151,9 +152,6 @@ class Chunked(Implementation):
             if steps > chain.num_pairs:
                 pairs = slice(max(own.start - 1, 0), min(own.stop, chain.num_pairs))
             yield _Block(b, pairs, h, w, cuts["rows"], own)
-
-
-GROWTH = ("steps", "rows", "heads", "windows", "batch")  # what a block takes more of first, while it fits
 
 
 @dataclass(frozen=True)

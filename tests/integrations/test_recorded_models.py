@@ -41,11 +41,11 @@ def _no_compiled_code() -> Iterator[None]:
 class Subject:
     """A small model of a library, and how it is recorded and run."""
 
-    def __init__(self, library: str) -> None:
-        self.library = library
+    def __init__(self, package: str) -> None:
+        self.package = package
 
     def make(self) -> Any:
-        if self.library == "timm":
+        if self.package == "timm":
             return small("plain")
         torch.manual_seed(0)
         config = tf.Dinov2Config(
@@ -58,7 +58,7 @@ class Subject:
         return model
 
     def record(self, model: nn.Module, **options: Any) -> Any:
-        integration: Any = timm_integration if self.library == "timm" else transformers_integration
+        integration: Any = timm_integration if self.package == "timm" else transformers_integration
         return integration.record_am_flow(model, num_frames=T, **options)
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ def test_a_training_step_in_another_thread_while_recording(subject: Subject) -> 
     """With checkpointing, whose recomputation runs while this thread records: the gradients of the bare model."""
     bare, model, x = subject.make().train(), subject.make().train(), images()
     subject.run(bare, x).square().mean().backward()
-    if subject.library == "timm":
+    if subject.package == "timm":
         model.set_grad_checkpointing()
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
