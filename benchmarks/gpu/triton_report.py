@@ -228,7 +228,7 @@ def increases(row: dict[str, Any], old: dict[str, Any], *figures: str) -> list[s
 
 def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
     """Modelled seconds of a launch by its instructions or exponentials and by its reads of q and k, and its padding."""
-    o, blocks = flat(o), 1
+    o, blocks, maps = flat(o), 1, B * T * H
     M, K = o["BLOCK_M"], o["BLOCK_N"]
     if "strip" in kernel:
         owned = M * o["ROW_TILES"] if kernel != "bwd_strip_k" else K
@@ -242,11 +242,14 @@ def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[f
         blocks, tiles = -(-N // owned), -(-N // inner)
         lines, across = blocks * owned, N // inner * inner + o["TAIL"] if "TAIL" in o else tiles * inner
         work = lines * across
-        # The first pass keeps its queries, the others go through frames tile by tile, the last two through three.
-        each = {"rows": inner, "bwd_dq": 3 * M + 4 * K, "bwd_dk": 4 * M + 3 * K}.get(kernel, M + K)
+        # The first pass keeps its queries, the others go through frames tile by tile. The last two read what is inside
+        # twice, and read and write float32 sums; they take two rounds more for each chunk than there are pairs.
+        each = inner if kernel == "rows" else M + K
+        if kernel in ("bwd_dq", "bwd_dk"):
+            each += inner + 4 * owned
+            maps = B * H * (T - 1 + 2 * -(-(T - 1) // o["CHUNK"]))
         read = blocks * (tiles * each + (owned if kernel == "rows" else 0))
     busy = max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
-    maps = B * T * H
     return maps * work * busy, maps * read * D * 2 / L2_RATE, lines * across / N**2 - 1
 
 
@@ -287,8 +290,7 @@ of the kernels that work in tiles are for N = {TILED[0]}.
 Registers per thread; bytes of stack (spills) and of shared memory per program; programs that fit on a multiprocessor;
 then instructions of the main loop for each element of the map that it computes: all of them, matrix instructions (one
 does many multiply-adds for many threads), exponentials, float32 arithmetic, shuffles, shared memory, local memory
-(spills), float64 arithmetic (a mistake). Where a loop has branches, all of them are counted: bwd_dq and bwd_dk compute
-up to three maps, of a frame and its neighbours.
+(spills), float64 arithmetic (a mistake). Where a loop has branches, all of them are counted.
 
 {Table("Kernels", heads, cells, []).markdown()}
 Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds, by a model that
@@ -299,8 +301,8 @@ the backward two by strips up to N = 320 and three by tiles beyond.
 - *Issue*: each pass takes as long as its instructions or its exponentials, whichever is longer ({PROCESSORS}
   multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} thread instructions and {EXPONENTIALS} exponentials per cycle).
 - *lse given*: the same without the pass that the log-sum-exps of an attention call save.
-- *L2*: what the programs read of q and k, at {L2_RATE / 1e12:g} TB/s (assumed; hits in the first-level cache are not
-  subtracted).
+- *L2*: what the programs read of q and k, and read and write of sums, at {L2_RATE / 1e12:g} TB/s (assumed; hits in the
+  first-level cache are not subtracted).
 - *Bound*: two exponentials for each element of each map, all in the special-function units; *bound / model* divides it
   by the larger of issue and L2. The longest rows are computed three times, with five exponentials for each element, so
   three passes reach at most 40% of the bound.

@@ -45,6 +45,7 @@ class Config:
     BLOCK_N: int  # keys of a tile
     num_warps: int
     num_stages: int = 2
+    PARTIAL: bool = False  # whether there are fewer rows or keys than one tile of the inner loop has (backward only)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ _CONFIGS = {
     ("weights", 4): Config(64, 16, 4),
     ("fwd", 2): Config(64, 128, 8),
     ("fwd", 4): Config(16, 64, 4),
-    ("bwd_rows", 2): Config(128, 64, 8),
-    ("bwd_rows", 4): Config(32, 32, 4),
-    ("bwd_rho", 2): Config(64, 32, 8),
-    ("bwd_rho", 4): Config(32, 32, 8),
-    ("bwd_dq", 2): Config(64, 32, 4),
-    ("bwd_dq", 4): Config(32, 32, 8),
-    ("bwd_dk", 2): Config(32, 64, 4),
-    ("bwd_dk", 4): Config(32, 32, 8),
+    ("bwd_rows", 2): Config(128, 64, 8, 1),
+    ("bwd_rows", 4): Config(32, 32, 4, 1),
+    ("bwd_rho", 2): Config(64, 64, 4, 1),
+    ("bwd_rho", 4): Config(32, 32, 4, 1),
+    ("bwd_dq", 2): Config(64, 64, 4, 1),
+    ("bwd_dq", 4): Config(32, 32, 4, 1),
+    ("bwd_dk", 2): Config(64, 64, 4, 1),
+    ("bwd_dk", 4): Config(32, 32, 4, 1),
     ("matmul_q", 2): Config(64, 32, 4),
     ("matmul_q", 4): Config(32, 32, 4),
     ("matmul_k", 2): Config(32, 64, 4),
@@ -106,7 +107,11 @@ _CONFIGS = {
 }
 _OVERRIDES = {  # by architecture, kernel and bytes per element
     (100, "fwd", 2): Config(64, 128, 8, 1),
-    (100, "bwd_rows", 2): Config(64, 64, 8),
+    (90, "bwd_dq", 2): Config(128, 64, 8, 1),
+    (90, "bwd_dk", 2): Config(128, 64, 8, 1),
+    (100, "bwd_rows", 2): Config(64, 32, 4, 1),
+    (100, "bwd_dq", 2): Config(64, 64, 8, 1),
+    (100, "bwd_dk", 2): Config(64, 64, 8, 1),
 }
 LARGEST_BLOCK = 128
 SCRATCH = 16384  # bytes of shared memory reserved for sums across warps

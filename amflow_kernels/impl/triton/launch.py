@@ -98,6 +98,27 @@ class _Launch:
         constants = constants._replace(CHUNK=chunk)
         run(kernel, programs, (self.frames, self.pairs, *arguments, grid), _options(constants, config, options))
 
+    def results_kernel(
+        self,
+        kernel: Any,
+        name: str,
+        d: backward.Gradient,
+        results: tuple[Tensor | None, Tensor | None],
+        constants: Constants,
+    ) -> None:
+        """Launch a kernel that adds up results for the frames that begin pairs (all of a clip) and for those that end them."""
+        config, owns = self.config(name), "columns" if name == "bwd_dk" else "rows"
+        partial = self.Nq < config.BLOCK_M if name == "bwd_dk" else self.Nk < config.BLOCK_N
+        self.pair_kernel(kernel, replace(config, PARTIAL=partial), (d, results), owns, constants)
+
+    def rho_of_frames(self, parts: backward.RowParts) -> Tensor:
+        """rho of the frames of a clip, from its parts by the pairs that a frame begins and by those that it ends."""
+        rho = torch.zeros_like(self.frames.first.row_max)
+        frames = rho.view(self.B, self.T, -1)
+        frames[:, : self.P] = parts.rho.view(self.B, self.P, -1)
+        frames[:, self.pairs.shift :] += parts.next_rho.view(self.B, self.P, -1)
+        return rho
+
     def map_constants(self, **kind: int | bool) -> Constants:
         """Compile-time constants of kernels that compare the maps of a pair."""
         return self.constants._replace(MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, **kind)
@@ -251,8 +272,8 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
     with _on(q):
         if _strips_backward(launch, g, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
-        rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=q.device)
-        d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
+        w, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=q.device)
+        d = backward.Gradient(g, g.stride()[:4], g, g, w, delta, None, None)
         _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
 
@@ -283,8 +304,8 @@ def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[
             if softmax:  # a constant added to all keys has no effect; subtracting the mean makes equal v give 0 exactly
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
             u, v = (u.float() * launch.scale).contiguous(), v.contiguous()
-            rows = torch.empty((4, launch.e_sum.numel()), dtype=torch.float32, device=launch.q.device)
-            d = backward.Gradient(u, (0, 0, 0, 0), u, v, *rows)
+            w_rows, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=launch.q.device)
+            d = backward.Gradient(u, (0, 0, 0, 0), u, v, w_rows, delta, None, None)
             _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
     return dq, dk, dq_b, dk_b, dx
 
@@ -300,19 +321,37 @@ def _tiled_backward(
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     kind: dict[str, int | bool],
 ) -> None:
-    """dq, dk, dq_b, dk_b in three passes over tiles."""
+    """dq, dk, dq_b, dk_b in three passes over tiles; in four for mean maps."""
     constants = launch.map_constants(**kind)
-    config = launch.config("bwd_rows")
-    launch.pair_kernel(backward.am_flow_bwd_rows_kernel, config, (d, launch.e_sum), "rows", constants)
-    first, second = launch.frames
-    if launch.pair:
-        _frames_backward(launch, backward.Frame(second, first, second, launch.P, launch.P), d, grads[:2], constants)
-        _frames_backward(launch, backward.Frame(first, second, first, 0, 0), d, grads[2:], constants)
+    parts = backward.RowParts(*torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=d.w.device))
+    arguments = (d, parts, launch.e_sum)
+    launch.pair_kernel(backward.am_flow_bwd_rows_kernel, launch.config("bwd_rows"), arguments, "rows", constants)
+    if launch.mean_map:
+        rho = [torch.empty_like(f.row_max) for f in launch.frames if f is not None]
+        d = d._replace(rho=rho[0], rho_b=rho[1] if launch.pair else None)
+        launch.results_kernel(backward.am_flow_bwd_rho_kernel, "bwd_rho", d, (d.rho, d.rho_b), constants)
+    elif launch.pair:
+        d = d._replace(rho=parts.rho, rho_b=parts.next_rho)
     else:
-        _frames_backward(
-            launch, backward.Frame(first, first, first, launch.pairs.shift, launch.P), d, grads[:2], constants
-        )
+        d = d._replace(rho=launch.rho_of_frames(parts))
+    dq, dk, dq_b, dk_b = grads
+    for kernel, name, results in (
+        (backward.am_flow_bwd_dq_kernel, "bwd_dq", (dq, dq_b)),
+        (backward.am_flow_bwd_dk_kernel, "bwd_dk", (dk, dk_b)),
+    ):
+        first, second = (_sums(x) if x.numel() else None for x in results)
+        if first is not None or second is not None:
+            launch.results_kernel(kernel, name, d, (first, second), constants)
+        for x, total in zip(results, (first, second), strict=True):
+            if total is not None and x is not total:
+                x.copy_(total)
+    if not launch.pair:
         _clear_unpaired(launch, grads)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Where float32 sums for x are made: x itself if it is float32."""
+    return x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
 
 
 def _clear_unpaired(launch: _Launch, grads: tuple[Tensor, ...]) -> None:
@@ -343,25 +382,6 @@ def _strips_backward(launch: _Launch, g: Tensor, grads: tuple[Tensor, Tensor, Te
     if dk is not None or dk_b is not None:
         launch.pair_kernel(strip_backward.am_flow_bwd_strip_k_kernel, by_columns, (d, (dk, dk_b)), "columns", constants)
     return True
-
-
-def _frames_backward(
-    launch: _Launch, frame: backward.Frame, d: backward.Gradient, grads: Sequence[Tensor], constants: Constants
-) -> None:
-    """dq and dk of one set of frames, each only if it has elements."""
-    dq, dk = grads
-    if not dq.numel() and not dk.numel():
-        return
-    if launch.mean_map:
-        d = d._replace(head_rho=torch.empty_like(frame.own.row_max))
-        launch.frame_kernel(backward.am_flow_bwd_rho_kernel, "bwd_rho", (frame, d, launch.pairs), "rows", constants)
-    width = max(16, triton.next_power_of_2(launch.D))
-    if dq.numel():
-        arguments = (frame, d, launch.pairs, dq)
-        launch.frame_kernel(backward.am_flow_bwd_dq_kernel, "bwd_dq", arguments, "rows", constants, WIDE_D=width)
-    if dk.numel():
-        arguments = (frame, d, launch.pairs, dk)
-        launch.frame_kernel(backward.am_flow_bwd_dk_kernel, "bwd_dk", arguments, "columns", constants, WIDE_D=width)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -12,23 +12,24 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     MapIndex,
-    expand_rows,
+    chain_map,
     expm1,
-    frame_owner,
     head_map,
     keys,
     map_index,
+    map_number,
     pair_number,
     pair_owner,
     queries,
     reciprocal,
     scaled_map,
-    second_frames,
 )
+
+SIGN = tl.constexpr(-(2**31))  # the sign bit of a float32
 
 
 class Gradient(NamedTuple):
-    """Gradients of the pairs: scale * (dflow minus its mean), and coefficients of the rows, (B, P, Z, G, Nq) each.
+    """Gradients of the pairs: scale * (dflow minus its mean), and coefficients of the rows.
 
     With y = S w e^|A - A'|, S = sign(A - A'), a pair adds y (g - delta) to the gradient of A and subtracts it from that
     of A'. Without the second softmax w is 1 (NaN in rows that are NaN in either map), y is S w, and delta is 0. For the
@@ -39,20 +40,33 @@ class Gradient(NamedTuple):
     g_stride: Any  # of (batch, pair, Z, window)
     u: Any  # (B, P, Z, G, Nq, C)
     v: Any  # (B, P, Z, G, Nk, C)
-    w: Any
-    delta: Any
-    rho: Any  # the pair's part of temperature * rowsum(A * gradient of A)
-    next_rho: Any  # the pair's part of temperature * rowsum(A' * gradient of A')
-    head_rho: Any = (
-        None  # mean maps only, (B, T, H, G, Nq): temperature * rowsum(A_h * gradient of A_h), A_h head h's map
+    w: Any  # (B, P, Z, G, Nq)
+    delta: Any  # the same shape
+    rho: (
+        Any  # temperature * rowsum(A * gradient of A), (B, T, H, G, Nq), of the frames that begin pairs (of all frames)
     )
+    rho_b: Any  # the same of the frames that end pairs; None for a clip
+
+
+class RowParts(NamedTuple):
+    """The parts that pairs add to the coefficients of their rows, (B, P, Z, G, Nq) each."""
+
+    rho: Any  # to rho of the frame that begins the pair
+    next_rho: Any  # to rho of the frame that ends it
 
 
 @triton.jit
 def signed_exp(x, w, LOW_TEMPERATURE: tl.constexpr):
     """S w e^|x|, S = sign(x), exactly 0 where x is 0; and w e^|x|."""
     exp = tl.fma(expm1(tl.abs(x), LOW_TEMPERATURE), w, w)
-    return tl.where(x == 0, 0.0, tl.where(x < 0, -exp, exp)), exp
+    return with_sign(exp, x), exp
+
+
+@triton.jit
+def with_sign(size, x):
+    """size with the sign of x, 0 where x is 0; size >= 0."""
+    bits = size.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & SIGN)
+    return tl.where(x == 0, 0.0, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -62,40 +76,33 @@ def _signed(x, w, CONST: tl.constexpr):
         return signed_exp(x, w, CONST.LOW_TEMPERATURE)
     else:
         size = tl.zeros(x.shape, tl.float32) + w
-        return tl.where(x == 0, 0.0, tl.where(x < 0, -size, size)), size
+        return with_sign(size, x), size
 
 
 @triton.jit
-def _incoming(d, p, m, i, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """g of pair m, 0 for keys beyond the last: [1, BLOCK_N], with features [BLOCK_M, BLOCK_N]; or TRANSPOSED."""
+def _incoming(d, p, m, i, j, wanted, CONST: tl.constexpr):
+    """g of pair m: [1, BLOCK_N], with features [BLOCK_M, BLOCK_N]; 0 if it is not wanted."""
     if CONST.C == 0:
         sb, sp, sz, sg = d.g_stride
-        g_j = tl.load(d.g + m.b * sb + m.t * sp + m.h * sz + m.g * sg + key, mask=key < p.Nk, other=0.0)
-        return expand_rows(g_j, not TRANSPOSED)
+        g = d.g + m.b * sb + m.t * sp + m.h * sz + m.g * sg
+        return tl.load(g + j, mask=wanted, other=0.0)[None, :]
     else:
         number = pair_number(p, m)
         BLOCK_C: tl.constexpr = 16 if CONST.C <= 16 else 32
-        g = tl.zeros([key.shape[0], i.shape[0]] if TRANSPOSED else [i.shape[0], key.shape[0]], tl.float32)
-        for c0 in tl.static_range(0, CONST.C, BLOCK_C):
+        g = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        u = d.u + (number * p.Nq + i[:, None]) * CONST.C
+        v = d.v + (number * p.Nk + j[None, :]) * CONST.C
+        for c0 in tl.range(0, CONST.C, BLOCK_C, num_stages=1):
             c = c0 + tl.arange(0, BLOCK_C)
-            u = d.u + (number * p.Nq + i) * CONST.C
-            v = d.v + (number * p.Nk + key) * CONST.C
-            if TRANSPOSED:
-                u_tile = tl.load(u[None, :] + c[:, None], mask=c[:, None] < CONST.C, other=0.0)
-                v_mask = (c[None, :] < CONST.C) & (key[:, None] < p.Nk)
-                v_tile = tl.load(v[:, None] + c[None, :], mask=v_mask, other=0.0)
-                g = tl.dot(v_tile, u_tile, acc=g, input_precision="ieee")
-            else:
-                u_tile = tl.load(u[:, None] + c[None, :], mask=c[None, :] < CONST.C, other=0.0)
-                v_mask = (c[:, None] < CONST.C) & (key[None, :] < p.Nk)
-                v_tile = tl.load(v[None, :] + c[:, None], mask=v_mask, other=0.0)
-                g = tl.dot(u_tile, v_tile, acc=g, input_precision="ieee")
+            u_tile = tl.load(u + c[None, :], mask=(c[None, :] < CONST.C) & wanted, other=0.0)
+            v_tile = tl.load(v + c[:, None], mask=(c[:, None] < CONST.C) & wanted, other=0.0)
+            g = tl.dot(u_tile, v_tile, acc=g, input_precision="ieee")
         return g
 
 
 @triton.jit
-def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
-    """The coefficients of `Gradient`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
+def am_flow_bwd_rows_kernel(frames, p, d, parts, e_sum_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """w and delta of `Gradient`, and `RowParts`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
     block, _, run = pair_owner(p, grid, CONST)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -109,23 +116,26 @@ def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, 
         for j0 in range(0, p.Nk, TILING.BLOCK_N):
             key = j0 + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
             j = tl.minimum(key, p.Nk - 1)
-            A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, False)
-            for n in range(0, run.length):
-                pair = run.first + n * p.step
-                B = scaled_map(second_frames(frames), p, map_index(run, pair + p.shift), i, j, CONST, False)
-                g_j = _incoming(d, p, map_index(run, pair), i, key, CONST, False)
-                w = tl.full([TILING.BLOCK_M], 1.0, tl.float32)
-                if CONST.SOFTMAX:
-                    w = reciprocal(p.Nk + tl.load(e_sum_ptr + pair_number(p, map_index(run, pair)) * p.Nq + i))
-                y, h = _signed(A - B, w[:, None], CONST)
-                y = tl.where(key[None, :] < p.Nk, y, 0.0)
-                y_g = y * g_j
-                selected = c[None, :] == n
-                delta += tl.where(selected, tl.sum(h * g_j, 1)[:, None], 0.0)
-                A_y += tl.where(selected, tl.sum(A * y, 1)[:, None], 0.0)
-                A_y_g += tl.where(selected, tl.sum(A * y_g, 1)[:, None], 0.0)
-                B_y += tl.where(selected, tl.sum(B * y, 1)[:, None], 0.0)
-                B_y_g += tl.where(selected, tl.sum(B * y_g, 1)[:, None], 0.0)
+            A = tl.zeros([TILING.BLOCK_M, TILING.BLOCK_N], tl.float32)
+            for n in range(0, run.length + 1):  # map n; before the first map there is no pair, its sums are dropped
+                f, m = chain_map(frames, p, run, n)
+                B = scaled_map(f, p, m, i, j, CONST, False)
+                if n > 0:
+                    pair = map_index(run, run.first + (n - 1) * p.step)
+                    g_j = _incoming(d, p, pair, i, j, True, CONST)
+                    w = tl.full([TILING.BLOCK_M], 1.0, tl.float32)
+                    if CONST.SOFTMAX:
+                        w = reciprocal(p.Nk + tl.load(e_sum_ptr + pair_number(p, pair) * p.Nq + i))
+                    y, h = _signed(A - B, w[:, None], CONST)
+                    y = tl.where(key[None, :] < p.Nk, y, 0.0)
+                    h = tl.where(key[None, :] < p.Nk, h, 0.0)
+                    y_g = y * g_j
+                    selected = c[None, :] == n - 1
+                    delta += tl.where(selected, tl.sum(h * g_j, 1)[:, None], 0.0)
+                    A_y += tl.where(selected, tl.sum(A * y, 1)[:, None], 0.0)
+                    A_y_g += tl.where(selected, tl.sum(A * y_g, 1)[:, None], 0.0)
+                    B_y += tl.where(selected, tl.sum(B * y, 1)[:, None], 0.0)
+                    B_y_g += tl.where(selected, tl.sum(B * y_g, 1)[:, None], 0.0)
                 A = B
         pair = run.first + c * p.step
         offset = pair_number(p, map_index(run, pair[None, :])) * p.Nq + row[:, None]
@@ -138,106 +148,94 @@ def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, 
             delta = tl.zeros([TILING.BLOCK_M, CONST.CHUNK], tl.float32)
         tl.store(d.w + offset, w, mask=inside)
         tl.store(d.delta + offset, delta, mask=inside)
-        tl.store(d.rho + offset, (A_y_g - delta * A_y) / p.inv_temperature, mask=inside)
-        tl.store(d.next_rho + offset, (delta * B_y - B_y_g) / p.inv_temperature, mask=inside)
-
-
-class Frame(NamedTuple):
-    """A set of frames, and the sets that the other frames of their pairs are in.
-
-    Frame t is the first of a pair with a frame of `after` if t < n_after, and the second of a pair with a frame of
-    `before` if t >= n_before.
-    """
-
-    before: Any
-    own: Any
-    after: Any
-    n_before: Any
-    n_after: Any
+        tl.store(parts.rho + offset, (A_y_g - delta * A_y) / p.inv_temperature, mask=inside)
+        tl.store(parts.next_rho + offset, (delta * B_y - B_y_g) / p.inv_temperature, mask=inside)
 
 
 @triton.jit
-def _pair_gradient(A, B, d, p, m, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The gradient of A through pair m, (A, B); 0 in rows beyond the last."""
+def _pair_gradient(A, B, d, p, m, wanted, i, j, CONST: tl.constexpr):
+    """The gradient of A through pair m, (A, B); 0 if it is not wanted, since there may be no such pair."""
     first = pair_number(p, m) * p.Nq
-    i = tl.minimum(row, p.Nq - 1)
-    w = tl.load(d.w + first + i, mask=row < p.Nq, other=0.0)
-    delta = tl.load(d.delta + first + i, mask=row < p.Nq, other=0.0)
-    y, _ = _signed(A - B, expand_rows(w, TRANSPOSED), CONST)
-    g_j = _incoming(d, p, m, i, key, CONST, TRANSPOSED)
-    return y * (g_j - expand_rows(delta, TRANSPOSED))
+    w = tl.load(d.w + first + i, mask=wanted, other=0.0)
+    delta = tl.load(d.delta + first + i, mask=wanted, other=0.0)
+    y, _ = _signed(A - B, w[:, None], CONST)
+    return y * (_incoming(d, p, m, i, j, wanted, CONST) - delta[:, None])
+
+
+class Tile(NamedTuple):
+    """The rows and keys of a tile, by the roles that they have for its program."""
+
+    owned: Any
+    n_owned: Any
+    inner: Any
+    new: Any  # which of the inner ones no tile before had
+    later: Any  # not the first tile of the program: results are there to be added to
 
 
 @triton.jit
-def _gradient(f, d, p, m, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A of the head of m, and the gradient of the map whose change is measured, [BLOCK_M, BLOCK_N], or TRANSPOSED."""
-    i = tl.minimum(row, p.Nq - 1)
-    j = tl.minimum(key, p.Nk - 1)
-    z = m.h
-    if CONST.MEAN_MAP:
-        z = m.h * 0
-    A = scaled_map(f.own, p, MapIndex(m.b, m.t, z, m.g), i, j, CONST, TRANSPOSED)
-    dA = tl.zeros_like(A)
-    if m.t < f.n_after:
-        B = scaled_map(f.after, p, MapIndex(m.b, m.t + p.shift, z, m.g), i, j, CONST, TRANSPOSED)
-        dA += _pair_gradient(A, B, d, p, MapIndex(m.b, m.t, z, m.g), row, key, CONST, TRANSPOSED)
-    if m.t >= f.n_before:
-        pair = MapIndex(m.b, m.t - p.shift, z, m.g)
-        B = scaled_map(f.before, p, pair, i, j, CONST, TRANSPOSED)
-        dA -= _pair_gradient(B, A, d, p, pair, row, key, CONST, TRANSPOSED)
-    if CONST.MEAN_MAP:
-        A = head_map(f.own, p, m, i, j, p.inv_temperature, CONST, TRANSPOSED)
-    return A, dA
-
-
-@triton.jit
-def am_flow_bwd_rho_kernel(f, d, p, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr):
-    """head_rho of `Gradient`, for mean maps. A program: BLOCK_M rows of one head's map."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
-    row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
-    rho = tl.zeros([TILING.BLOCK_M], tl.float32)
-    for j0 in range(0, p.Nk, TILING.BLOCK_N):
-        key = j0 + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
-        A, dA = _gradient(f, d, p, m, row, key, CONST, False)
-        rho += tl.sum(tl.where(key[None, :] < p.Nk, A * dA, 0.0), 1)
-    tl.store(d.head_rho + number * p.Nq + row, rho / p.inv_temperature, mask=row < p.Nq)
-
-
-@triton.jit
-def _rho(f, d, p, m, number, row, MEAN_MAP: tl.constexpr):
-    """temperature * rowsum(A * gradient of A) in the rows of map m, the one of this number; 0 beyond the last."""
-    inside = row < p.Nq
-    if MEAN_MAP:
-        return tl.load(d.head_rho + number * p.Nq + row, mask=inside, other=0.0)
+def _either(condition, a, b):
+    """a if the condition holds, else b; the one that is not None if the other is."""
+    if a is None:
+        return b
+    elif b is None:
+        return a
     else:
-        first = pair_number(p, m) * p.Nq
-        rho = tl.zeros([row.shape[0]], tl.float32)
-        if m.t < f.n_after:
-            rho += tl.load(d.rho + first + row, mask=inside, other=0.0)
-        if m.t >= f.n_before:
-            rho += tl.load(d.next_rho + (first - p.shift * p.Z * p.G * p.Nq) + row, mask=inside, other=0.0)
-        return rho
+        return tl.where(condition, a, b)
 
 
 @triton.jit
-def _dlogits(f, d, p, m, number, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """scale * dL/dlogits, [BLOCK_M, BLOCK_N], or TRANSPOSED; 0 in rows beyond the last."""
-    A, dA = _gradient(f, d, p, m, row, key, CONST, TRANSPOSED)
-    rho = _rho(f, d, p, m, number, row, CONST.MEAN_MAP)
-    dlogits = A * (dA - expand_rows(rho, TRANSPOSED))
+def _add_gradient(out, f, p, m, A, dA, rho, tile, CONST: tl.constexpr, OWNS_KEYS: tl.constexpr):
+    """Adds a tile's share, dlogits k or dlogits^T q, to the gradient of the queries or keys of map m of one head.
+
+    dA is the gradient of the map whose change is measured, A / temperature is the map of the head.
+    """
+    dlogits = A * (dA - rho[:, None])
     if CONST.MEAN_MAP:
         dlogits /= p.H
-    return dlogits
+    if OWNS_KEYS:
+        dlogits = tl.trans(dlogits)
+        base, stride = queries(f, m), f.q_stride[4]
+    else:
+        base, stride = keys(f, m), f.k_stride[4]
+    base += tile.inner[:, None] * stride
+    out += (map_number(f, p, m) * tile.n_owned + tile.owned[:, None]) * CONST.D
+    WIDTH: tl.constexpr = min(CONST.BLOCK_D, 32)  # more columns at a time would need more registers
+    for d0 in tl.static_range(0, CONST.D, WIDTH):
+        col = d0 + tl.arange(0, WIDTH)[None, :]
+        inside = (tile.owned[:, None] < tile.n_owned) & (col < CONST.D)
+        acc = tl.load(out + col, mask=inside & tile.later, other=0.0)
+        x = tl.load(base + col, mask=tile.new[:, None] & (col < CONST.D), other=0.0)
+        tl.store(out + col, product_with(dlogits, x, acc, CONST.PRECISION), mask=inside)
 
 
 @triton.jit
-def matrix(base, stride, n, N, d, D: tl.constexpr, WIDE_D: tl.constexpr):
-    """Whole rows n of q or k, [BLOCK, WIDE_D], 0 beyond row N - 1 and beyond D."""
-    ptrs = base + n[:, None] * stride + d[None, :]
-    if D == WIDE_D:
-        return tl.load(ptrs, mask=n[:, None] < N, other=0.0)
+def _add_rho(out, f, p, m, A, dA, tile):
+    """Adds a tile's share to temperature * rowsum(A * gradient of A) of map m of one head."""
+    out += map_number(f, p, m) * tile.n_owned + tile.owned
+    acc = tl.load(out, mask=(tile.owned < tile.n_owned) & tile.later, other=0.0)
+    rho = tl.sum(tl.where(tile.new[None, :], A * dA, 0.0), 1) / p.inv_temperature
+    tl.store(out, acc + rho, mask=tile.owned < tile.n_owned)
+
+
+@triton.jit
+def _add_shares(
+    out, d, f, p, m, second, A, dA, i, j, tile, CONST: tl.constexpr, OWNS_KEYS: tl.constexpr, RHO: tl.constexpr
+):
+    """Adds a tile's shares to the results for map m; for those of every head if A is the mean of their maps."""
+    rho_ptr = _either(second, d.rho_b, d.rho)
+    out = _either(second, out[1], out[0])
+    if CONST.MEAN_MAP:
+        for h in range(0, p.H):
+            m_h = MapIndex(m.b, m.t, h, m.g)
+            A_h = head_map(f, p, m_h, i, j, p.inv_temperature, CONST, False)
+            if RHO:
+                _add_rho(out, f, p, m_h, A_h, dA, tile)
+            else:
+                rho = tl.load(rho_ptr + map_number(f, p, m_h) * p.Nq + i)
+                _add_gradient(out, f, p, m_h, A_h, dA, rho, tile, CONST, OWNS_KEYS)
     else:
-        return tl.load(ptrs, mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+        rho = tl.load(rho_ptr + map_number(f, p, m) * p.Nq + i)
+        _add_gradient(out, f, p, m, A, dA, rho, tile, CONST, OWNS_KEYS)
 
 
 @triton.jit
@@ -254,34 +252,75 @@ def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_dq_kernel(f, d, p, dq_ptr, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
-    """dq = scale * dlogits k. A program: BLOCK_M queries of one head and frame, all keys."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
-    row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
-    col = tl.arange(0, WIDE_D)
-    k = keys(f.own, m)
-    dq = tl.zeros([TILING.BLOCK_M, WIDE_D], tl.float32)
-    for j0 in range(0, p.Nk, TILING.BLOCK_N):
-        key = j0 + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
-        dlogits = _dlogits(f, d, p, m, number, row, key, CONST, False)
-        k_tile = matrix(k, f.own.k_stride[4], key, p.Nk, col, CONST.D, WIDE_D)
-        dq = product_with(dlogits, k_tile, dq, CONST.PRECISION)
-    dq_ptrs = dq_ptr + number * p.Nq * CONST.D + row[:, None] * CONST.D + col[None, :]
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=(row[:, None] < p.Nq) & (col[None, :] < CONST.D))
+def _frames_backward(
+    frames, p, d, out, grid, CONST: tl.constexpr, TILING: tl.constexpr, OWNS_KEYS: tl.constexpr, RHO: tl.constexpr
+):
+    """Results for the frames of the CHUNK pairs of a program, added up in memory tile by tile.
+
+    A frame's gradient has a part from the pair that it ends, which is carried along, and one from the pair that it
+    begins. A program owns BLOCK_M rows, or OWNS_KEYS, BLOCK_N keys; nobody else reads or writes its results.
+    """
+    block, chunk, run = pair_owner(p, grid, CONST)
+    if OWNS_KEYS:
+        OWNED: tl.constexpr = TILING.BLOCK_N
+        INNER: tl.constexpr = TILING.BLOCK_M
+        n_inner = p.Nq
+        n_owned = p.Nk
+    else:
+        OWNED: tl.constexpr = TILING.BLOCK_M
+        INNER: tl.constexpr = TILING.BLOCK_N
+        n_inner = p.Nk
+        n_owned = p.Nq
+    owned = block * OWNED + tl.arange(0, OWNED).to(CONST.INDEX)
+    if run.length > 0:
+        # The first frame's part from the pair that ends with it: begin with that pair.
+        start = tl.where(chunk > 0, -1, 0)
+        # After the last pair of a chain, the frame that ends it is left to finish: in a round more.
+        rounds = run.length + 1 + (run.first + run.length * p.step >= p.P).to(tl.int32)
+        for inner0 in range(0, n_inner, INNER):
+            # The last tile begins early, so that no read lies beyond the end, and ignores what the one before it has.
+            inner = tl.minimum(inner0, tl.maximum(n_inner - INNER, 0)) + tl.arange(0, INNER).to(CONST.INDEX)
+            new = (inner >= inner0) & (inner < n_inner)
+            if TILING.PARTIAL:  # fewer than one tile
+                inner = tl.minimum(inner, n_inner - 1)
+            A = tl.zeros([TILING.BLOCK_M, TILING.BLOCK_N], tl.float32)
+            carry = tl.zeros([TILING.BLOCK_M, TILING.BLOCK_N], tl.float32)
+            for n in range(start, rounds):
+                f, m = chain_map(frames, p, run, tl.minimum(n, run.length))
+                i, j = inner, tl.minimum(owned, n_owned - 1)
+                if not OWNS_KEYS:
+                    i, j = j, i
+                B = scaled_map(f, p, m, i, j, CONST, False)
+                pair = map_index(run, run.first + (n - 1) * p.step)
+                is_pair = (n > start) & (n <= run.length)
+                G = _pair_gradient(A, B, d, p, pair, is_pair, i, j, CONST)
+                finished = n > 0
+                if frames.second is not None and out[0] is None:
+                    finished = n > 1
+                if frames.second is not None and out[1] is None:
+                    finished = n == 1
+                if finished:
+                    f, m = chain_map(frames, p, run, n - 1)
+                    tile = Tile(owned, n_owned, inner, new, inner0 > 0)
+                    _add_shares(out, d, f, p, m, n > 1, A, carry + G, i, j, tile, CONST, OWNS_KEYS, RHO)
+                A = B
+                carry = -G
+            tl.debug_barrier()  # other threads of the program may read what this one wrote
 
 
 @triton.jit
-def am_flow_bwd_dk_kernel(f, d, p, dk_ptr, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
-    """dk = scale * dlogits^T q. A program: BLOCK_N keys of one head and frame, all queries."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
-    key = block * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
-    col = tl.arange(0, WIDE_D)
-    q = queries(f.own, m)
-    dk = tl.zeros([TILING.BLOCK_N, WIDE_D], tl.float32)
-    for i0 in range(0, p.Nq, TILING.BLOCK_M):
-        row = i0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
-        dlogits = _dlogits(f, d, p, m, number, row, key, CONST, True)
-        q_tile = matrix(q, f.own.q_stride[4], row, p.Nq, col, CONST.D, WIDE_D)
-        dk = product_with(dlogits, q_tile, dk, CONST.PRECISION)
-    dk_ptrs = dk_ptr + number * p.Nk * CONST.D + key[:, None] * CONST.D + col[None, :]
-    tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=(key[:, None] < p.Nk) & (col[None, :] < CONST.D))
+def am_flow_bwd_rho_kernel(frames, p, d, rho_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """rho of `Gradient`, for mean maps."""
+    _frames_backward(frames, p, d, rho_ptrs, grid, CONST, TILING, False, True)
+
+
+@triton.jit
+def am_flow_bwd_dq_kernel(frames, p, d, dq_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dq = scale * dlogits k, float32."""
+    _frames_backward(frames, p, d, dq_ptrs, grid, CONST, TILING, False, False)
+
+
+@triton.jit
+def am_flow_bwd_dk_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr, TILING: tl.constexpr):
+    """dk = scale * dlogits^T q, float32."""
+    _frames_backward(frames, p, d, dk_ptrs, grid, CONST, TILING, True, False)

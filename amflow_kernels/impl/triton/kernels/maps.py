@@ -267,8 +267,8 @@ def scaled_map(f, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     """A / temperature, where A is the map whose change is measured: one head's, or the mean over heads."""
     if CONST.MEAN_MAP:
         factor = p.inv_temperature / p.H
-        A = head_map(f, p, MapIndex(m.b, m.t, 0, m.g), i, j, factor, CONST, TRANSPOSED)
-        for h in range(1, p.H):
+        A = tl.zeros([j.shape[0], i.shape[0]] if TRANSPOSED else [i.shape[0], j.shape[0]], tl.float32)
+        for h in range(0, p.H):
             A += head_map(f, p, MapIndex(m.b, m.t, h, m.g), i, j, factor, CONST, TRANSPOSED)
         return A
     else:
