@@ -106,7 +106,7 @@ class _Launch:
         results: tuple[Tensor | None, Tensor | None],
         constants: Constants,
     ) -> None:
-        """Launch a kernel that adds up results for the frames that begin pairs (all of a clip) and for those that end them."""
+        """Launch a kernel that adds up results for frames that begin pairs (all frames of a clip) or end them."""
         config, owns = self.config(name), "columns" if name == "bwd_dk" else "rows"
         partial = self.Nq < config.BLOCK_M if name == "bwd_dk" else self.Nk < config.BLOCK_N
         self.pair_kernel(kernel, replace(config, PARTIAL=partial), (d, results), owns, constants)
