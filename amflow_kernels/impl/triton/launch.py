@@ -214,9 +214,9 @@ def _tiling(config: AnyConfig) -> Tiling:
     return Tiling(**{name: fields[name] for name in Tiling._fields if name in fields})
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch a kernel. All launches go through this function."""
-    kernel[(programs,)](*arguments, **options)
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch a kernel; returns it as compiled. All launches go through this function."""
+    return kernel[(programs,)](*arguments, **options)
 
 
 def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
