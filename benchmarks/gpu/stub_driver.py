@@ -50,7 +50,7 @@ Architecture = int | str  # 90 for sm_90, or the name of an AMD architecture
 class Launch(NamedTuple):
     """One launch: the host code's call, the compiled kernel, host seconds of the call (with compilation, if any)."""
 
-    kernel: str
+    kernel: str  # am_flow_..._kernel
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -76,15 +76,14 @@ def machine(architecture: Architecture, processors: int = PROCESSORS) -> Iterato
         else:
             compiled = _compile(kernel, programs, arguments, options, driver.architecture)
         seconds = perf_counter() - begin
-        name = kernel.__name__.removeprefix("am_flow_").removesuffix("_kernel")
-        launches.append(Launch(name, programs, arguments, options, compiled, seconds))
+        launches.append(Launch(kernel.__name__, programs, arguments, options, compiled, seconds))
         return compiled
 
     column = configs.architecture(*divmod(architecture, 10)) if isinstance(architecture, int) else 80
     device = configs.Device(column, SHARED[architecture], processors)
     with (
         mock.patch.object(driver, "architecture", architecture),
-        mock.patch.object(configs.Device, "of", return_value=device),
+        mock.patch.object(configs.Device, "of", staticmethod(lambda _: device)),
         mock.patch.object(Triton, "devices", ("cuda", "cpu", "meta")),
         mock.patch.object(launch, "run", record),
     ):

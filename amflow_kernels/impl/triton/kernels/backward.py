@@ -12,6 +12,10 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     MapIndex,
+    decoded,
+    decoded_frames,
+    decoded_pairs,
+    decoded_strides,
     expand_rows,
     expm1,
     frame_owner,
@@ -69,7 +73,7 @@ def _signed(x, w, CONST: tl.constexpr):
 def _incoming(d, p, m, i, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     """g of pair m, 0 for keys beyond the last: [1, BLOCK_N], with features [BLOCK_M, BLOCK_N]; or TRANSPOSED."""
     if CONST.C == 0:
-        sb, sp, sz, sg = d.g_stride
+        sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
         g_j = tl.load(d.g + m.b * sb + m.t * sp + m.h * sz + m.g * sg + key, mask=key < p.Nk, other=0.0)
         return expand_rows(g_j, not TRANSPOSED)
     else:
@@ -96,6 +100,7 @@ def _incoming(d, p, m, i, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
 @triton.jit
 def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """The coefficients of `Gradient`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
+    frames, p = decoded(frames, p, CONST)
     block, _, run = pair_owner(p, grid, CONST)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -157,6 +162,13 @@ class Frame(NamedTuple):
 
 
 @triton.jit
+def _decoded(f, p, CONST: tl.constexpr):
+    """`Frame` and `Pairs` as they were before `coded`."""
+    before, own, after = decoded_frames(f.before, CONST), decoded_frames(f.own, CONST), decoded_frames(f.after, CONST)
+    return Frame(before, own, after, f.n_before >> 1, f.n_after >> 1), decoded_pairs(p)
+
+
+@triton.jit
 def _pair_gradient(A, B, d, p, m, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The gradient of A through pair m, (A, B); 0 in rows beyond the last."""
     first = pair_number(p, m) * p.Nq
@@ -191,9 +203,10 @@ def _gradient(f, d, p, m, row, key, CONST: tl.constexpr, TRANSPOSED: tl.constexp
 
 
 @triton.jit
-def am_flow_bwd_rho_kernel(f, d, p, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr):
+def am_flow_bwd_rho_kernel(f, d, p, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """head_rho of `Gradient`, for mean maps. A program: BLOCK_M rows of one head's map."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
+    f, p = _decoded(f, p, CONST)
+    block, m, number = frame_owner(p, f.own.T, grid)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     rho = tl.zeros([TILING.BLOCK_M], tl.float32)
     for j0 in range(0, p.Nk, TILING.BLOCK_N):
@@ -254,9 +267,10 @@ def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def am_flow_bwd_dq_kernel(f, d, p, dq_ptr, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
+def am_flow_bwd_dq_kernel(f, d, p, dq_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
     """dq = scale * dlogits k. A program: BLOCK_M queries of one head and frame, all keys."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
+    f, p = _decoded(f, p, CONST)
+    block, m, number = frame_owner(p, f.own.T, grid)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     col = tl.arange(0, WIDE_D)
     k = keys(f.own, m)
@@ -271,9 +285,10 @@ def am_flow_bwd_dq_kernel(f, d, p, dq_ptr, n_blocks, CONST: tl.constexpr, TILING
 
 
 @triton.jit
-def am_flow_bwd_dk_kernel(f, d, p, dk_ptr, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
+def am_flow_bwd_dk_kernel(f, d, p, dk_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr, WIDE_D: tl.constexpr):
     """dk = scale * dlogits^T q. A program: BLOCK_N keys of one head and frame, all queries."""
-    block, m, number = frame_owner(p, f.own.T, n_blocks)
+    f, p = _decoded(f, p, CONST)
+    block, m, number = frame_owner(p, f.own.T, grid)
     key = block * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     col = tl.arange(0, WIDE_D)
     q = queries(f.own, m)
