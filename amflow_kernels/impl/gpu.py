@@ -11,19 +11,21 @@ from amflow_kernels.problem import MapPairs, Problem
 
 
 def saved_sizes(problem: MapPairs) -> list[int]:
-    """Floats that the forward saves: row_max and row_norm of each set of frames, then e_sum of all pairs."""
-    q = problem.q
-    rows = prod(q.shape[3:-1])  # of all windows of a head's map
+    """Floats that the forward saves: row_max and row_norm of each set of frames, then e_sum of all pairs.
+
+    Each is a multiple of 16 bytes, so that the addresses are, too: for others Triton would compile its kernels anew.
+    """
+    B, T, heads, *rows, _ = problem.q.shape
     mean_map = isinstance(problem, Problem) and problem.head_reduction == "mean_map"
-    pair_heads = 1 if mean_map else problem.heads
-    maps = problem.B * problem.T * problem.heads * rows
-    pairs = problem.B * problem.P * pair_heads * rows
-    return [maps] * (4 if problem.pair else 2) + [pairs]
+    maps = B * T * heads * prod(rows)
+    pairs = B * problem.P * (1 if mean_map else heads) * prod(rows)
+    return [-(-n // 4) * 4 for n in [maps] * (4 if problem.pair else 2) + [pairs]]
 
 
 def new_saved(problem: Problem) -> Tensor:
-    """Zeros of `saved_sizes`: frames that are in no pair keep them."""
-    return problem.q.new_zeros(sum(saved_sizes(problem)), dtype=torch.float32)
+    """Room for `saved_sizes`; zeros if some frames are in no pair, for which a forward may store nothing."""
+    new = torch.zeros if problem.shift > problem.P else torch.empty
+    return new(sum(saved_sizes(problem)), dtype=torch.float32, device=problem.q.device)
 
 
 def subtract_mean(dflow: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def test_chunks_and_wide_offsets_change_no_bit(dtype: torch.dtype, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(configs.Device, "of", lambda _, n=processors: configs.Device(90, 232448, n))
             if index is not None:
-                patch.setattr(launch, "_index_type", lambda _, t=index: t)
+                patch.setattr(launch, "_index_type", lambda *_, t=index: t)
+                patch.setattr(launch, "_layout", launch._Layout)  # not one from the cache
             for got, want in zip(results(q, k), expected, strict=True):
                 assert torch.equal(got, want)
 

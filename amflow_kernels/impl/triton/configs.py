@@ -6,6 +6,7 @@ They were chosen for no spills and few instructions in the compiled code (docs/t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class Device:
     processors: int
 
     @staticmethod
+    @cache
     def of(device: torch.device) -> Device:
         """The properties that the driver reports; for a CPU (the interpreter), an H100 with one multiprocessor."""
         if device.type != "cuda":
@@ -118,6 +120,7 @@ SCRATCH = 16384  # bytes of shared memory reserved for sums across warps
 MAX_CHUNK = 16  # pairs per program; their row or column sums stay in registers
 
 
+@cache
 def config(kernel: str, D: int, dtype: torch.dtype, device: Device) -> Config:
     """The configuration of the tiled kernel am_flow_{kernel}_kernel for the head dimension and dtype of q and k."""
     key = (kernel, dtype.itemsize)
@@ -126,6 +129,7 @@ def config(kernel: str, D: int, dtype: torch.dtype, device: Device) -> Config:
     return chosen if staged <= device.shared else replace(chosen, num_stages=1)
 
 
+@cache
 def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
     """The configuration of the strip kernel, or None if the tiled kernels have to run.
 
@@ -155,6 +159,7 @@ def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
     return replace(tiles, KEY_TILES=-(-Nk // tiles.BLOCK_N), PARTIAL=Nk % tiles.BLOCK_N != 0)
 
 
+@cache
 def gradient_strip(kernel: str, n: int, D: int, dtype: torch.dtype) -> GradientStrip | None:
     """The configuration of a strip kernel of the backward, or None if the tiled kernels have to run.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, lru_cache
 from math import e, log2, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,18 @@ from amflow_kernels.impl.base import empty_gradients
 from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
-from amflow_kernels.impl.triton.kernels.maps import Constants, FramePair, Frames, Grid, Pairs, Tiling, constexprs
+from amflow_kernels.impl.triton.kernels.maps import (
+    Constants,
+    FramePair,
+    Frames,
+    Grid,
+    Pairs,
+    Tiling,
+    coded,
+    coded_strides,
+    constexprs,
+    stride_unit,
+)
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
@@ -29,47 +40,80 @@ TINY = torch.finfo(torch.float32).tiny
 AnyConfig = configs.Config | configs.Strip | configs.GradientStrip
 
 
-class _Launch:
+class _Form(NamedTuple):
+    """Everything of a problem that its launches depend on, except for the data."""
+
+    shapes: tuple[torch.Size, ...]  # of q and k, and of q_b and k_b in pair form
+    strides: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: configs.Device
+    shift: int
+    scale: float
+    temperature: float
+    mean_map: bool
+    precision: str
+
+
+class _Layout:
+    """The sizes, strides and constants that the kernels take for a `_Form`."""
+
+    def __init__(self, form: _Form) -> None:
+        q, k = form.shapes[:2]
+        self.B, self.T, self.H = q[:3]
+        self.G = q[3] if len(q) == 6 else 1
+        self.Nq, self.Nk, self.D = q[-2], k[-2], q[-1]
+        self.P = self.T - form.shift
+        self.pair = len(form.shapes) == 4
+        self.step = self.P if self.pair else form.shift
+        self.scale = form.scale
+        self.mean_map = form.mean_map
+        self.low_temperature = form.temperature < 1
+        self.Z = 1 if self.mean_map else self.H
+        self.device = form.device
+        sizes = (self.P, form.shift, self.step, self.Z, self.H, self.G, self.Nq, self.Nk)
+        self.scale_log2 = max(abs(self.scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
+        self.pairs = coded(Pairs(*sizes, self.scale_log2, 1 / form.temperature))
+        strides = [_strides(*each) for each in zip(form.shapes, form.strides, strict=True)]
+        unit = stride_unit(n for each in strides for n in each)
+        self.strides = [coded_strides(each, unit) for each in strides]
+        index = _index_type(form.shapes, form.strides)
+        self.constants = Constants(self.D, configs.block_d(self.D), self.scale < 0, index, unit, form.precision)
+        self.constants_of_pairs = self.constants._replace(
+            MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, CHUNK=configs.MAX_CHUNK
+        )
+
+
+# Python takes as long for a layout as for a launch.
+_layout = lru_cache(maxsize=1024)(_Layout)
+
+
+class _Launch(_Layout):
     """A problem in the form that the kernels take, and their launches."""
 
     def __init__(self, problem: MapPairs, saved: Tensor) -> None:
-        q, k, q_b, k_b = problem.frames
-        scale = problem.logit_scale
-        self.B, self.T, self.H = q.shape[:3]
-        self.G = q.shape[3] if q.dim() == 6 else 1
-        self.Nq, self.Nk, self.D = problem.Nq, problem.Nk, problem.D
-        self.P = problem.P
-        self.scale = scale
-        self.mean_map = isinstance(problem, Problem) and problem.head_reduction == "mean_map"
-        self.Z = 1 if self.mean_map else self.H
-        self.q = q
-        self.pair = problem.pair
-        self.step = self.P if self.pair else problem.lag
-        *statistics, self.e_sum = saved.split(saved_sizes(problem))
-        tensors = [q, k]
-        self.frames = FramePair(self._frames(q, k, *statistics[:2]), None)
-        if q_b is not None and k_b is not None:
-            tensors += [q_b, k_b]
-            self.frames = self.frames._replace(second=self._frames(q_b, k_b, *statistics[2:]))
-        scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
-        self.pairs = Pairs(
-            self.P,
+        mean_map = isinstance(problem, Problem) and problem.head_reduction == "mean_map"
+        tensors = [x for x in problem.frames if x is not None]
+        q = self.q = problem.q
+        form = _Form(
+            tuple([x.shape for x in tensors]),
+            tuple([x.stride() for x in tensors]),
+            q.dtype,
+            configs.Device.of(q.device),
             problem.shift,
-            self.step,
-            self.Z,
-            self.H,
-            self.G,
-            self.Nq,
-            self.Nk,
-            scale_log2,
-            1 / problem.temperature,
+            problem.logit_scale,
+            problem.temperature,
+            mean_map,
+            _precision(q),
         )
-        self.device = configs.Device.of(q.device)
-        self.constants = Constants(self.D, configs.block_d(self.D), scale < 0, _index_type(tensors), _precision(q))
-        self.low_temperature = problem.temperature < 1
-
-    def _frames(self, q: Tensor, k: Tensor, row_max: Tensor, row_norm: Tensor) -> Frames:
-        return Frames(q, k, _strides(q), _strides(k), row_max, row_norm, self.T)
+        vars(self).update(vars(_layout(form)))
+        *statistics, self.e_sum = torch.split_with_sizes(saved, saved_sizes(problem))
+        T = self.pairs.P + self.pairs.shift - 1  # coded, too
+        q_stride, k_stride, *others = self.strides
+        row_max, row_norm, *other_statistics = statistics
+        second = None
+        if self.pair:
+            second = Frames(tensors[2], tensors[3], others[0], others[1], other_statistics[0], other_statistics[1], T)
+        self.frames = FramePair(Frames(q, problem.k, q_stride, k_stride, row_max, row_norm, T), second)
 
     def config(self, name: str) -> configs.Config:
         return configs.config(name, self.D, self.q.dtype, self.device)
@@ -81,7 +125,7 @@ class _Launch:
         config = self.config(name)
         blocks = self._blocks(config, owns)
         programs = blocks * self.B * self.T * self.H * self.G
-        run(kernel, programs, (*arguments, blocks), _options(constants, config, options))
+        run(kernel, programs, (*arguments, coded(Grid(blocks))), _options(constants, config, options))
 
     def pair_kernel(
         self,
@@ -94,8 +138,7 @@ class _Launch:
     ) -> None:
         """Launch a kernel whose programs own a block of rows or columns, and a chunk of a chain of pairs."""
         blocks = self._blocks(config, owns)
-        chunk, grid, programs = self._chunks(blocks)
-        constants = constants._replace(CHUNK=chunk)
+        grid, programs = self._chunks(blocks)
         run(kernel, programs, (self.frames, self.pairs, *arguments, grid), _options(constants, config, options))
 
     def results_kernel(
@@ -113,21 +156,21 @@ class _Launch:
 
     def rho_of_frames(self, parts: backward.RowParts) -> Tensor:
         """rho of the frames of a clip, from its parts by the pairs that a frame begins and by those that it ends."""
-        rho = torch.zeros_like(self.frames.first.row_max)
-        frames = rho.view(self.B, self.T, -1)
-        frames[:, : self.P] = parts.rho.view(self.B, self.P, -1)
-        frames[:, self.pairs.shift :] += parts.next_rho.view(self.B, self.P, -1)
+        rho = torch.zeros((self.B, self.T, self.H * self.G * self.Nq), dtype=torch.float32, device=parts.rho.device)
+        begins, ends = (self.of_rows(x).view(self.B, self.P, -1) for x in parts)
+        rho[:, : self.P] = begins
+        rho[:, self.step :] += ends
         return rho
 
     def map_constants(self, **kind: int | bool) -> Constants:
         """Compile-time constants of kernels that compare the maps of a pair."""
-        return self.constants._replace(MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, **kind)
+        return self.constants_of_pairs._replace(**kind) if kind else self.constants_of_pairs
 
     def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
         """Three passes over tiles; the first is skipped for frames whose log-sum-exps are given."""
         self.row_statistics(lse, lse_b)
         w = self.weights()
-        mean = (w * self.e_sum).view(-1, self.Nq).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
+        mean = self.of_rows(w * self.e_sum).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
         config = self.config("fwd")
         arguments = (w, mean.neg_().add_(base), flow)
         constants, tail = self.map_constants(), configs.tail(self.Nq, config.BLOCK_M)
@@ -142,7 +185,7 @@ class _Launch:
             if known is not None:
                 self._statistics_from_lse(known, f)
             else:
-                arguments = (f, self.pairs)
+                arguments = (FramePair(f, None), self.pairs)
                 self.frame_kernel(forward.am_flow_rows_kernel, "rows", arguments, "rows", self.constants, TAIL=tail)
 
     def weights(self) -> Tensor:
@@ -153,6 +196,11 @@ class _Launch:
         self.pair_kernel(forward.am_flow_weights_kernel, config, (self.e_sum, w), "rows", constants, TAIL=tail)
         return w
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Values of the pairs' rows, allocated as e_sum, in the shape (B * P * Z * G, Nq)."""
+        maps = self.B * self.P * self.Z * self.G
+        return x[: maps * self.Nq].view(maps, self.Nq)
+
     def times(self, x: Tensor, transpose: bool, softmax: bool, w: Tensor | None) -> Tensor:
         """The motion operator, or its transpose, times x (B, P, *G, N, C): float32.
 
@@ -162,7 +210,7 @@ class _Launch:
         if w is None:
             return self._change_times(x.float(), transpose, softmax)
         unit = 2.0**46 if self.low_temperature else 1.0
-        weight = w.view(*x.shape[:-2], self.Nq, 1) * unit
+        weight = self.of_rows(w).view(*x.shape[:-2], self.Nq, 1) * unit
         x = x.float() * (weight if transpose else 1 / unit)
         y = self._change_times(x, transpose, softmax)
         y += x.sum(-2, keepdim=True, dtype=torch.float64).to(torch.float32)
@@ -178,7 +226,7 @@ class _Launch:
         grid = Grid(self._blocks(config, "columns" if transpose else "rows"), -(-C // width))
         constants = self.constants._replace(LOW_TEMPERATURE=self.low_temperature, SOFTMAX=softmax)
         programs = grid.blocks * grid.columns * self.B * self.P * self.H * self.G
-        arguments = (self.frames, self.pairs, x.contiguous(), y, C, grid)
+        arguments = (self.frames, self.pairs, x.contiguous(), y, C, coded(grid))
         run(kernel, programs, arguments, _options(constants, config, {"BLOCK_C": width}))
         return y
 
@@ -188,29 +236,30 @@ class _Launch:
         The part of an lse that float32 row_max can't hold goes into row_norm. The factor is the logits' scale_log2 as
         the kernels round it: with log2(e) itself, large elements of a map would be off by the rounding of scale_log2.
         """
-        rounded = torch.tensor(self.pairs.scale_log2, dtype=torch.float32).item()
+        rounded = torch.tensor(self.scale_log2, dtype=torch.float32).item()
         exact = lse.detach().flatten().double() * (rounded / abs(self.scale) if self.scale else log2(e))
-        f.row_max.copy_(exact).clamp_(min=torch.finfo(torch.float32).min)
-        torch.exp2((f.row_max - exact).float(), out=f.row_norm)
+        row_max, row_norm = f.row_max[: exact.numel()], f.row_norm[: exact.numel()]
+        row_max.copy_(exact).clamp_(min=torch.finfo(torch.float32).min)
+        torch.exp2((row_max - exact).float(), out=row_norm)
 
     def strip_forward(self, config: configs.Strip, flow: Tensor, base: float) -> None:
         """One pass; each program stores its rows' share of the flow, and the shares are added up afterwards."""
         remaining = self.Nq % config.rows
         short = 0 < remaining <= 16 < config.rows
-        tail = constexprs(_tiling(replace(config, ROW_TILES=1, BLOCK_M=16))) if short else None
+        tail = _short_tiling(config) if short else None
         blocks = self._blocks(config, "rows")
         part = torch.empty((blocks, *flow.shape), dtype=torch.float32, device=flow.device)
         arguments = (self.e_sum, part, flow.numel())
         self.pair_kernel(strip.am_flow_strip_kernel, config, arguments, "rows", self.map_constants(), TAIL=tail)
         torch.sum(part, 0, out=flow).add_(base)
 
-    def _chunks(self, blocks: int) -> tuple[int, Grid, int]:
-        """Pairs of a chain in one program, the blocks and chunks of a chain, and the number of programs."""
+    def _chunks(self, blocks: int) -> tuple[Grid, int]:
+        """The grid of a kernel whose programs take chunks of chains, `coded`, and the number of programs."""
         longest = -(-self.P // self.step)
         chains = blocks * min(self.step, self.P) * self.B * self.Z * self.G
         chunk = configs.chunk(longest, chains, self.device.processors)
         chunks = -(-longest // chunk)
-        return chunk, Grid(blocks, chunks), chains * chunks
+        return coded(Grid(blocks, chunks, chunk)), chains * chunks
 
     def _blocks(self, config: AnyConfig, owns: str) -> int:
         rows = config.rows if isinstance(config, configs.Strip) else config.BLOCK_M
@@ -235,9 +284,15 @@ def _tiling(config: AnyConfig) -> Tiling:
     return Tiling(**{name: fields[name] for name in Tiling._fields if name in fields})
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch a kernel. All launches go through this function."""
-    kernel[(programs,)](*arguments, **options)
+@cache
+def _short_tiling(config: configs.Strip) -> Any:
+    """The tiling of a strip's last block of at most 16 rows."""
+    return constexprs(_tiling(replace(config, ROW_TILES=1, BLOCK_M=16)))
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch a kernel; returns it as compiled. All launches go through this function."""
+    return kernel[(programs,)](*arguments, **options)
 
 
 def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -273,7 +328,7 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
         if _strips_backward(launch, g, (dq, dk, dq_b, dk_b)):
             return dq, dk, dq_b, dk_b
         w, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=q.device)
-        d = backward.Gradient(g, g.stride()[:4], g, g, w, delta, None, None)
+        d = backward.Gradient(g, coded_strides(g.stride()[:4], 1), g, g, w, delta, None, None)
         _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
 
@@ -305,7 +360,7 @@ def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[
                 v = v - v.mean(-2, keepdim=True, dtype=torch.float64).float()
             u, v = (u.float() * launch.scale).contiguous(), v.contiguous()
             w_rows, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=launch.q.device)
-            d = backward.Gradient(u, (0, 0, 0, 0), u, v, w_rows, delta, None, None)
+            d = backward.Gradient(u, coded_strides((0, 0, 0, 0), 1), u, v, w_rows, delta, None, None)
             _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), {"C": problem.C, "SOFTMAX": softmax})
     return dq, dk, dq_b, dk_b, dx
 
@@ -371,10 +426,10 @@ def _strips_backward(launch: _Launch, g: Tensor, grads: tuple[Tensor, Tensor, Te
     dq, dk, dq_b, dk_b = (x if x.numel() else None for x in (grads if launch.pair else (*grads[:2], *grads[:2])))
     w, delta = torch.empty((2, launch.e_sum.numel()), dtype=torch.float32, device=g.device)
     rho = torch.empty((1 + launch.pair, launch.frames.first.row_max.numel()), dtype=torch.float32, device=g.device)
-    d = strip_backward.StripGradient(g, g.stride()[:4], w, delta, rho[0], rho[-1], None, None)
+    d = strip_backward.StripGradient(g, coded_strides(g.stride()[:4], 1), w, delta, rho[0], rho[-1], None, None)
     if by_columns.REST and (dk is not None or dk_b is not None):
-        rows = launch.frames.first.row_max.numel() // launch.Nq
-        last = torch.empty((1 + launch.pair, rows * launch.Nk), dtype=torch.float32, device=g.device)
+        maps = launch.frames.first.row_max.numel() // launch.Nq
+        last = torch.empty((1 + launch.pair, maps * 4 * -(-launch.Nk // 4)), dtype=torch.float32, device=g.device)
         d = d._replace(last=last[0], last_b=last[-1])
     constants = launch.map_constants()
     arguments = (d, launch.e_sum, (dq, dq_b))
@@ -384,21 +439,27 @@ def _strips_backward(launch: _Launch, g: Tensor, grads: tuple[Tensor, Tensor, Te
     return True
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of (batch, frame, head, window, token); without windows, window has one element and stride 0."""
-    return (*x.stride()[:3], x.stride(3) if x.dim() == 6 else 0, x.stride(-2))
+def _strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of (batch, frame, head, window, token); 16 for dimensions with one element, where any does."""
+    plain = [16 if n == 1 else stride for n, stride in zip(shape, strides, strict=True)]
+    return (*plain[:3], plain[3] if len(shape) == 6 else 16, plain[-2])
 
 
-def _index_type(tensors: Sequence[Tensor]) -> tl.dtype:
+def _index_type(shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> tl.dtype:
     """Integer type of frame numbers and of offsets within the rows of one map. 64 bits take more registers than 32."""
-    rows = max((x.shape[-2] + configs.LARGEST_BLOCK) * max(x.stride(-2), x.shape[-1]) + x.shape[-1] for x in tensors)
-    frames = max(x.shape[1] * max(x.stride(1), prod(x.shape[2:-1])) for x in tensors)  # in x, and in flows
-    return tl.int64 if max(rows, frames) >= 2**31 else tl.int32
+    largest = 0
+    for shape, stride in zip(shapes, strides, strict=True):
+        *_, N, D = shape
+        rows = (N + configs.LARGEST_BLOCK) * max(stride[-2], D) + D
+        frames = shape[1] * max(stride[1], prod(shape[2:-1]))  # in q or k, and in flows
+        largest = max(largest, rows, frames)
+    return tl.int64 if largest >= 2**31 else tl.int32
 
 
 def _on(q: Tensor) -> AbstractContextManager[object]:
     """A context that makes the GPU of q current, as launches need."""
-    return torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext()
+    there = q.is_cuda and q.device.index != torch.cuda.current_device()
+    return torch.cuda.device(q.device) if there else nullcontext()
 
 
 def _precision(q: Tensor) -> str:

@@ -13,6 +13,8 @@ import triton.language as tl
 from amflow_kernels.impl.triton.kernels.maps import (
     MapIndex,
     chain_map,
+    decoded,
+    decoded_strides,
     expm1,
     head_map,
     keys,
@@ -83,7 +85,7 @@ def _signed(x, w, CONST: tl.constexpr):
 def _incoming(d, p, m, i, j, wanted, CONST: tl.constexpr):
     """g of pair m: [1, BLOCK_N], with features [BLOCK_M, BLOCK_N]; 0 if it is not wanted."""
     if CONST.C == 0:
-        sb, sp, sz, sg = d.g_stride
+        sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
         g = d.g + m.b * sb + m.t * sp + m.h * sz + m.g * sg
         return tl.load(g + j, mask=wanted, other=0.0)[None, :]
     else:
@@ -103,6 +105,7 @@ def _incoming(d, p, m, i, j, wanted, CONST: tl.constexpr):
 @triton.jit
 def am_flow_bwd_rows_kernel(frames, p, d, parts, e_sum_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr):
     """w and delta of `Gradient`, and `RowParts`. A program: BLOCK_M rows, all keys, CHUNK pairs of a chain."""
+    frames, p = decoded(frames, p, CONST)
     block, _, run = pair_owner(p, grid, CONST)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -260,6 +263,7 @@ def _frames_backward(
     A frame's gradient has a part from the pair that it ends, which is carried along, and one from the pair that it
     begins. A program owns BLOCK_M rows, or OWNS_KEYS, BLOCK_N keys; nobody else reads or writes its results.
     """
+    frames, p = decoded(frames, p, CONST)
     block, chunk, run = pair_owner(p, grid, CONST)
     if OWNS_KEYS:
         OWNED: tl.constexpr = TILING.BLOCK_N

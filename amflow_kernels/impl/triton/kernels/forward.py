@@ -9,6 +9,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
+    decoded,
     expm1,
     frame_owner,
     keys,
@@ -44,9 +45,11 @@ def _statistics(top, total, q_tiles, k, stride, p, key, CONST: tl.constexpr, PAR
 
 
 @triton.jit
-def am_flow_rows_kernel(f, p, n_blocks, CONST: tl.constexpr, TILING: tl.constexpr, TAIL: tl.constexpr):
-    """Row statistics of all maps. A program: BLOCK_M rows of one map."""
-    block, m, number = frame_owner(p, f.T, n_blocks)
+def am_flow_rows_kernel(frames, p, grid, CONST: tl.constexpr, TILING: tl.constexpr, TAIL: tl.constexpr):
+    """Row statistics of all maps of the first frames. A program: BLOCK_M rows of one map."""
+    frames, p = decoded(frames, p, CONST)
+    f = frames.first
+    block, m, number = frame_owner(p, f.T, grid)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
     q_tiles = ()
@@ -95,6 +98,7 @@ def am_flow_weights_kernel(
 
     A program: BLOCK_M rows, all keys, CHUNK pairs.
     """
+    frames, p = decoded(frames, p, CONST)
     block, _, run = pair_owner(p, grid, CONST)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -141,6 +145,7 @@ def am_flow_fwd_kernel(
     frames, p, w_ptr, base_ptr, flow_ptr, grid, CONST: tl.constexpr, TILING: tl.constexpr, TAIL: tl.constexpr
 ):
     """flow_j = base + sum_i w_i e_ij, base (B, P, Z, G). A program: BLOCK_N keys, all rows, CHUNK pairs of a chain."""
+    frames, p = decoded(frames, p, CONST)
     block, _, run = pair_owner(p, grid, CONST)
     key = block * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     j = tl.minimum(key, p.Nk - 1)

@@ -13,12 +13,15 @@ form (shift = 0). Pairs p, p + step, p + 2 step ... are a chain: the second map 
 Reads of rows and keys beyond the last repeat the last one, so they yield NaN only if the last one does. Their results
 are never stored and have weight 0 in sums.
 
-Compile-time constants travel in named tuples of `tl.constexpr` (`constexprs`). The fields can't be plain values because
+Integers in tuples travel `coded`; a kernel begins with `decoded`. Compile-time constants travel in named tuples of
+`tl.constexpr` (`constexprs`). The fields can't be plain values because
 Triton 3.6 rejects those as bounds of `tl.static_range`.
 """
 
 import os
+from collections.abc import Iterable
 from functools import cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import triton
@@ -33,7 +36,7 @@ class Frames(NamedTuple):
 
     q: Any
     k: Any
-    q_stride: Any
+    q_stride: Any  # `coded_strides`
     k_stride: Any
     row_max: Any  # about the largest logit of a row, times log2(e)
     row_norm: Any  # 1 / sum_j exp2(logit_j log2(e) - row_max)
@@ -66,7 +69,8 @@ class Grid(NamedTuple):
     """Programs along the two fastest dimensions of a launch; program id 0 numbers all dimensions."""
 
     blocks: Any  # blocks of rows or keys
-    columns: Any  # chunks of a chain, or blocks of features
+    columns: Any = 1  # chunks of a chain, or blocks of features
+    chunk: Any = 1  # pairs of a chain in one program
 
 
 class Constants(NamedTuple):
@@ -76,10 +80,11 @@ class Constants(NamedTuple):
     BLOCK_D: Any  # columns of q and k in one step of a product
     NEGATE: Any  # scale < 0
     INDEX: Any  # integer type of frame numbers, and of offsets within the rows of one map
+    UNIT: Any  # `stride_unit` of q and k
     PRECISION: Any = "ieee"  # of float32 products
     MEAN_MAP: Any = False
     LOW_TEMPERATURE: Any = False  # temperature < 1, which extends the range of expm1
-    CHUNK: Any = 1  # pairs of a chain for one program
+    CHUNK: Any = 1  # the most pairs of a chain in one program
     C: Any = 0  # features of the motion operator; 0 for flow
     SOFTMAX: Any = True
 
@@ -118,6 +123,72 @@ class Run(NamedTuple):
 def constexprs(values: Constants | Tiling) -> Any:
     """The same named tuple with `tl.constexpr` fields, as kernels take it. The interpreter needs plain values."""
     return values if INTERPRETED else type(values)(*map(tl.constexpr, values))
+
+
+def coded(values: Any) -> Any:
+    """The same named tuple with 2 n + 1 for every integer n.
+
+    Triton compiles a kernel anew for integers that are 1 or divisible by 16, which can't be switched off within tuples.
+    2 n + 1 is neither, unless n is 0.
+    """
+    return values._make([2 * x + 1 if isinstance(x, int) else x for x in values])
+
+
+def stride_unit(strides: Iterable[int]) -> int:
+    """What divides all the strides, on which the width of loads depends: 1, 2, 4 or 8; 0 if 16 does."""
+    return gcd(16, *strides) % 16
+
+
+def coded_strides(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """The same strides in a form in which no others of the same unit compile a kernel anew."""
+    return tuple([2 * (x // unit) + 1 for x in strides]) if unit else strides
+
+
+@triton.jit
+def decoded_strides(strides, N: tl.constexpr, UNIT: tl.constexpr):
+    """N strides as they were before `coded_strides`."""
+    if UNIT == 0:
+        return strides
+    else:
+        plain = ()
+        for n in tl.static_range(N):
+            plain = plain + ((strides[n] >> 1) * UNIT,)
+        return plain
+
+
+@triton.jit
+def decoded_frames(f, CONST: tl.constexpr):
+    """`Frames` as they were before `coded`."""
+    q_stride = decoded_strides(f.q_stride, 5, CONST.UNIT)
+    k_stride = decoded_strides(f.k_stride, 5, CONST.UNIT)
+    return Frames(f.q, f.k, q_stride, k_stride, f.row_max, f.row_norm, f.T >> 1)
+
+
+@triton.jit
+def decoded_pairs(p):
+    """`Pairs` as they were before `coded`."""
+    return Pairs(
+        p.P >> 1,
+        p.shift >> 1,
+        p.step >> 1,
+        p.Z >> 1,
+        p.H >> 1,
+        p.G >> 1,
+        p.Nq >> 1,
+        p.Nk >> 1,
+        p.scale_log2,
+        p.inv_temperature,
+    )
+
+
+@triton.jit
+def decoded(frames, p, CONST: tl.constexpr):
+    """`FramePair` and `Pairs` as they were before `coded`."""
+    first = decoded_frames(frames.first, CONST)
+    if frames.second is None:
+        return FramePair(first, None), decoded_pairs(p)
+    else:
+        return FramePair(first, decoded_frames(frames.second, CONST)), decoded_pairs(p)
 
 
 @triton.jit
@@ -302,28 +373,30 @@ def expm1(x, LOW_TEMPERATURE: tl.constexpr):
 def pair_owner(p, grid, CONST: tl.constexpr):
     """Block, chunk and `Run` of this program. Values that can be large are 64 bits wide, frame numbers CONST.INDEX."""
     pid = tl.program_id(0)
-    block = pid % grid.blocks
-    pid = pid // grid.blocks
-    chunk = pid % grid.columns
-    pid = pid // grid.columns
+    blocks, columns, pairs = grid.blocks >> 1, grid.columns >> 1, grid.chunk >> 1
+    block = pid % blocks
+    pid = pid // blocks
+    chunk = pid % columns
+    pid = pid // columns
     chains = tl.minimum(p.step, p.P)
     chain = (pid % chains).to(CONST.INDEX)
     pid = pid // chains
     g = pid % p.G
     pid = pid // p.G
     b, z, g = (pid // p.Z).to(tl.int64), (pid % p.Z).to(tl.int64), g.to(tl.int64)
-    first = chain + chunk * CONST.CHUNK * p.step
-    length = tl.minimum(CONST.CHUNK, tl.cdiv(p.P - first, p.step))
+    first = chain + chunk * pairs * p.step
+    length = tl.minimum(pairs, tl.cdiv(p.P - first, p.step))
     return block, chunk, Run(b, z, g, first, length)
 
 
 @triton.jit
-def frame_owner(p, T, n_blocks):
+def frame_owner(p, T, grid):
     """Block, map and map number (`map_number`) of this program, which owns a block of one map's rows or columns."""
     pid = tl.program_id(0)
-    number = (pid // n_blocks).to(tl.int64)
+    blocks = grid.blocks >> 1
+    number = (pid // blocks).to(tl.int64)
     g = number % p.G
     h = number // p.G % p.H
     t = number // (p.G * p.H) % T
     b = number // (p.G * p.H) // T
-    return pid % n_blocks, MapIndex(b, t, h, g), number
+    return pid % blocks, MapIndex(b, t, h, g), number

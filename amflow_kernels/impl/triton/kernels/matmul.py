@@ -6,16 +6,17 @@ P = w (1 + e) with e = expm1(M / temperature): the host adds the term of the con
 import triton
 import triton.language as tl
 
-from amflow_kernels.impl.triton.kernels.maps import MapIndex, expm1, head_map, second_frames
+from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, expm1, head_map, second_frames
 
 
 @triton.jit
 def _pair_owner(p, grid):
     """Block of rows or keys, block of features, pair and its position in (B, P, H, G) of this program."""
     pid = tl.program_id(0)
-    block = pid % grid.blocks
-    column = pid // grid.blocks % grid.columns
-    number = (pid // (grid.blocks * grid.columns)).to(tl.int64)
+    blocks, columns = grid.blocks >> 1, grid.columns >> 1
+    block = pid % blocks
+    column = pid // blocks % columns
+    number = (pid // (blocks * columns)).to(tl.int64)
     g = number % p.G
     h = number // p.G % p.H
     pair = number // (p.G * p.H) % p.P
@@ -39,6 +40,7 @@ def am_flow_matmul_q_kernel(
     frames, p, v_ptr, y_ptr, C, grid, CONST: tl.constexpr, TILING: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """y (B, P, H, G, Nq, C) = M v or e v, v (B, P, H, G, Nk, C). A program: BLOCK_M rows, BLOCK_C features, a pair."""
+    frames, p = decoded(frames, p, CONST)
     block, column, m, number = _pair_owner(p, grid)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
@@ -67,6 +69,7 @@ def am_flow_matmul_k_kernel(
 
     Tiles of the maps are transposed.
     """
+    frames, p = decoded(frames, p, CONST)
     block, column, m, number = _pair_owner(p, grid)
     key = block * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     j = tl.minimum(key, p.Nk - 1)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
+    decoded,
     expm1,
     keys,
     map_index,
@@ -204,9 +205,17 @@ def _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST: tl.constexpr, TI
         A = B
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_size"])
 def am_flow_strip_kernel(
-    frames, p, e_sum_ptr, part_ptr, part_size, grid, CONST: tl.constexpr, TILING: tl.constexpr, TAIL: tl.constexpr
+    frames,
+    p,
+    e_sum_ptr,
+    part_ptr,
+    part_size: tl.int64,
+    grid,
+    CONST: tl.constexpr,
+    TILING: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """A program: ROW_TILES * BLOCK_M rows, all keys, CHUNK pairs of a chain. The last block of rows is tiled by TAIL,
     unless that is None.
@@ -214,11 +223,12 @@ def am_flow_strip_kernel(
     Stores row statistics and e_sum for the backward, and part (blocks, B, P, Z, G, Nk): sum_i w_i (e_ij - ebar_i) over
     the block's rows.
     """
+    frames, p = decoded(frames, p, CONST)
     block, _, run = pair_owner(p, grid, CONST)
     part = part_ptr + block.to(tl.int64) * part_size
     row0 = block.to(CONST.INDEX) * (TILING.ROW_TILES * TILING.BLOCK_M)
     if run.length > 0:
-        if TAIL is not None and block == grid.blocks - 1:
+        if TAIL is not None and block == (grid.blocks >> 1) - 1:
             _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST, TAIL)
         else:
             _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST, TILING)

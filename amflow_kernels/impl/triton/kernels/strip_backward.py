@@ -16,6 +16,8 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.backward import product_with, signed_exp
 from amflow_kernels.impl.triton.kernels.maps import (
+    decoded,
+    decoded_strides,
     keys,
     map_index,
     map_number,
@@ -142,12 +144,13 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
 
     A dq that is not needed is None. A program: BLOCK_M rows, all keys, the frames of CHUNK pairs of a chain.
     """
+    frames, p = decoded(frames, p, CONST)
     block, chunk, run = pair_owner(p, grid, CONST)
     row0 = block.to(CONST.INDEX) * TILING.BLOCK_M
     row = row0 + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
     key = tile_offsets(p.Nk, TILING.BLOCK_N, TILING)
-    sb, sp, sz, sg = d.g_stride
+    sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
     if run.length > 0:
         # The gradient of a chunk's first frame has a part from the pair that ends with it: start with that pair.
         start = tl.where(chunk > 0, -1, 0)
@@ -240,12 +243,13 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
     the maps are transposed.
     """
     MASK_D: tl.constexpr = CONST.D != CONST.BLOCK_D
+    frames, p = decoded(frames, p, CONST)
     block, chunk, run = pair_owner(p, grid, CONST)
     key = block.to(CONST.INDEX) * TILING.BLOCK_N + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
     j = tl.minimum(key, p.Nk - 1)
     col = tl.arange(0, CONST.BLOCK_D)
     inside = (key[:, None] < p.Nk) & (col[None, :] < CONST.D)
-    sb, sp, sz, sg = d.g_stride
+    sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
     if run.length > 0:
         start = tl.where(chunk > 0, -1, 0)
         m = map_index(run, run.first + start * p.step)
