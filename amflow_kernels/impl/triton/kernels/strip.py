@@ -7,6 +7,9 @@ because the compiler would give tiles of different widths layouts in which warps
 ROW_TILES tiles of BLOCK_M rows, so each loaded key serves all of them; if at most 16 rows remain for the last program,
 it has one tile of 16 (TAIL).
 
+A map is computed at one place of the code, the loop over frames: at two places, the compiler may lay out a row in two
+ways and hence sum it in two orders, and then equal frames differ.
+
 The tiles and columns of all rows are one flat tuple; row tile r is [r * width : (r + 1) * width].
 """
 
@@ -15,6 +18,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
+    chain_map,
     expm1,
     keys,
     map_index,
@@ -24,7 +28,6 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
-    second_frames,
     tile,
 )
 
@@ -120,6 +123,18 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
 
 
 @triton.jit
+def zero_rows(TILING: tl.constexpr):
+    """Zeros in the shape of whole rows, as a flat tuple."""
+    rows = ()
+    for _ in tl.static_range(TILING.ROW_TILES):
+        for _ in tl.static_range(TILING.TILES):
+            rows = rows + (tl.zeros([TILING.BLOCK_M, TILING.BLOCK_N], tl.float32),)
+        for _ in tl.static_range(TILING.REST):
+            rows = rows + (tl.zeros([TILING.BLOCK_M], tl.float32),)
+    return rows
+
+
+@triton.jit
 def row_sum(x, r: tl.constexpr, TILING: tl.constexpr):
     """Sums of the rows of row tile r."""
     width: tl.constexpr = TILING.TILES + TILING.REST
@@ -165,42 +180,49 @@ def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
+def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores the share of a program's rows in the flow of pair m, (A, B), and e_sum."""
+    width: tl.constexpr = TILING.TILES + TILING.REST
+    e = ()
+    for c in tl.static_range(TILING.ROW_TILES * width):
+        e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)
+    number = pair_number(p, m)
+    w = ()
+    mean = 0.0
+    for r in tl.static_range(TILING.ROW_TILES):
+        row = row0 + r * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
+        e_sum = row_sum(e, r, TILING)
+        tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
+        w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
+        mean += tl.sum(w_r * e_sum)
+        w = w + (w_r,)
+    mean = mean / p.Nk
+    part_ptr = part + number * p.Nk
+    for c in tl.static_range(TILING.TILES):
+        x = w[0][:, None] * e[c]
+        for r in tl.static_range(1, TILING.ROW_TILES):
+            x = tl.fma(w[r][:, None], e[r * width + c], x)
+        tile_ptrs = part_ptr + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + tl.arange(0, TILING.BLOCK_N)
+        if TILING.PARTIAL and c == TILING.TILES - 1:
+            tl.store(tile_ptrs, tl.sum(x, 0) - mean, mask=tile_mask(p.Nk, TILING.BLOCK_N, TILING))
+        else:
+            tl.store(tile_ptrs, tl.sum(x, 0) - mean)
+    for c in tl.static_range(TILING.REST):
+        x = w[0] * e[TILING.TILES + c]
+        for r in tl.static_range(1, TILING.ROW_TILES):
+            x = tl.fma(w[r], e[r * width + TILING.TILES + c], x)
+        tl.store(part_ptr + TILING.TILES * TILING.BLOCK_N + c, tl.sum(x) - mean)
+
+
+@triton.jit
 def _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST: tl.constexpr, TILING: tl.constexpr):
     """Stores the share of a program's rows in the flow of its pairs."""
-    width: tl.constexpr = TILING.TILES + TILING.REST
-    A = _maps_of_rows(frames.first, p, map_index(run, run.first), row0, CONST, TILING)
-    for n in range(0, run.length):
-        pair = run.first + n * p.step
-        B = _maps_of_rows(second_frames(frames), p, map_index(run, pair + p.shift), row0, CONST, TILING)
-        e = ()
-        for c in tl.static_range(TILING.ROW_TILES * width):
-            e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)
-        number = pair_number(p, map_index(run, pair))
-        w = ()
-        mean = 0.0
-        for r in tl.static_range(TILING.ROW_TILES):
-            row = row0 + r * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
-            e_sum = row_sum(e, r, TILING)
-            tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
-            w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
-            mean += tl.sum(w_r * e_sum)
-            w = w + (w_r,)
-        mean = mean / p.Nk
-        part_ptr = part + number * p.Nk
-        for c in tl.static_range(TILING.TILES):
-            x = w[0][:, None] * e[c]
-            for r in tl.static_range(1, TILING.ROW_TILES):
-                x = tl.fma(w[r][:, None], e[r * width + c], x)
-            tile_ptrs = part_ptr + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + tl.arange(0, TILING.BLOCK_N)
-            if TILING.PARTIAL and c == TILING.TILES - 1:
-                tl.store(tile_ptrs, tl.sum(x, 0) - mean, mask=tile_mask(p.Nk, TILING.BLOCK_N, TILING))
-            else:
-                tl.store(tile_ptrs, tl.sum(x, 0) - mean)
-        for c in tl.static_range(TILING.REST):
-            x = w[0] * e[TILING.TILES + c]
-            for r in tl.static_range(1, TILING.ROW_TILES):
-                x = tl.fma(w[r], e[r * width + TILING.TILES + c], x)
-            tl.store(part_ptr + TILING.TILES * TILING.BLOCK_N + c, tl.sum(x) - mean)
+    A = zero_rows(TILING)
+    for n in range(0, run.length + 1):
+        f, m = chain_map(frames, p, run, n)
+        B = _maps_of_rows(f, p, m, row0, CONST, TILING)
+        if n > 0:
+            _flow_of_pair(p, e_sum_ptr, part, map_index(run, run.first + (n - 1) * p.step), row0, A, B, CONST, TILING)
         A = B
 
 
