@@ -28,6 +28,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
+    row_of,
     tile,
 )
 
@@ -66,13 +67,13 @@ def _rest(q_tiles, k, kn, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BITS: 
     d = tl.arange(0, CONST.BLOCK_D)
     columns = ()
     for x in tl.static_range(TILING.REST):
-        key = tl.full([], TILING.TILES * TILING.BLOCK_N + x, CONST.INDEX)
+        row_ptr = row_of(k, kn, TILING.TILES * TILING.BLOCK_N + x, CONST)
         for r in tl.static_range(TILING.ROW_TILES):
             if SAME_BITS:
-                equal_keys = tile(k + key * kn, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
+                equal_keys = tile(row_ptr, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
                 s = tl.max(tl.dot(q_tiles[r], equal_keys), 1)
             else:
-                k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+                k_row = tile(row_ptr, 0, 0, d, CONST.D, MASK_D).to(tl.float32)
                 s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
             if CONST.NEGATE:
                 s = -s
@@ -102,8 +103,8 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
         columns = _rest(q_tiles, k, kn, CONST, TILING, True)
     tiles = ()
     for c in tl.static_range(TILING.TILES):
-        start = tl.full([], tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST.INDEX)
-        k_tile = tile(k + start * kn, kn, j[None, :], d[:, None], CONST.D, MASK_D)
+        first = row_of(k, kn, tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST)
+        k_tile = tile(first, kn, j[None, :], d[:, None], CONST.D, MASK_D)
         for r in tl.static_range(TILING.ROW_TILES):
             s = tl.dot(q_tiles[r], k_tile)
             if CONST.NEGATE:

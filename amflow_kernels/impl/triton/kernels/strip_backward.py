@@ -25,6 +25,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
+    row_of,
     second_frames,
     tile,
 )
@@ -111,12 +112,12 @@ def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.cons
         kn = f.k_stride[4]
         dq = tl.zeros([row.shape[0], CONST.BLOCK_D], tl.float32)
         for c in tl.static_range(TILING.TILES):
-            start = tile_start(c, p.Nk, TILING.BLOCK_N, TILING)
-            k_tile = tile(k + start * kn, kn, j[:, None], d[None, :], CONST.D, MASK_D)
+            first_key = row_of(k, kn, tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST)
+            k_tile = tile(first_key, kn, j[:, None], d[None, :], CONST.D, MASK_D)
             dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
-            key = tl.full([], TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST.INDEX)
-            k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+            row_ptr = row_of(k, kn, TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST)
+            k_row = tile(row_ptr, 0, 0, d, CONST.D, MASK_D).to(tl.float32)
             dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
         dq_ptrs = out.dq + (first + row[:, None]) * CONST.D + d[None, :]
         inside = (row[:, None] < p.Nq) & (d[None, :] < CONST.D) & out.store
@@ -203,8 +204,8 @@ def _queries(f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
     sn = f.q_stride[4]
     d = tl.arange(0, CONST.BLOCK_D)
     offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING).to(CONST.INDEX)
-    start = tl.full([], tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST.INDEX)
-    return tile(queries(f, m) + start * sn, sn, offset[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
+    first = row_of(queries(f, m), sn, tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST)
+    return tile(first, sn, offset[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
 
 
 @triton.jit
@@ -227,8 +228,8 @@ def _add_last_row(dk, last_ptr, f, p, m, j, CONST: tl.constexpr, TILING: tl.cons
     """dk [BLOCK_N, BLOCK_D] plus the share of the row after the tiles, if there is one."""
     if TILING.REST:
         d = tl.arange(0, CONST.BLOCK_D)
-        row = tl.full([], TILING.TILES * TILING.BLOCK_M, CONST.INDEX)
-        q = tile(queries(f, m) + row * f.q_stride[4], 0, 0, d, CONST.D, CONST.D != CONST.BLOCK_D).to(tl.float32)
+        row_ptr = row_of(queries(f, m), f.q_stride[4], TILING.TILES * TILING.BLOCK_M, CONST)
+        q = tile(row_ptr, 0, 0, d, CONST.D, CONST.D != CONST.BLOCK_D).to(tl.float32)
         dlogits = tl.load(last_ptr + map_number(f, p, m) * p.Nk + j)
         dk += dlogits[:, None] * q[None, :]
     return dk
