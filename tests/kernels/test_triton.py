@@ -202,24 +202,42 @@ def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:
         assert not grad[:, 1].any()
 
 
-@pytest.mark.parametrize("stride", ["frame", "token"])
-@pytest.mark.parametrize("tokens", [20, 66])
-def test_offsets_may_need_64_bits(stride: str, tokens: int) -> None:
-    """Frames or tokens lie so far apart that the offset of an element needs more than 32 bits."""
-    frames = 4
-    step = 2**30 + 8 if stride == "frame" else 2**26
-    shape = (1, frames, 1, tokens, 16)
-    strides = (0, step, 0, 16, 1) if stride == "frame" else (0, 16, 0, step, 1)
-    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+FAR = {  # strides of (batch, frame, head, token, feature)
+    "frame": (0, 2**30 + 8, 2**11, 16, 1),
+    "head": (0, 2**11, 2**30 + 8, 16, 1),
+    "token": (0, 16, 64, 2**25, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("far", "tokens", "head_reduction"),
+    [
+        ("frame", 20, "none"),
+        ("frame", 66, "mean_map"),
+        ("head", 20, "none"),
+        ("head", 20, "mean_map"),
+        ("token", 65, "none"),
+        ("token", 129, "none"),
+        pytest.param("token", 129, "mean_map", marks=SLOW),
+    ],
+)
+def test_offsets_may_need_64_bits(far: str, tokens: int, head_reduction: str) -> None:
+    """Frames, heads or tokens lie so far apart that the offset of an element needs more than 32 bits.
+
+    65 and 129 tokens have a row and a key after the tiles; 129 have a second tile.
+    """
+    heads = 3 if far == "head" else 1
+    shape = (1, 3, heads, tokens, 16)
+    span = sum((n - 1) * s for n, s in zip(shape, FAR[far], strict=True)) + 1
     memory = torch.empty(2 * span, dtype=torch.float16)  # never touched but where the frames are: no memory is taken
-    want_q, want_k = tt.make_qk(1, frames, (1,), tokens, tokens, 16, dtype=torch.float16)
-    q, k = (memory[n * span :].as_strided(shape, strides).copy_(x) for n, x in enumerate((want_q, want_k)))
+    want_q, want_k = tt.make_qk(*shape[:2], shape[2:3], tokens, tokens, 16, dtype=torch.float16)
+    q, k = (memory[n * span :].as_strided(shape, FAR[far]).copy_(x) for n, x in enumerate((want_q, want_k)))
     inputs = q.requires_grad_(), k.requires_grad_()
-    flow = am_flow(*inputs, impl="triton")
+    flow = am_flow(*inputs, head_reduction=head_reduction, impl="triton")
     dflow = tt.make_dflow(flow.shape)
     grads = torch.autograd.grad(flow, inputs, dflow)
-    assert torch.equal(flow, am_flow(want_q, want_k, impl="triton"))
-    problem = Problem(want_q, want_k)
+    assert torch.equal(flow, am_flow(want_q, want_k, head_reduction=head_reduction, impl="triton"))
+    problem = Problem(want_q, want_k, head_reduction=head_reduction)
     tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
 
 

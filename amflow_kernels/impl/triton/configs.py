@@ -93,7 +93,7 @@ _CONFIGS = {
     ("weights", 2): Config(128, 64, 8),
     ("weights", 4): Config(64, 16, 4),
     ("fwd", 2): Config(64, 128, 8),
-    ("fwd", 4): Config(16, 64, 4),
+    ("fwd", 4): Config(16, 64, 4, 1),
     ("bwd_rows", 2): Config(128, 64, 8, 1),
     ("bwd_rows", 4): Config(32, 32, 4, 1),
     ("bwd_rho", 2): Config(64, 64, 4, 1),
@@ -175,7 +175,7 @@ def gradient_strip(kernel: str, n: int, D: int, dtype: torch.dtype) -> GradientS
     owned = 32 if 32 < n <= (128 if float16 and owns_keys else 192) else 16
     warps, stages = 4 if n <= 64 else 8, 2 if owns_keys and n > 192 else 1
     if owns_keys and n - rest == 256 and not float16:
-        owned, width = 32, 256
+        owned, width = 32, 128
     blocks = (width, owned) if owns_keys else (owned, width)
     return GradientStrip(*blocks, warps, stages, -(-(n - rest) // width), rest, (n - rest) % width != 0)
 

@@ -229,7 +229,7 @@ def _add_shares(
     out = _either(second, out[1], out[0])
     if CONST.MEAN_MAP:
         for h in range(0, p.H):
-            m_h = MapIndex(m.b, m.t, h, m.g)
+            m_h = MapIndex(m.b, m.t, m.h + h, m.g)
             A_h = head_map(f, p, m_h, i, j, p.inv_temperature, CONST, False)
             if RHO:
                 _add_rho(out, f, p, m_h, A_h, dA, tile)

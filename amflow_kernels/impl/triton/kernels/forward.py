@@ -9,6 +9,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
+    chain_map,
     decoded,
     expm1,
     frame_owner,
@@ -19,7 +20,6 @@ from amflow_kernels.impl.triton.kernels.maps import (
     queries,
     reciprocal,
     scaled_map,
-    second_frames,
     tile,
 )
 
@@ -78,14 +78,15 @@ def _e_sums(sums, frames, p, run, i, key, CONST: tl.constexpr, PARTIAL: tl.const
     """sums [BLOCK_M, CHUNK] plus e of the keys of one tile; PARTIAL: some lie beyond Nk."""
     c = tl.arange(0, CONST.CHUNK)
     j = tl.minimum(key, p.Nk - 1)
-    A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, False)
-    for n in range(0, run.length):
-        t = run.first + n * p.step + p.shift
-        B = scaled_map(second_frames(frames), p, map_index(run, t), i, j, CONST, False)
-        e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
-        if PARTIAL:
-            e = tl.where(key[None, :] < p.Nk, e, 0.0)
-        sums += tl.where(c[None, :] == n, tl.sum(e, 1)[:, None], 0.0)
+    A = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for n in range(0, run.length + 1):
+        f, m = chain_map(frames, p, run, n)
+        B = scaled_map(f, p, m, i, j, CONST, False)
+        if n > 0:
+            e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
+            if PARTIAL:
+                e = tl.where(key[None, :] < p.Nk, e, 0.0)
+            sums += tl.where(c[None, :] == n - 1, tl.sum(e, 1)[:, None], 0.0)
         A = B
     return sums
 
@@ -127,15 +128,18 @@ def _column_sums(sums, frames, p, w_ptr, run, row, j, CONST: tl.constexpr, PARTI
     """
     c = tl.arange(0, CONST.CHUNK)
     i = tl.minimum(row, p.Nq - 1)
-    A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, True)
-    for n in range(0, run.length):
-        pair = run.first + n * p.step
-        B = scaled_map(second_frames(frames), p, map_index(run, pair + p.shift), i, j, CONST, True)
+    A = tl.zeros([j.shape[0], i.shape[0]], tl.float32)
+    for n in range(0, run.length + 1):
+        f, m = chain_map(frames, p, run, n)
+        B = scaled_map(f, p, m, i, j, CONST, True)
+        pair = run.first + tl.maximum(n - 1, 0) * p.step
+        # Outside the branch, so that the load overlaps with the map's.
         w = tl.load(w_ptr + pair_number(p, map_index(run, pair)) * p.Nq + i)
         if PARTIAL:
             w = tl.where(row < p.Nq, w, 0.0)
-        e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
-        sums += tl.where(c[None, :] == n, tl.sum(w[None, :] * e, 1)[:, None], 0.0)
+        if n > 0:
+            e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
+            sums += tl.where(c[None, :] == n - 1, tl.sum(w[None, :] * e, 1)[:, None], 0.0)
         A = B
     return sums
 

@@ -225,6 +225,12 @@ def tile(base, stride, n, d, D: tl.constexpr, MASK_D: tl.constexpr):
 
 
 @triton.jit
+def row_of(base, stride, n, CONST: tl.constexpr):
+    """Pointer to row n of a matrix. n may be a constant: its product with the stride could pass 32 bits."""
+    return base + tl.full([], n, CONST.INDEX) * stride
+
+
+@triton.jit
 def queries(f, m):
     """Pointer to the first query of map m."""
     sb, st, sh, sg, _ = f.q_stride
@@ -339,8 +345,8 @@ def scaled_map(f, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     if CONST.MEAN_MAP:
         factor = p.inv_temperature / p.H
         A = tl.zeros([j.shape[0], i.shape[0]] if TRANSPOSED else [i.shape[0], j.shape[0]], tl.float32)
-        for h in range(0, p.H):
-            A += head_map(f, p, MapIndex(m.b, m.t, h, m.g), i, j, factor, CONST, TRANSPOSED)
+        for h in range(0, p.H):  # m.h is 0, and 64 bits wide as h is not: a head's offset can need them
+            A += head_map(f, p, MapIndex(m.b, m.t, m.h + h, m.g), i, j, factor, CONST, TRANSPOSED)
         return A
     else:
         return head_map(f, p, m, i, j, p.inv_temperature, CONST, TRANSPOSED)

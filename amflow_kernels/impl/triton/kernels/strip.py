@@ -7,6 +7,9 @@ because the compiler would give tiles of different widths layouts in which warps
 ROW_TILES tiles of BLOCK_M rows, so each loaded key serves all of them; if at most 16 rows remain for the last program,
 it has one tile of 16 (TAIL).
 
+A map is computed at one place of the code, the loop over frames: at two places, the compiler may lay out a row in two
+ways and hence sum it in two orders, and then equal frames differ.
+
 The tiles and columns of all rows are one flat tuple; row tile r is [r * width : (r + 1) * width].
 """
 
@@ -15,6 +18,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
+    chain_map,
     decoded,
     expm1,
     keys,
@@ -25,7 +29,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
-    second_frames,
+    row_of,
     tile,
 )
 
@@ -64,13 +68,13 @@ def _rest(q_tiles, k, kn, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BITS: 
     d = tl.arange(0, CONST.BLOCK_D)
     columns = ()
     for x in tl.static_range(TILING.REST):
-        key = tl.full([], TILING.TILES * TILING.BLOCK_N + x, CONST.INDEX)
+        row_ptr = row_of(k, kn, TILING.TILES * TILING.BLOCK_N + x, CONST)
         for r in tl.static_range(TILING.ROW_TILES):
             if SAME_BITS:
-                equal_keys = tile(k + key * kn, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
+                equal_keys = tile(row_ptr, 0, tl.arange(0, 16)[None, :], d[:, None], CONST.D, MASK_D)
                 s = tl.max(tl.dot(q_tiles[r], equal_keys), 1)
             else:
-                k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+                k_row = tile(row_ptr, 0, 0, d, CONST.D, MASK_D).to(tl.float32)
                 s = tl.sum(product(q_tiles[r].to(tl.float32), k_row[None, :]), 1)
             if CONST.NEGATE:
                 s = -s
@@ -100,8 +104,8 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
         columns = _rest(q_tiles, k, kn, CONST, TILING, True)
     tiles = ()
     for c in tl.static_range(TILING.TILES):
-        start = tl.full([], tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST.INDEX)
-        k_tile = tile(k + start * kn, kn, j[None, :], d[:, None], CONST.D, MASK_D)
+        first = row_of(k, kn, tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST)
+        k_tile = tile(first, kn, j[None, :], d[:, None], CONST.D, MASK_D)
         for r in tl.static_range(TILING.ROW_TILES):
             s = tl.dot(q_tiles[r], k_tile)
             if CONST.NEGATE:
@@ -117,6 +121,18 @@ def whole_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr, SAME_BI
             rows = rows + (tiles[c * TILING.ROW_TILES + r],)
         for x in tl.static_range(TILING.REST):
             rows = rows + (columns[x * TILING.ROW_TILES + r],)
+    return rows
+
+
+@triton.jit
+def zero_rows(TILING: tl.constexpr):
+    """Zeros in the shape of whole rows, as a flat tuple."""
+    rows = ()
+    for _ in tl.static_range(TILING.ROW_TILES):
+        for _ in tl.static_range(TILING.TILES):
+            rows = rows + (tl.zeros([TILING.BLOCK_M, TILING.BLOCK_N], tl.float32),)
+        for _ in tl.static_range(TILING.REST):
+            rows = rows + (tl.zeros([TILING.BLOCK_M], tl.float32),)
     return rows
 
 
@@ -166,42 +182,49 @@ def _maps_of_rows(f, p, m, row0, CONST: tl.constexpr, TILING: tl.constexpr):
 
 
 @triton.jit
+def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING: tl.constexpr):
+    """Stores the share of a program's rows in the flow of pair m, (A, B), and e_sum."""
+    width: tl.constexpr = TILING.TILES + TILING.REST
+    e = ()
+    for c in tl.static_range(TILING.ROW_TILES * width):
+        e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)
+    number = pair_number(p, m)
+    w = ()
+    mean = 0.0
+    for r in tl.static_range(TILING.ROW_TILES):
+        row = row0 + r * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
+        e_sum = row_sum(e, r, TILING)
+        tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
+        w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
+        mean += tl.sum(w_r * e_sum)
+        w = w + (w_r,)
+    mean = mean / p.Nk
+    part_ptr = part + number * p.Nk
+    for c in tl.static_range(TILING.TILES):
+        x = w[0][:, None] * e[c]
+        for r in tl.static_range(1, TILING.ROW_TILES):
+            x = tl.fma(w[r][:, None], e[r * width + c], x)
+        tile_ptrs = part_ptr + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + tl.arange(0, TILING.BLOCK_N)
+        if TILING.PARTIAL and c == TILING.TILES - 1:
+            tl.store(tile_ptrs, tl.sum(x, 0) - mean, mask=tile_mask(p.Nk, TILING.BLOCK_N, TILING))
+        else:
+            tl.store(tile_ptrs, tl.sum(x, 0) - mean)
+    for c in tl.static_range(TILING.REST):
+        x = w[0] * e[TILING.TILES + c]
+        for r in tl.static_range(1, TILING.ROW_TILES):
+            x = tl.fma(w[r], e[r * width + TILING.TILES + c], x)
+        tl.store(part_ptr + TILING.TILES * TILING.BLOCK_N + c, tl.sum(x) - mean)
+
+
+@triton.jit
 def _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST: tl.constexpr, TILING: tl.constexpr):
     """Stores the share of a program's rows in the flow of its pairs."""
-    width: tl.constexpr = TILING.TILES + TILING.REST
-    A = _maps_of_rows(frames.first, p, map_index(run, run.first), row0, CONST, TILING)
-    for n in range(0, run.length):
-        pair = run.first + n * p.step
-        B = _maps_of_rows(second_frames(frames), p, map_index(run, pair + p.shift), row0, CONST, TILING)
-        e = ()
-        for c in tl.static_range(TILING.ROW_TILES * width):
-            e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)
-        number = pair_number(p, map_index(run, pair))
-        w = ()
-        mean = 0.0
-        for r in tl.static_range(TILING.ROW_TILES):
-            row = row0 + r * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
-            e_sum = row_sum(e, r, TILING)
-            tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
-            w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
-            mean += tl.sum(w_r * e_sum)
-            w = w + (w_r,)
-        mean = mean / p.Nk
-        part_ptr = part + number * p.Nk
-        for c in tl.static_range(TILING.TILES):
-            x = w[0][:, None] * e[c]
-            for r in tl.static_range(1, TILING.ROW_TILES):
-                x = tl.fma(w[r][:, None], e[r * width + c], x)
-            tile_ptrs = part_ptr + tile_start(c, p.Nk, TILING.BLOCK_N, TILING) + tl.arange(0, TILING.BLOCK_N)
-            if TILING.PARTIAL and c == TILING.TILES - 1:
-                tl.store(tile_ptrs, tl.sum(x, 0) - mean, mask=tile_mask(p.Nk, TILING.BLOCK_N, TILING))
-            else:
-                tl.store(tile_ptrs, tl.sum(x, 0) - mean)
-        for c in tl.static_range(TILING.REST):
-            x = w[0] * e[TILING.TILES + c]
-            for r in tl.static_range(1, TILING.ROW_TILES):
-                x = tl.fma(w[r], e[r * width + TILING.TILES + c], x)
-            tl.store(part_ptr + TILING.TILES * TILING.BLOCK_N + c, tl.sum(x) - mean)
+    A = zero_rows(TILING)
+    for n in range(0, run.length + 1):
+        f, m = chain_map(frames, p, run, n)
+        B = _maps_of_rows(f, p, m, row0, CONST, TILING)
+        if n > 0:
+            _flow_of_pair(p, e_sum_ptr, part, map_index(run, run.first + (n - 1) * p.step), row0, A, B, CONST, TILING)
         A = B
 
 

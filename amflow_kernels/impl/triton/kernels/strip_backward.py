@@ -16,6 +16,7 @@ import triton.language as tl
 
 from amflow_kernels.impl.triton.kernels.backward import product_with, signed_exp
 from amflow_kernels.impl.triton.kernels.maps import (
+    chain_map,
     decoded,
     decoded_strides,
     keys,
@@ -26,10 +27,11 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
+    row_of,
     second_frames,
     tile,
 )
-from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_offsets, tile_start, whole_rows
+from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_offsets, tile_start, whole_rows, zero_rows
 
 
 class StripGradient(NamedTuple):
@@ -112,12 +114,12 @@ def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.cons
         kn = f.k_stride[4]
         dq = tl.zeros([row.shape[0], CONST.BLOCK_D], tl.float32)
         for c in tl.static_range(TILING.TILES):
-            start = tile_start(c, p.Nk, TILING.BLOCK_N, TILING)
-            k_tile = tile(k + start * kn, kn, j[:, None], d[None, :], CONST.D, MASK_D)
+            first_key = row_of(k, kn, tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST)
+            k_tile = tile(first_key, kn, j[:, None], d[None, :], CONST.D, MASK_D)
             dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, "ieee")
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
-            key = tl.full([], TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST.INDEX)
-            k_row = tile(k + key * kn, kn, 0, d, CONST.D, MASK_D).to(tl.float32)
+            row_ptr = row_of(k, kn, TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST)
+            k_row = tile(row_ptr, 0, 0, d, CONST.D, MASK_D).to(tl.float32)
             dq += (A[c] * (dA[c] - rho))[:, None] * k_row[None, :]
         dq_ptrs = out.dq + (first + row[:, None]) * CONST.D + d[None, :]
         inside = (row[:, None] < p.Nq) & (d[None, :] < CONST.D) & out.store
@@ -152,38 +154,39 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
     key = tile_offsets(p.Nk, TILING.BLOCK_N, TILING)
     sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
     if run.length > 0:
+        A = zero_rows(TILING)
+        carry = zero_rows(TILING)
         # The gradient of a chunk's first frame has a part from the pair that ends with it: start with that pair.
         start = tl.where(chunk > 0, -1, 0)
-        A = _maps_of_rows(frames.first, p, map_index(run, run.first + start * p.step), row0, CONST, TILING)
-        carry = ()
-        for c in tl.static_range(TILING.TILES + TILING.REST):
-            carry = carry + (tl.zeros_like(A[c]),)
-        for n in range(start, run.length):
-            t = run.first + n * p.step
-            B = _maps_of_rows(second_frames(frames), p, map_index(run, t + p.shift), row0, CONST, TILING)
-            g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
-            first = pair_number(p, map_index(run, t)) * p.Nq
-            w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
-            x = ()
-            y = ()
-            for c in tl.static_range(TILING.TILES + TILING.REST):
-                y_c, h = signed_exp(A[c] - B[c], w[:, None] if c < TILING.TILES else w, CONST.LOW_TEMPERATURE)
-                x = x + (h * g_j[c],)
-                y = y + (y_c,)
-            delta = row_sum(x, 0, TILING)
-            inside = (row < p.Nq) & (n >= 0)
-            tl.store(d.w + first + row, w, mask=inside)
-            tl.store(d.delta + first + row, delta, mask=inside)
-            dA = ()
-            next_carry = ()
-            for c in tl.static_range(TILING.TILES + TILING.REST):
-                G = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
-                dA = dA + (carry[c] + G,)
-                next_carry = next_carry + (-G,)
-            out = RowOutput(d.rho, d.last, dq_ptrs[0], n >= 0)
-            _finish_rows(frames.first, p, map_index(run, t), row0, A, dA, out, CONST, TILING)
+        for n in range(start, run.length + 1):
+            f, m = chain_map(frames, p, run, n)
+            B = _maps_of_rows(f, p, m, row0, CONST, TILING)
+            if n > start:
+                own = n > 0  # whether this program owns the pair that ends with map n
+                t = run.first + (n - 1) * p.step
+                g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
+                first = pair_number(p, map_index(run, t)) * p.Nq
+                w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
+                x = ()
+                y = ()
+                for c in tl.static_range(TILING.TILES + TILING.REST):
+                    y_c, h = signed_exp(A[c] - B[c], w[:, None] if c < TILING.TILES else w, CONST.LOW_TEMPERATURE)
+                    x = x + (h * g_j[c],)
+                    y = y + (y_c,)
+                delta = row_sum(x, 0, TILING)
+                inside = (row < p.Nq) & own
+                tl.store(d.w + first + row, w, mask=inside)
+                tl.store(d.delta + first + row, delta, mask=inside)
+                dA = ()
+                next_carry = ()
+                for c in tl.static_range(TILING.TILES + TILING.REST):
+                    G = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
+                    dA = dA + (carry[c] + G,)
+                    next_carry = next_carry + (-G,)
+                out = RowOutput(d.rho, d.last, dq_ptrs[0], own)
+                _finish_rows(frames.first, p, map_index(run, t), row0, A, dA, out, CONST, TILING)
+                carry = next_carry
             A = B
-            carry = next_carry
         end = run.first + run.length * p.step
         if end >= p.P:
             last = map_index(run, end - p.step + p.shift)
@@ -204,8 +207,8 @@ def _queries(f, p, m, c, CONST: tl.constexpr, TILING: tl.constexpr):
     sn = f.q_stride[4]
     d = tl.arange(0, CONST.BLOCK_D)
     offset = tile_offsets(p.Nq, TILING.BLOCK_M, TILING).to(CONST.INDEX)
-    start = tl.full([], tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST.INDEX)
-    return tile(queries(f, m) + start * sn, sn, offset[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
+    first = row_of(queries(f, m), sn, tile_start(c, p.Nq, TILING.BLOCK_M, TILING), CONST)
+    return tile(first, sn, offset[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
 
 
 @triton.jit
@@ -228,8 +231,8 @@ def _add_last_row(dk, last_ptr, f, p, m, j, CONST: tl.constexpr, TILING: tl.cons
     """dk [BLOCK_N, BLOCK_D] plus the share of the row after the tiles, if there is one."""
     if TILING.REST:
         d = tl.arange(0, CONST.BLOCK_D)
-        row = tl.full([], TILING.TILES * TILING.BLOCK_M, CONST.INDEX)
-        q = tile(queries(f, m) + row * f.q_stride[4], 0, 0, d, CONST.D, CONST.D != CONST.BLOCK_D).to(tl.float32)
+        row_ptr = row_of(queries(f, m), f.q_stride[4], TILING.TILES * TILING.BLOCK_M, CONST)
+        q = tile(row_ptr, 0, 0, d, CONST.D, CONST.D != CONST.BLOCK_D).to(tl.float32)
         dlogits = tl.load(last_ptr + map_number(f, p, m) * p.Nk + j)
         dk += dlogits[:, None] * q[None, :]
     return dk
@@ -251,46 +254,41 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
     inside = (key[:, None] < p.Nk) & (col[None, :] < CONST.D)
     sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
     if run.length > 0:
-        start = tl.where(chunk > 0, -1, 0)
-        m = map_index(run, run.first + start * p.step)
-        k_tile = tile(keys(frames.first, m), frames.first.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
         A = ()
-        carry = ()
-        for c in tl.static_range(TILING.TILES):
-            A_c = _column_map(frames.first, p, m, k_tile, c, CONST, TILING)
-            A = A + (A_c,)
-            carry = carry + (tl.zeros_like(A_c),)
-        for n in range(start, run.length):
-            t = run.first + n * p.step
-            own = map_index(run, t)
-            after = map_index(run, t + p.shift)
-            k = keys(second_frames(frames), after)
-            k_tile = tile(k, second_frames(frames).k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
-            g_j = tl.load(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg + j)
-            pair_row = pair_number(p, own) * p.Nq
-            dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
+        for _c in tl.static_range(TILING.TILES):
+            A = A + (tl.zeros([TILING.BLOCK_N, TILING.BLOCK_M], tl.float32),)
+        carry = A
+        start = tl.where(chunk > 0, -1, 0)
+        for n in range(start, run.length + 1):
+            f, m = chain_map(frames, p, run, n)
+            k_tile = tile(keys(f, m), f.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
             B = ()
-            next_carry = ()
             for c in tl.static_range(TILING.TILES):
-                B_c = _column_map(second_frames(frames), p, after, k_tile, c, CONST, TILING)
-                w = _row_values(d.w + pair_row, p, c, TILING)
-                delta = _row_values(d.delta + pair_row, p, c, TILING)
-                y, _ = signed_exp(A[c] - B_c, w, CONST.LOW_TEMPERATURE)
-                G = y * (g_j[:, None] - delta)
+                B = B + (_column_map(f, p, m, k_tile, c, CONST, TILING),)
+            if n > start:
+                own = map_index(run, run.first + (n - 1) * p.step)
+                g_j = tl.load(d.g + run.b * sb + own.t * sp + run.z * sz + run.g * sg + j)
+                pair_row = pair_number(p, own) * p.Nq
+                dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
+                next_carry = ()
+                for c in tl.static_range(TILING.TILES):
+                    w = _row_values(d.w + pair_row, p, c, TILING)
+                    delta = _row_values(d.delta + pair_row, p, c, TILING)
+                    y = signed_exp(A[c] - B[c], w, CONST.LOW_TEMPERATURE)[0]
+                    G = y * (g_j[:, None] - delta)
+                    if dk_ptrs[0] is not None:
+                        dA = carry[c] + G
+                        rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
+                        dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
+                        dk = product_with(dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, "ieee")
+                    next_carry = next_carry + (-G,)
+                carry = next_carry
                 if dk_ptrs[0] is not None:
-                    dA = carry[c] + G
-                    rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
-                    dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
-                    dk = product_with(dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, "ieee")
-                B = B + (B_c,)
-                next_carry = next_carry + (-G,)
+                    dk = _add_last_row(dk, d.last, frames.first, p, own, j, CONST, TILING)
+                    first_key = map_number(frames.first, p, own) * p.Nk
+                    ptrs = dk_ptrs[0] + (first_key + key[:, None]) * CONST.D + col[None, :]
+                    tl.store(ptrs, dk.to(dk_ptrs[0].dtype.element_ty), mask=inside & (n > 0))
             A = B
-            carry = next_carry
-            if dk_ptrs[0] is not None:
-                dk = _add_last_row(dk, d.last, frames.first, p, own, j, CONST, TILING)
-                first_key = map_number(frames.first, p, own) * p.Nk
-                ptrs = dk_ptrs[0] + (first_key + key[:, None]) * CONST.D + col[None, :]
-                tl.store(ptrs, dk.to(dk_ptrs[0].dtype.element_ty), mask=inside & (n >= 0))
         end = run.first + run.length * p.step
         if dk_ptrs[1] is not None and end >= p.P:
             last = map_index(run, end - p.step + p.shift)
