@@ -32,7 +32,7 @@ from amflow_kernels.impl.triton import Triton, configs, interpreted, launch
 
 SOURCE = Path(__file__).with_name("stub_cuda.c")
 LIBRARY = "libcuda.so.1"  # the name under which Triton links it
-SHARED = {  # bytes of shared memory that a program can have
+SHARED: dict[int | str, int] = {  # bytes of shared memory that a program can have
     80: 166912,
     86: 101376,
     89: 101376,
@@ -50,18 +50,26 @@ Architecture = int | str  # 90 for sm_90, or the name of an AMD architecture
 class Launch(NamedTuple):
     """One launch: the host code's call, the compiled kernel, host seconds of the call (with compilation, if any)."""
 
-    kernel: str  # am_flow_..._kernel
+    kernel: Any
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     compiled: Any
     seconds: float
 
+    @property
+    def name(self) -> str:
+        """As the compile reports name the kernel."""
+        return str(self.kernel.__name__).removeprefix("am_flow_").removesuffix("_kernel")
+
 
 @contextmanager
-def machine(architecture: Architecture, processors: int = PROCESSORS) -> Iterator[list[Launch]]:
+def machine(
+    architecture: Architecture, processors: int = PROCESSORS, *, compiles: bool = True
+) -> Iterator[list[Launch]]:
     """A machine with one GPU of that architecture, and the list of the launches on it.
 
+    Unless it `compiles`, launches are only recorded, and `compiled_for` compiles one.
     impl="triton" then takes CPU tensors. A kernel that needs more shared memory than the GPU has raises
     triton.runtime.errors.OutOfResources. Raises RuntimeError where there is a GPU, or with Triton's interpreter.
     """
@@ -71,13 +79,15 @@ def machine(architecture: Architecture, processors: int = PROCESSORS) -> Iterato
 
     def record(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         begin = perf_counter()
-        if driver.is_cuda:
+        compiled = None
+        if compiles and driver.is_cuda:
             compiled = run(kernel, programs, arguments, options)
-        else:
-            compiled = _compile(kernel, programs, arguments, options, driver.architecture)
         seconds = perf_counter() - begin
-        launches.append(Launch(kernel.__name__, programs, arguments, options, compiled, seconds))
-        return compiled
+        each = Launch(kernel, programs, arguments, options, compiled, seconds)
+        if compiles and not driver.is_cuda:
+            each = each._replace(compiled=compiled_for(architecture, each))
+        launches.append(each)
+        return each.compiled
 
     column = configs.architecture(*divmod(architecture, 10)) if isinstance(architecture, int) else 80
     device = configs.Device(column, SHARED[architecture], processors)
@@ -95,13 +105,13 @@ def launches_of_the_library() -> int:
     return int(_library().stub_launches())
 
 
-def _compile(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], name: Architecture
-) -> Any:
-    """The kernel, bound and compiled as for a launch."""
-    compiled = kernel.run(*arguments, grid=(programs,), warmup=True, **options)
-    if compiled.metadata.shared > SHARED[name]:
-        raise OutOfResources(compiled.metadata.shared, SHARED[name], "shared memory")
+def compiled_for(architecture: Architecture, each: Launch) -> Any:
+    """The kernel of a launch, bound to its arguments and compiled. Raises as `machine` does."""
+    driver = _driver()
+    with mock.patch.object(driver, "architecture", architecture):
+        compiled = each.kernel.run(*each.arguments, grid=(each.programs,), warmup=True, **each.options)
+    if compiled.metadata.shared > SHARED[architecture]:
+        raise OutOfResources(compiled.metadata.shared, SHARED[architecture], "shared memory")
     return compiled
 
 

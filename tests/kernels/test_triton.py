@@ -6,14 +6,15 @@ The interpreter's bfloat16 products are wrong: that dtype needs a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from amflow_kernels import am_flow, explain
+from amflow_kernels import am_flow, dispatch, explain
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import Problem
 
@@ -139,8 +140,45 @@ def test_small_shared_memory_takes_fewer_stages() -> None:
     strip = configs.strip(400, 64, torch.bfloat16, small)
     assert strip is not None
     assert strip.num_stages == 1
-    assert configs.config("weights", 256, torch.bfloat16, small).num_stages == 1
-    assert configs.config("weights", 256, torch.bfloat16, H100).num_stages == 2
+    assert configs.config("bwd_rows", 256, torch.bfloat16, small).num_stages == 1
+    assert configs.config("bwd_rows", 256, torch.bfloat16, H100).num_stages == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_heads_wider_than_one_step_of_a_product_are_within_budgets(dtype: torch.dtype) -> None:
+    """Each of the passes over tiles then loops over columns of q and k."""
+    q, k = tt.make_qk(1, 3, (1,), 20, 70, 136, dtype=dtype)
+    assert_within_budgets(Problem(q, k))
+
+
+@pytest.fixture
+def amd_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with an AMD GPU, as far as the choice of kernels can tell."""
+    properties = SimpleNamespace(major=9, minor=4, multi_processor_count=304)  # without the shared memory of a program
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    configs.Device.of.cache_clear()
+    yield
+    configs.Device.of.cache_clear()
+
+
+@pytest.mark.usefixtures("amd_gpu")
+def test_amd_gpus_have_64_kb_of_shared_memory() -> None:
+    """PyTorch does not report how much a program can have there."""
+    assert configs.Device.of(torch.device("cuda", 0)) == configs.Device(80, 65536, 304)
+
+
+@pytest.mark.usefixtures("amd_gpu")
+def test_amd_gpus_take_plain_pytorch_by_default_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the kernels have run on one, they run there only if asked for."""
+    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton",)})  # a CPU plays the GPU
+    q, k = tt.make_qk(1, 2, (1,), 4, 4, 8)
+    choice = dispatch.choose(Problem(q, k), None)
+    assert (choice.name, choice.fallback) == ("chunked", True)
+    assert "triton: it has not yet run on an AMD GPU" in choice.reason
+    assert dispatch.choose(Problem(q, k), "triton").name == "triton"
+    with pytest.warns(RuntimeWarning, match="not yet run on an AMD GPU"):
+        am_flow(q, k)
 
 
 def test_every_gpu_takes_the_nearest_configurations() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from amflow_kernels.impl.base import FUSED_DTYPES, Implementation
@@ -28,6 +29,9 @@ class Triton(Implementation):
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
         return None
+
+    def not_chosen(self, problem: MapPairs) -> str | None:
+        return "it has not yet run on an AMD GPU" if torch.version.hip is not None else None
 
     def uses_lse(self, problem: MapPairs) -> bool:
         """The tiled forward has a pass for row statistics, which log-sum-exps spare."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+AMD_SHARED = 65536  # bytes of local data share for a program on CDNA 2 and 3; PyTorch does not report it
+
 
 @dataclass(frozen=True)
 class Device:
@@ -27,6 +29,8 @@ class Device:
         if device.type != "cuda":
             return Device(90, 232448, 1)
         properties: Any = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return Device(80, AMD_SHARED, properties.multi_processor_count)
         return Device(
             architecture(properties.major, properties.minor),
             properties.shared_memory_per_block_optin,
@@ -125,7 +129,8 @@ def config(kernel: str, D: int, dtype: torch.dtype, device: Device) -> Config:
     """The configuration of the tiled kernel am_flow_{kernel}_kernel for the head dimension and dtype of q and k."""
     key = (kernel, dtype.itemsize)
     chosen = _OVERRIDES.get((device.sm, *key), _CONFIGS[key])
-    staged = 2 * (chosen.BLOCK_M + chosen.BLOCK_N) * D * dtype.itemsize
+    columns = D if kernel.startswith("bwd") else block_d(D)  # of q and k in shared memory at a time
+    staged = 2 * (chosen.BLOCK_M + chosen.BLOCK_N) * columns * dtype.itemsize
     return chosen if staged <= device.shared else replace(chosen, num_stages=1)
 
 

@@ -14,6 +14,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     expm1,
     frame_owner,
     keys,
+    logits,
     map_index,
     pair_number,
     pair_owner,
@@ -25,16 +26,23 @@ from amflow_kernels.impl.triton.kernels.maps import (
 
 
 @triton.jit
-def _statistics(top, total, q_tiles, k, stride, p, key, CONST: tl.constexpr, PARTIAL: tl.constexpr):
-    """Row maxima of unscaled logits and row sums, updated with the keys of one tile; PARTIAL: some lie beyond Nk."""
+def _row_logits(f, p, m, q_tile, i, key, CONST: tl.constexpr):
+    """+-q k^T of rows i and the keys of one tile. q_tile are the rows' queries, unless heads are wider than BLOCK_D."""
     j = tl.minimum(key, p.Nk - 1)
-    s = tl.zeros([top.shape[0], key.shape[0]], tl.float32)
-    for n in tl.static_range((CONST.D + CONST.BLOCK_D - 1) // CONST.BLOCK_D):
-        d = n * CONST.BLOCK_D + tl.arange(0, CONST.BLOCK_D)
-        k_tile = tile(k, stride, j[None, :], d[:, None], CONST.D, CONST.D % CONST.BLOCK_D != 0)
-        s = tl.dot(q_tiles[n], k_tile, acc=s, input_precision=CONST.PRECISION)
-    if CONST.NEGATE:
-        s = -s
+    if CONST.D > CONST.BLOCK_D:
+        return logits(f, m, i, j, CONST, False)
+    else:
+        d = tl.arange(0, CONST.BLOCK_D)
+        k_tile = tile(keys(f, m), f.k_stride[4], j[None, :], d[:, None], CONST.D, CONST.D != CONST.BLOCK_D)
+        s = tl.dot(q_tile, k_tile, input_precision=CONST.PRECISION)
+        if CONST.NEGATE:
+            s = -s
+        return s
+
+
+@triton.jit
+def _statistics(top, total, s, p, key, PARTIAL: tl.constexpr):
+    """Row maxima of unscaled logits and row sums, updated with the logits s of a tile; PARTIAL: some lie beyond Nk."""
     if PARTIAL:
         s = tl.where(key[None, :] < p.Nk, s, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
@@ -52,22 +60,20 @@ def am_flow_rows_kernel(frames, p, grid, CONST: tl.constexpr, TILING: tl.constex
     block, m, number = frame_owner(p, f.T, grid)
     row = block * TILING.BLOCK_M + tl.arange(0, TILING.BLOCK_M).to(CONST.INDEX)
     i = tl.minimum(row, p.Nq - 1)
-    q_tiles = ()
-    for n in tl.static_range((CONST.D + CONST.BLOCK_D - 1) // CONST.BLOCK_D):
-        d = n * CONST.BLOCK_D + tl.arange(0, CONST.BLOCK_D)
-        q_tile = tile(queries(f, m), f.q_stride[4], i[:, None], d[None, :], CONST.D, CONST.D % CONST.BLOCK_D != 0)
-        q_tiles = q_tiles + (q_tile,)
-    k = keys(f, m)
+    d = tl.arange(0, CONST.BLOCK_D)
+    q_tile = tile(queries(f, m), f.q_stride[4], i[:, None], d[None, :], CONST.D, CONST.D != CONST.BLOCK_D)
     # Bounded by the lowest finite number, the maximum keeps exp2(-inf - top) at 0. A row of -inf has sum 0 and is NaN.
     top = tl.full([TILING.BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([TILING.BLOCK_M], tl.float32)
     whole = p.Nk // TILING.BLOCK_N * TILING.BLOCK_N
     for j0 in range(0, whole, TILING.BLOCK_N):
         key = j0 + tl.arange(0, TILING.BLOCK_N).to(CONST.INDEX)
-        top, total = _statistics(top, total, q_tiles, k, f.k_stride[4], p, key, CONST, False)
+        s = _row_logits(f, p, m, q_tile, i, key, CONST)
+        top, total = _statistics(top, total, s, p, key, False)
     if TAIL:
         key = whole + tl.arange(0, TAIL).to(CONST.INDEX)
-        top, total = _statistics(top, total, q_tiles, k, f.k_stride[4], p, key, CONST, True)
+        s = _row_logits(f, p, m, q_tile, i, key, CONST)
+        top, total = _statistics(top, total, s, p, key, True)
     offset = number * p.Nq + row
     tl.store(f.row_max + offset, tl.maximum(top * p.scale_log2, LOWEST), mask=row < p.Nq)
     tl.store(f.row_norm + offset, reciprocal(total), mask=row < p.Nq)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOWEST = tl.constexpr(-3.4028234e38)  # about the lowest float32; with one more digit, Triton makes it a float64
@@ -199,8 +200,11 @@ def product(x, y):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to one unit in the last place for x >= 1, infinity for 0; cheaper than a division, which handles any x."""
-    if INTERPRETED:
+    """1 / x to one unit in the last place for x >= 1, infinity for 0.
+
+    On NVIDIA's GPUs cheaper than a division, which handles any x.
+    """
+    if INTERPRETED or is_hip():
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -313,7 +317,7 @@ def logits(f, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     else:
         s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     MASK_D: tl.constexpr = CONST.D % CONST.BLOCK_D != 0
-    for d0 in tl.static_range(0, CONST.D, CONST.BLOCK_D):
+    for d0 in range(0, CONST.D, CONST.BLOCK_D):
         d = d0 + tl.arange(0, CONST.BLOCK_D)
         if TRANSPOSED:
             k_tile = tile(k, f.k_stride[4], j[:, None], d[None, :], CONST.D, MASK_D)
