@@ -7,7 +7,7 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, library
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-from amflow_kernels.dispatch import backward_implementation, implementation, saved_size
+from amflow_kernels.dispatch import IMPLEMENTATIONS, backward, check_backward, implementation, saved_size
 from amflow_kernels.impl.base import empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
@@ -94,8 +94,7 @@ def am_flow_backward(
     if _is_empty(problem):
         dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
     else:
-        chosen = backward_implementation(problem, impl)
-        dq, dk, dq_b, dk_b = chosen.backward(problem, dflow, saved, needs)
+        dq, dk, dq_b, dk_b = backward(problem, impl, dflow, saved, needs)
     return dq, dk, dq_b, dk_b
 
 
@@ -184,7 +183,7 @@ def am_flow_matmul_backward(
     if _is_empty(problem):
         dq, dk, dq_b, dk_b, dx = empty_gradients((*problem.frames, x), needs)
     else:
-        dq, dk, dq_b, dk_b, dx = backward_implementation(problem, impl).matmul_backward(problem, dy, needs)
+        dq, dk, dq_b, dk_b, dx = implementation(problem, impl).matmul_backward(problem, dy, needs)
     return dq, dk, dq_b, dk_b, dx
 
 
@@ -313,10 +312,24 @@ def _vmap_matmul(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tupl
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
+def _check_am_flow_backward(q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, *options: Any) -> None:
+    """Raises where the forward can run, but another implementation makes its backward, and can't.
+
+    lse, lse_b, scale, lag, temperature, head_reduction, center and impl are the options.
+    """
+    lag, impl = options[3], options[-1]
+    if impl is None or IMPLEMENTATIONS[impl].backward_by is None:
+        return
+    with torch.no_grad():
+        q, k, q_b, k_b = _readable(q, k, q_b, k_b)
+    check_backward(MapPairs(q, k, q_b=q_b, k_b=k_b, lag=lag), impl)
+
+
+def _add_checks(op: library.CustomOpDef, before_gradients: Callable[..., None] | None = None) -> None:
     """Makes an op raise in forward mode, where it would return zero tangents, and in the transforms of torch.func.
 
-    The check is a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
+    `before_gradients` is called with the op's arguments if one needs a gradient, before the forward runs. The checks
+    are a part of the autograd kernel: eager, compiled and exported code pass them, and the bare op, too.
     """
     kernel = make_autograd_impl(op._opoverload, op)
 
@@ -324,9 +337,12 @@ def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
-        transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            transform = torch._C._functorch.peek_interpreter_stack()
+            if transform is not None:
+                raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+            if before_gradients is not None:
+                before_gradients(*args)
         return kernel(keyset, *args)
 
     with warnings.catch_warnings():  # older versions of PyTorch warn that a kernel is replaced, which is the purpose
@@ -344,5 +360,6 @@ am_flow_backward.register_autograd(_no_second_order)
 am_flow_matmul_backward.register_autograd(_no_second_order)
 am_flow.register_vmap(_vmap_am_flow)
 am_flow_matmul.register_vmap(_vmap_matmul)
-for op in (am_flow, am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
-    _refuse_other_differentiation(op)
+_add_checks(am_flow, _check_am_flow_backward)
+for op in (am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
+    _add_checks(op)

@@ -237,7 +237,9 @@ def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """dq, dk, dq_b, dk_b; without elements where `needs` is False."""
+    """dq, dk, dq_b, dk_b; without elements where `needs` is False. `saved` is empty after another forward."""
+    if not saved.numel():
+        saved = _statistics(problem)
     launch = _Launch(problem, saved)
     q = problem.q
     dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
@@ -255,6 +257,16 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
         d = backward.Gradient(g, g.stride()[:4], g, g, *rows)
         _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
+
+
+def _statistics(problem: Problem) -> Tensor:
+    """What `am_flow` saves."""
+    saved = new_saved(problem)
+    launch = _Launch(problem, saved)
+    with _on(problem.q):
+        launch.row_statistics(None, None)
+        launch.weights()
+    return saved
 
 
 def am_flow_matmul(problem: MatmulProblem) -> Tensor:
