@@ -124,8 +124,15 @@ def saved_size(problem: Problem, impl: str | None) -> int:
 
 
 def uses_lse(problem: MapPairs, impl: str | None) -> bool:
-    """Whether the forward would be faster with the rows' log-sum-exps. Traced code can't tell: no."""
-    return not torch.compiler.is_compiling() and IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
+    """Whether the forward would be faster with the rows' log-sum-exps. Traced code can't tell: no.
+
+    Nor does a flow whose gradients are needed take them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.frames):
+        return False
+    return IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
 
 
 @dataclass(frozen=True)

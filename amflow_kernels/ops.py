@@ -37,7 +37,7 @@ def am_flow(
 ) -> tuple[Tensor, Tensor]:
     """The flow, and what the implementation saves for its backward (possibly nothing).
 
-    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them.
+    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them, and only without gradients.
     """
     q, k, q_b, k_b = _readable(q, k, q_b, k_b)
     problem = Problem(
@@ -312,24 +312,26 @@ def _vmap_matmul(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tupl
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _check_am_flow_backward(q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, *options: Any) -> None:
-    """Raises where the forward can run, but another implementation makes its backward, and can't.
+def _arguments_with_gradients(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, _: Tensor | None, __: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
+    """The arguments of a flow whose gradients are needed: no log-sum-exps, whose rounding errors gradients can't take.
 
-    lse, lse_b, scale, lag, temperature, head_reduction, center and impl are the options.
+    Raises where the forward can run, but another implementation makes its backward, and can't.
     """
-    lag, impl = options[3], options[-1]
-    if impl is None or IMPLEMENTATIONS[impl].backward_by is None:
-        return
-    with torch.no_grad():
-        q, k, q_b, k_b = _readable(q, k, q_b, k_b)
-    check_backward(MapPairs(q, k, q_b=q_b, k_b=k_b, lag=lag), impl)
+    lag, impl = options[1], options[-1]
+    if impl is not None and IMPLEMENTATIONS[impl].backward_by is not None:
+        with torch.no_grad():
+            readable = _readable(q, k, q_b, k_b)
+        check_backward(MapPairs(*readable[:2], q_b=readable[2], k_b=readable[3], lag=lag), impl)
+    return q, k, q_b, k_b, None, None, *options
 
 
-def _add_checks(op: library.CustomOpDef, before_gradients: Callable[..., None] | None = None) -> None:
+def _extend_autograd(op: library.CustomOpDef, arguments: Callable[..., tuple[Any, ...]] | None = None) -> None:
     """Makes an op raise in forward mode, where it would return zero tangents, and in the transforms of torch.func.
 
-    `before_gradients` is called with the op's arguments if one needs a gradient, before the forward runs. The checks
-    are a part of the autograd kernel: eager, compiled and exported code pass them, and the bare op, too.
+    Where an input needs a gradient, `arguments` checks the op's arguments before the forward, and may replace them. All
+    this is a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
     """
     kernel = make_autograd_impl(op._opoverload, op)
 
@@ -341,8 +343,8 @@ def _add_checks(op: library.CustomOpDef, before_gradients: Callable[..., None] |
             transform = torch._C._functorch.peek_interpreter_stack()
             if transform is not None:
                 raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
-            if before_gradients is not None:
-                before_gradients(*args)
+            if arguments is not None:
+                args = arguments(*args)
         return kernel(keyset, *args)
 
     with warnings.catch_warnings():  # older versions of PyTorch warn that a kernel is replaced, which is the purpose
@@ -360,6 +362,6 @@ am_flow_backward.register_autograd(_no_second_order)
 am_flow_matmul_backward.register_autograd(_no_second_order)
 am_flow.register_vmap(_vmap_am_flow)
 am_flow_matmul.register_vmap(_vmap_matmul)
-_add_checks(am_flow, _check_am_flow_backward)
+_extend_autograd(am_flow, _arguments_with_gradients)
 for op in (am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
-    _add_checks(op)
+    _extend_autograd(op)

@@ -18,7 +18,7 @@ from amflow_kernels import am_flow, am_flow_pair
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import Problem
 from tests.kernels import conformance
-from tests.kernels.conformance import BF16, FACTORS, FP16, FP32, Case, Subject
+from tests.kernels.conformance import BF16, FACTORS, FP16, FP32, Case, Subject, small_case
 
 REDUCTIONS = ("none", "mean", "mean_map")
 DTYPES = (FP32, BF16, FP16)
@@ -33,11 +33,6 @@ def test_forward_is_within_its_budget(subject: Subject, flow_case: Case) -> None
 
 def test_gradients_are_within_their_budget(subject: Subject, flow_case: Case) -> None:
     conformance.check_flow_gradients(flow_case, subject.name)
-
-
-def small_case(**options: Any) -> Case:
-    row = {name: values[0] for name, values in FACTORS.items()}
-    return Case(**{**row, "tokens": (8, 9), "D": 16, **options})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
