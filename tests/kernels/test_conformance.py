@@ -52,6 +52,15 @@ def test_gradients_hold_at_the_lowest_temperature(seed: int, dtype: torch.dtype,
             torch.testing.assert_close(other * 2.0**40, one, rtol=1e-5, atol=1e-30)
 
 
+def test_the_highest_temperature_gives_no_flow_and_no_nan(impl: str) -> None:
+    """At 1e300 the change is divided away."""
+    q, k = (x.requires_grad_() for x in tt.make_qk(1, 2, (1,), 17, 33, 16))
+    flow = am_flow(q, k, temperature=1e300, center=True, impl=impl)
+    assert flow.abs().max() < 1e-30
+    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
+        assert grad.abs().max() < 1e-25
+
+
 @pytest.mark.parametrize("temperature", FACTORS["temperature"])
 @pytest.mark.parametrize("logits", FACTORS["logits"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -326,6 +326,24 @@ def test_a_log_sum_exp_that_is_not_finite_makes_nan_of_its_flows(value: float) -
     assert flow[0, 2].isfinite().all()
 
 
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, budget: float) -> None:
+    """A key has logits of -inf in one frame: gradients that are finite in the reference are finite here."""
+    q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, 2, :, 7, 0] = -torch.inf
+    grads = []
+    for impl in ("triton", "reference"):
+        x = q.detach().requires_grad_(), k.detach().requires_grad_()
+        flow = am_flow(*x, impl=impl)
+        grads.append(torch.autograd.grad(flow, x, tt.make_dflow(flow.shape)))
+    for found, expected in zip(*grads, strict=True):
+        finite = expected.isfinite()
+        assert finite.double().mean() > 0.5
+        error = (found - expected)[finite].double().norm() / expected[finite].double().norm()
+        assert error < budget
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [(4096, 24), (24, 4096)])
 def test_long_rows_and_columns_are_within_budgets(tokens: tuple[int, int]) -> None:

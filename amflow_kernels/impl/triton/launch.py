@@ -24,6 +24,7 @@ from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 LARGEST_FEATURES = 64  # columns of x that one program multiplies
 FLOW: dict[str, int | bool] = {"C": 0, "SOFTMAX": True}  # constants of the gradient of a flow
+HIGHEST_TEMPERATURE = 1e30  # above it the flow is the same, but the kernels' products would underflow
 TINY = torch.finfo(torch.float32).tiny
 
 AnyConfig = configs.Config | configs.Strip | configs.GradientStrip
@@ -62,7 +63,7 @@ class _Launch:
             self.Nq,
             self.Nk,
             scale_log2,
-            1 / problem.temperature,
+            1 / min(problem.temperature, HIGHEST_TEMPERATURE),
         )
         self.device = configs.Device.of(q.device)
         self.constants = Constants(self.D, configs.block_d(self.D), scale < 0, _index_type(tensors), _precision(q))
