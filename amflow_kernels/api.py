@@ -56,7 +56,7 @@ def am_flow(
         impl: None picks by device; ``"reference"``, ``"chunked"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that
             implementation or raises. Where no kernel can run, None takes ``"chunked"``, plain PyTorch by blocks of
             query rows in 64 MB besides inputs and results, and warns. ``"reference"`` forms the maps. ``"cuda"``: at
-            most 640 tokens and a head dimension of at most 128.
+            most 640 tokens and a head dimension of at most 128; ``"triton"`` makes its gradients.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a

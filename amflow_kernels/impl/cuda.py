@@ -64,7 +64,7 @@ class Cuda(Implementation):
         return flow, nothing_saved(problem)
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        raise NotImplementedError(f"`backward_by` says whose it is: {self.backward_by!r}")
+        raise NotImplementedError("the CUDA kernels have no backward; `backward_by` names one")
 
     def matmul(self, problem: MatmulProblem) -> Tensor:
         raise NotImplementedError(_NO_MATMUL)  # `unsupported` says so

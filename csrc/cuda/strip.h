@@ -220,8 +220,8 @@ struct Strip {
     }
   }
 
-  // Replaces logits by exponentials, which times row_factor are A * factor.
-  __device__ void softmax(Tiles& s, float (&row_factor)[2], float factor) {
+  // Replaces logits by exponentials, which times row_factor are a head's share of the map divided by the temperature.
+  __device__ void softmax(Tiles& s, float (&row_factor)[2]) {
     const int lane = lane_id();
     const int remaining = p.Nk - key0() - lane % 4 * 2;  // keys from this lane's first key on
     if (key0() + NT * TILE_KEYS > p.Nk)
@@ -290,6 +290,7 @@ struct Strip {
     } else {
       warp_factor[0] = warp_factor[1] = 1;
     }
+    const float factor = MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature;
 #pragma unroll
     for (int half = 0; half < 2; ++half) row_factor[half] = reciprocal(sum[half]) * factor * warp_factor[half];
   }
@@ -304,15 +305,14 @@ struct Strip {
   // The next frame's map: A times row_factor is the map divided by the temperature.
   template <class Overlap>
   __device__ void next_map(Tiles& A, float (&row_factor)[2], const Overlap& overlap) {
-    const float factor = MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature;
     logits(A, overlap);
-    softmax(A, row_factor, factor);
+    softmax(A, row_factor);
     if constexpr (MEAN_MAP) {
       scale_rows(A, row_factor);
       for (int h = 1; h < p.H; ++h) {
         Tiles x;
         logits(x, NoWork{});
-        softmax(x, row_factor, factor);
+        softmax(x, row_factor);
         scale_rows(x, row_factor);
 #pragma unroll
         for (int c = 0; c < NT; ++c)
