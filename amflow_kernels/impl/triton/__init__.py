@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from amflow_kernels.impl.base import FUSED_DTYPES, Implementation
-from amflow_kernels.impl.gpu import saved_sizes
+from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 

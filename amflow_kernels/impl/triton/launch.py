@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from amflow_kernels.impl.base import empty_gradients
-from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import Constants, FramePair, Frames, Grid, Pairs, Tiling, constexprs
+from amflow_kernels.impl.triton.saved import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
