@@ -50,12 +50,13 @@ def am_flow(
             Nq / Nk plus a signal of 1e-4 to 1e-2, and only the centred form keeps full relative precision.
         lse: the rows' log-sum-exps, ``logsumexp(scale * q @ k.mT, -1)``: natural logarithm, float32, (B, T, *G, Nq),
             as flash attention of the same q, k and scale returns it, from products of the same precision. It is not
-            checked and takes no gradient. The tiled Triton kernels save a pass with it; implementations that would
-            gain nothing, or lose precision, compute their own.
+            checked and takes no gradient. The tiled Triton kernels save a pass with it. Implementations that would
+            gain nothing compute their own, and so do all where gradients of q or k are needed: the gradients of peaked
+            maps need row sums to the last digit.
         impl: None picks by device; ``"reference"``, ``"chunked"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` runs that
             implementation or raises. Where no kernel can run, None takes ``"chunked"``, plain PyTorch by blocks of
             query rows in 64 MB besides inputs and results, and warns. ``"reference"`` forms the maps. ``"cuda"``: at
-            most 640 tokens and a head dimension of at most 128.
+            most 640 tokens and a head dimension of at most 128; ``"triton"`` makes its gradients.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: (B, T - lag, *G, Nk), or (B, T - lag, *G[1:], Nk) with a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from amflow_kernels.dispatch import check_impl, uses_lse
 from amflow_kernels.problem import Problem, check_dense, check_same
 
 __all__ = ["am_flow_attention"]
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of q, k, v, scale: out, log-sum-exps
 
 
 def am_flow_attention(
@@ -50,8 +53,8 @@ def am_flow_attention(
         flow: as `am_flow` returns it. Both are differentiable in q and k, `out` in v, too.
 
     Under autocast q, k and v are cast as `scaled_dot_product_attention` casts them, and both results are of the cast
-    ones; `am_flow` itself casts nothing. Where flash attention runs on a GPU and the flow has use for its log-sum-exps,
-    the flow takes them (not in compiled code).
+    ones; `am_flow` itself casts nothing. Where flash attention or cuDNN's runs on a GPU and the flow has use for its
+    log-sum-exps, the flow takes them (not in compiled code, nor where gradients of q or k are needed).
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
@@ -110,9 +113,10 @@ def attention(problem: Problem, v: Tensor, impl: str | None) -> tuple[Tensor, Te
     frames, groups = q.shape[:2], q.shape[2:-2]
     # Fused attention kernels take four dimensions, no more.
     q4, k4, v4 = (x.flatten(0, 1).flatten(1, -3) for x in (q, k, v))
+    with_lse = _kernel_with_lse(q4, k4, v4, scale) if uses_lse(problem, impl) else None
     lse = None
-    if uses_lse(problem, impl) and _runs_flash(q4, k4, v4, scale):
-        out, lse = _flash(q4, k4, v4, scale)
+    if with_lse is not None:
+        out, lse = with_lse(q4, k4, v4, scale)
         lse = torch.unflatten(torch.unflatten(lse, 1, groups), 0, frames)
     else:
         out = scaled_dot_product_attention(q4, k4, v4, scale=scale)
@@ -125,11 +129,25 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out, lse
 
 
-def _runs_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Whether the attention call will run flash attention on a GPU, on these very tensors.
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's log-sum-exps are (B, H, Nq, 1): the statistics that its backward takes (ATen/native/cudnn/MHA.cpp)."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, compute_log_sumexp=True, scale=scale
+    )
+    return out, lse.squeeze(-1)
 
-    The CPU's log-sum-exps are off by 1e-6, which nearly still clips feel.
+
+# PyTorch's attention kernels that return natural log-sum-exps of the scaled logits, float32: its ring attention
+# (torch.distributed.tensor.experimental) merges partial results of either by them.
+_KERNELS_WITH_LSE = {SDPBackend.FLASH_ATTENTION: _flash, SDPBackend.CUDNN_ATTENTION: _cudnn}
+
+
+def _kernel_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attention | None:
+    """The kernel that the attention call will run, if it runs on a GPU, on these very tensors, and has log-sum-exps.
+
+    The CPU's log-sum-exps are off by 1e-6, which nearly still clips feel. Flash attention gets padded tensors where D
+    is not a multiple of 8; cuDNN is not chosen then.
     """
-    chosen = torch._fused_sdp_choice(q, k, v, scale=scale)
-    flash = q.device.type == "cuda" and chosen == SDPBackend.FLASH_ATTENTION.value
-    return flash and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0  # else it gets padded ones
+    if q.device.type != "cuda" or q.shape[-1] != v.shape[-1] or q.shape[-1] % 8:
+        return None
+    return _KERNELS_WITH_LSE.get(SDPBackend(torch._fused_sdp_choice(q, k, v, scale=scale)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,22 @@ def check_impl(impl: str | None, problem: MapPairs | None) -> None:
         raise ValueError(f"impl={impl!r}: {reason}")
 
 
+def check_backward(problem: MapPairs, impl: str) -> None:
+    """Raises RuntimeError unless the backward that belongs to the forward of `impl` can run."""
+    reason = _no_backward(IMPLEMENTATIONS[impl], problem)
+    if reason:
+        raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run with inputs that need gradients: {reason}")
+
+
+def _no_backward(chosen: Implementation, problem: MapPairs) -> str | None:
+    """Why the implementation that makes the gradients of `chosen` can't make them, or None."""
+    if chosen.backward_by is None:
+        return None
+    maker = IMPLEMENTATIONS[chosen.backward_by]
+    why_not = maker.unsupported(problem) or maker.unavailable()
+    return f"{chosen.backward_by!r} makes them: {why_not}" if why_not else None
+
+
 def choose(problem: MapPairs, impl: str | None) -> Choice:
     """The implementation for a problem. Raises RuntimeError if the one asked for can't run here."""
     if impl is not None:
@@ -61,6 +78,7 @@ def choose(problem: MapPairs, impl: str | None) -> Choice:
     for name in _PREFERENCE.get(device, ()):
         candidate = IMPLEMENTATIONS[name]
         why_not = candidate.unsupported(problem) or candidate.not_chosen(problem) or candidate.unavailable()
+        why_not = why_not or _no_backward(candidate, problem)
         if why_not is None:
             return Choice(name, "; ".join([f"fused kernel for {device} and {dtype}", *reasons]), fallback=False)
         reasons.append(f"{name}: {why_not}")
@@ -87,10 +105,14 @@ def implementation(problem: MapPairs, impl: str | None) -> Implementation:
     return IMPLEMENTATIONS[choice.name]
 
 
-def backward_implementation(problem: MapPairs, impl: str | None) -> Implementation:
-    """The implementation of the backward that belongs to the forward of `implementation`."""
+def backward(
+    problem: Problem, impl: str | None, dflow: Tensor, saved: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients for the forward of `implementation`, and what the op has saved of it."""
     chosen = implementation(problem, impl)
-    return chosen if chosen.backward_by is None else IMPLEMENTATIONS[chosen.backward_by]
+    saved = saved[: chosen.saved_size(problem)]  # the op has room for what any implementation may save
+    maker = chosen if chosen.backward_by is None else IMPLEMENTATIONS[chosen.backward_by]
+    return maker.backward(problem, dflow, saved, needs)
 
 
 def saved_size(problem: Problem, impl: str | None) -> int:
@@ -102,8 +124,15 @@ def saved_size(problem: Problem, impl: str | None) -> int:
 
 
 def uses_lse(problem: MapPairs, impl: str | None) -> bool:
-    """Whether the forward would be faster with the rows' log-sum-exps. Traced code can't tell: no."""
-    return not torch.compiler.is_compiling() and IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
+    """Whether the forward would be faster with the rows' log-sum-exps. Traced code can't tell: no.
+
+    Nor does a flow whose gradients are needed take them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.frames):
+        return False
+    return IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
 
 
 @dataclass(frozen=True)
@@ -133,7 +162,11 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
         choice = choose(problem, impl)
         lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
         lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
-        lines += IMPLEMENTATIONS[choice.name].describe(problem)
+        chosen = IMPLEMENTATIONS[choice.name]
+        lines += chosen.describe(problem)
+        if chosen.backward_by is not None:
+            can_run = _no_backward(chosen, problem) or f"{chosen.backward_by!r} makes them"
+            lines.append(f"gradients: {can_run}")
     lines.append(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for each in IMPLEMENTATIONS.values():
         lines += each.describe()

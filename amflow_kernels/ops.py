@@ -7,7 +7,7 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, library
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-from amflow_kernels.dispatch import backward_implementation, implementation, saved_size
+from amflow_kernels.dispatch import IMPLEMENTATIONS, backward, check_backward, implementation, saved_size
 from amflow_kernels.impl.base import empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
@@ -37,7 +37,7 @@ def am_flow(
 ) -> tuple[Tensor, Tensor]:
     """The flow, and what the implementation saves for its backward (possibly nothing).
 
-    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them.
+    lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them, and only without gradients.
     """
     q, k, q_b, k_b = _readable(q, k, q_b, k_b)
     problem = Problem(
@@ -94,8 +94,7 @@ def am_flow_backward(
     if _is_empty(problem):
         dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
     else:
-        chosen = backward_implementation(problem, impl)
-        dq, dk, dq_b, dk_b = chosen.backward(problem, dflow, saved, needs)
+        dq, dk, dq_b, dk_b = backward(problem, impl, dflow, saved, needs)
     return dq, dk, dq_b, dk_b
 
 
@@ -184,7 +183,7 @@ def am_flow_matmul_backward(
     if _is_empty(problem):
         dq, dk, dq_b, dk_b, dx = empty_gradients((*problem.frames, x), needs)
     else:
-        dq, dk, dq_b, dk_b, dx = backward_implementation(problem, impl).matmul_backward(problem, dy, needs)
+        dq, dk, dq_b, dk_b, dx = implementation(problem, impl).matmul_backward(problem, dy, needs)
     return dq, dk, dq_b, dk_b, dx
 
 
@@ -313,10 +312,26 @@ def _vmap_matmul(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tupl
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
+def _arguments_with_gradients(
+    q: Tensor, k: Tensor, q_b: Tensor | None, k_b: Tensor | None, _: Tensor | None, __: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
+    """The arguments of a flow whose gradients are needed: no log-sum-exps, whose rounding errors gradients can't take.
+
+    Raises where the forward can run, but another implementation makes its backward, and can't.
+    """
+    lag, impl = options[1], options[-1]
+    if impl is not None and IMPLEMENTATIONS[impl].backward_by is not None:
+        with torch.no_grad():
+            readable = _readable(q, k, q_b, k_b)
+        check_backward(MapPairs(*readable[:2], q_b=readable[2], k_b=readable[3], lag=lag), impl)
+    return q, k, q_b, k_b, None, None, *options
+
+
+def _extend_autograd(op: library.CustomOpDef, arguments: Callable[..., tuple[Any, ...]] | None = None) -> None:
     """Makes an op raise in forward mode, where it would return zero tangents, and in the transforms of torch.func.
 
-    The check is a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
+    Where an input needs a gradient, `arguments` checks the op's arguments before the forward, and may replace them. All
+    this is a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
     """
     kernel = make_autograd_impl(op._opoverload, op)
 
@@ -324,9 +339,12 @@ def _refuse_other_differentiation(op: library.CustomOpDef) -> None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
-        transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            transform = torch._C._functorch.peek_interpreter_stack()
+            if transform is not None:
+                raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+            if arguments is not None:
+                args = arguments(*args)
         return kernel(keyset, *args)
 
     with warnings.catch_warnings():  # older versions of PyTorch warn that a kernel is replaced, which is the purpose
@@ -344,5 +362,6 @@ am_flow_backward.register_autograd(_no_second_order)
 am_flow_matmul_backward.register_autograd(_no_second_order)
 am_flow.register_vmap(_vmap_am_flow)
 am_flow_matmul.register_vmap(_vmap_matmul)
-for op in (am_flow, am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
-    _refuse_other_differentiation(op)
+_extend_autograd(am_flow, _arguments_with_gradients)
+for op in (am_flow_matmul, am_flow_backward, am_flow_matmul_backward):
+    _extend_autograd(op)

@@ -72,6 +72,43 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def hardware_products() -> Iterator[None]:
+    """Triton's interpreter multiplies bfloat16 and TF32, and rounds to bfloat16, as a GPU does.
+
+    By itself it multiplies the bit patterns of bfloat16 as integers, truncates to bfloat16, and ignores TF32.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    import numpy as np
+    import triton.language as tl
+    from triton._C.libtriton import ir
+
+    convert = interpreter._convert_float
+
+    def rounded(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(x).bfloat16().view(torch.int16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (np.asarray(x).astype(np.uint32) << 16).view(np.float32)
+        return convert(x, source, target, rounding_mode)
+
+    def operand(x: Any, precision: Any) -> Any:
+        if x.dtype.scalar == tl.bfloat16:
+            return rounded(x.data, tl.bfloat16, tl.float32, None)
+        if x.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
+            return (x.data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        return x.data
+
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
+        product = np.matmul(operand(a, precision), operand(b, precision), dtype=np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounded)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        yield
+
+
 @pytest.fixture
 def cold_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in a fresh Python process, in an empty folder, with this checkout on the path."""

@@ -20,8 +20,8 @@ class Implementation(Protocol):
     Attributes:
         devices: the types of device whose tensors it takes; None: any.
         dtypes: the dtypes it takes; None: any.
-        backward_by: the name of the implementation whose backward serves this one, and takes what its `forward` saves;
-            None: its own.
+        backward_by: the name of the implementation whose backward serves this one; None: its own. `forward` then saves
+            nothing: the row sums of a peaked map are useless to products that are rounded differently.
     """
 
     devices: tuple[str, ...] | None = None
@@ -59,7 +59,10 @@ class Implementation(Protocol):
 
     @abstractmethod
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        """dq, dk, dq_b, dk_b, contiguous and in the dtype of q; without elements where `needs` is False."""
+        """dq, dk, dq_b, dk_b, contiguous and in the dtype of q; without elements where `needs` is False.
+
+        saved: what `forward` saved; empty after the forward of an implementation that names this one in `backward_by`.
+        """
 
     @abstractmethod
     def matmul(self, problem: MatmulProblem) -> Tensor:

@@ -1,4 +1,4 @@
-"""The CUDA kernels (csrc/cuda): allocates the results, then calls the library once."""
+"""The CUDA kernels (csrc/cuda), which are forwards: allocates the results, then calls the library once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext
-from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, empty_gradients
-from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, nothing_saved
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MAX_TOKENS = 640
@@ -28,6 +27,7 @@ class Cuda(Implementation):
 
     devices = ("cuda",)
     dtypes = FUSED_DTYPES
+    backward_by = "triton"
 
     def unsupported(self, problem: MapPairs) -> str | None:
         if isinstance(problem, MatmulProblem):
@@ -53,25 +53,18 @@ class Cuda(Implementation):
             return None
         return f"only where it is asked for: no measurement shows it faster on sm_{major}{minor}"
 
-    def saved_size(self, problem: Problem) -> int:
-        return sum(saved_sizes(problem))
-
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        q, saved = problem.q, new_saved(problem)
+        q = problem.q
         flow = torch.empty(problem.flow_shape, dtype=torch.float32, device=q.device)
         with _on(q):
-            _ops().forward(flow, saved, *_maps(problem), problem.center, *_device(q))
-        return flow, saved
+            _ops().forward(
+                flow, *problem.frames, problem.logit_scale, problem.shift, problem.temperature, problem.reduction,
+                problem.center, *_device(q),
+            )  # fmt: skip
+        return flow, nothing_saved(problem)
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        grads = empty_gradients(problem.frames, needs)
-        g = subtract_mean(dflow)
-        if problem.head_reduction == "mean":
-            heads = problem.heads
-            g = (g / heads).unsqueeze(2).expand(*g.shape[:2], heads, *g.shape[2:])
-        with _on(problem.q):
-            _ops().backward(*grads, g.contiguous(), saved, *_maps(problem), *_device(problem.q))
-        return grads
+        raise NotImplementedError("the CUDA kernels have no backward; `backward_by` names one")
 
     def matmul(self, problem: MatmulProblem) -> Tensor:
         raise NotImplementedError(_NO_MATMUL)  # `unsupported` says so
@@ -87,10 +80,6 @@ class Cuda(Implementation):
             return ["cuda kernels: not available: PyTorch finds no GPU"]
         file = _ext.binary(_build.CUDA)
         return [f"cuda kernels: {f'from {file}' if file else 'not loaded'}; impl='cuda' asks for them"]
-
-
-def _maps(problem: Problem) -> tuple[Any, ...]:
-    return (*problem.frames, problem.logit_scale, problem.shift, problem.temperature, problem.reduction)
 
 
 def _ops() -> Any:

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from amflow_kernels.impl.gpu import saved_sizes
 from amflow_kernels.impl.triton import launch
+from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MatmulProblem, Problem
 from benchmarks.gpu import stub_driver
 from benchmarks.gpu.stub_driver import SHARED, Architecture, Launch

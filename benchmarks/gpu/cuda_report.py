@@ -28,15 +28,9 @@ RESULT = RESULTS / "cuda_report.json"
 SM = 90
 TOKENS = (64, 197, 257, 261, 400, 577, 640)
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
-# Queries or keys that the gradient kernels stream past in one round; half of them with more than one slice of columns.
-STREAMED = 32
 STRIPS = r"(\d+) blocks of (\d+) x (\d+) rows, (\d+) x (\d+) keys, (\d) stages"
 MODELLED = ["N", "rows", "keys", "padded", "issue", "L2", "Triton: padded", "issue", "L2"]
-ARGUMENTS = {
-    "forward": ("NT", "MEAN_MAP", "GROWTH"),
-    "coefficients": ("NT", "MEAN_MAP", "GROWTH"),
-    "gradient": ("DT", "RESULT"),
-}
+ARGUMENTS = ("NT", "MEAN_MAP", "GROWTH")
 
 
 def build(folder: Path) -> Path:
@@ -46,21 +40,22 @@ def build(folder: Path) -> Path:
 
 
 def rows(built: Path) -> list[dict[str, Any]]:
-    """One row for every kernel of the library."""
+    """One row for every kernel that computes maps."""
     usage, code = (triton_report.cuobjdump(flag, str(built)) for flag in ("--dump-resource-usage", "--dump-sass"))
     sass = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
     table = []
     for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
-        match = re.search(r"am_flow_(forward|coefficients|gradient)I(13__nv_bfloat16|6__half|f)(.*?)EEv", name)
+        match = re.search(r"am_flow_forwardI(13__nv_bfloat16|6__half|f)(.*?)EEv", name)
         if match is None:
             continue
-        kernel, dtype, rest = match[1], DTYPES[match[2]], match[3]
-        values = [int(value) for value in re.findall(r"(?:L[ib]|ResultE|GrowthE)(\d+)", rest)]
-        arguments = dict(zip(ARGUMENTS[kernel], values, strict=True))
-        label = f"{kernel} " + " ".join(f"{key}={value}" for key, value in arguments.items())
+        values = [int(value) for value in re.findall(r"(?:L[ib]|GrowthE)(\d+)", match[2])]
+        label = " ".join(f"{key}={value}" for key, value in zip(ARGUMENTS, values, strict=True))
         loop = triton_report.main_loop(sass[name], innermost=False)
-        row = {"dtype": dtype, "kernel": label, "registers": int(registers), "stack": int(stack)}
-        table.append({**row, **_instructions(loop, elements(arguments, dtype))})
+        row = {"dtype": DTYPES[match[1]], "kernel": label, "registers": int(registers), "stack": int(stack)}
+        elements = (
+            2 * 4 * values[0]
+        )  # per lane in one round of the loop: strips of two frames, four for a tile of 8 keys
+        table.append({**row, **_instructions(loop, elements)})
     return sorted(table, key=lambda row: (row["dtype"], row["kernel"]))
 
 
@@ -69,14 +64,6 @@ def _instructions(loop: list[str], elements: int) -> dict[str, float]:
     kinds = triton_report.KINDS.items()
     counts = {kind: sum(bool(re.match(pattern, word)) for word in loop) / elements for kind, pattern in kinds}
     return {"all": len(loop) / elements, **counts}
-
-
-def elements(arguments: dict[str, int], dtype: str) -> int:
-    """Map elements per lane in one round of the main loop: strips of two frames, or four for each tile of 8 keys."""
-    if "NT" in arguments:
-        return 2 * 4 * arguments["NT"]
-    one_slice = dtype != "float32" and arguments["DT"] == 8
-    return 4 * (STREAMED if one_slice else STREAMED // 2) // 8
 
 
 def release() -> str:
@@ -113,7 +100,7 @@ def model(table: list[dict[str, Any]], growth: int) -> list[list[str]]:
         assert match is not None, description
         blocks, groups, tile, warps, keys, _ = map(int, match.groups())
         computed = -(-N // tile) * tile * warps * keys  # groups beyond the last row do nothing
-        row = figures[f"forward NT={keys // 8} MEAN_MAP=0 GROWTH={growth}"]
+        row = figures[f"NT={keys // 8} MEAN_MAP=0 GROWTH={growth}"]
         busy = max(row["all"] / triton_report.ISSUED, row["ex2"] / triton_report.EXPONENTIALS)
         issue = B * T * H * computed * busy / (triton_report.PROCESSORS * triton_report.CLOCK)
         L2 = B * T * H * blocks * (warps * keys + groups * tile) * D * 2 / triton_report.L2_RATE
@@ -135,12 +122,11 @@ and the kernels have **not yet run on a GPU**.
 
 Registers per thread, bytes of stack (spills), then instructions of the main loop for each element of the maps that it
 computes, as in [the report on Triton's kernels](triton_report.md). All branches of a loop are counted, and inner loops
-once: more than is executed where branches handle keys beyond the last, unaligned rows, or temperatures below 1. The
-gradient kernels have most of these, and compute a map, its neighbours and their products in one loop.
+once: more than is executed where branches handle keys beyond the last or unaligned rows. Triton's kernels compute the
+gradients.
 
 - NT: tiles of 8 keys per warp.
 - GROWTH: how e^x - 1 is computed. 0: by a polynomial; 1: for temperatures below 1; 2: by a second ex2 (uncentred flow).
-- DT: tiles of 8 columns of D. RESULT: 0 for dq, 1 for dk, 2 for the row sums that a mean over the heads' maps needs.
 
 **What an element needs**, in the uncentred forward: 1 MMA and 0.6 ldmatrix; 1 maximum; 1 FMA and 1 ex2; 1 sum; 1 FMA
 for the change; 1 product and 1 ex2; 1 sum; 1 FMA for the sum over rows and 0.25 to store it: 11 in all, and 15 if

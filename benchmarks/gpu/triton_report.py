@@ -28,8 +28,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amflow_kernels.impl.gpu import saved_sizes
 from amflow_kernels.impl.triton import configs, launch
+from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import Problem
 from benchmarks.gpu import layouts
 from benchmarks.result_files import RESULTS, dumps

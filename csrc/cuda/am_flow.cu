@@ -71,8 +71,4 @@ const char* forward(const Problem& p, const Device& device, void* stream) {
   return finish(p, plan, device, stream);
 }
 
-const char* backward(const Problem& p, const Device& device, void* stream) {
-  return for_dtype(p.dtype, [&]<class X>(X) { return run_backward<X>(p, plan_of(p, device), device, stream); });
-}
-
 }  // namespace amflow_cuda

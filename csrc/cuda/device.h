@@ -113,14 +113,6 @@ __device__ inline void load_matrices(uint32_t (&x)[4], Shared from) {
                : "memory");
 }
 
-// The same with each matrix transposed: lane l gets rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from)
-               : "memory");
-}
-
 // acc (16, 8) += a (16, 32 bytes) b (8, 32 bytes)^T. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of acc, in rows
 // l / 4 and l / 4 + 8. `multiply_first`: acc = a b^T.
 __device__ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
@@ -159,35 +151,8 @@ __device__ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline void round_to(float& to, float x) { to = x; }
-__device__ inline void round_to(bf16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ inline void round_to(f16& to, float x) { to = __float2half_rn(x); }
-
 __device__ inline uint32_t as_bits(float x) { return __float_as_uint(x); }
 __device__ inline float as_float(uint32_t x) { return __uint_as_float(x); }
-
-// Packs two bf16 into 32 bits, the first in the lower half, which has the lower address.
-__device__ inline uint32_t pack(float first, float second, bf16) {
-  uint32_t x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(second), "f"(first));
-  return x;
-}
-
-struct FloatPair {
-  float first, second;
-};
-
-__device__ inline FloatPair unpack(uint32_t x, f16) {
-  f16 both[2];
-  memcpy(both, &x, 4);
-  return {static_cast<float>(both[0]), static_cast<float>(both[1])};
-}
-
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 
 template <class Kernel, class... Arguments>
 const char* launch(const Device& device, Kernel* kernel, int64_t blocks, int threads, int shared, void* stream,

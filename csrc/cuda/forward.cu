@@ -29,7 +29,7 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
   template <Growth GROWTH>
   __device__ void add_pair(Tiles& A, const float (&a)[2], const Tiles& B, const float (&b)[2], int n) {
     constexpr float excess = GROWTH == Growth::rough ? 1 : 0;  // that the rough `Expm1` adds to its result
-    float sum[1][2];
+    float sum[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // a |A - (b / a) B| takes one product, and equal maps differ by exactly 0.
@@ -43,15 +43,14 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
           A[c][i] = expm1(fabsf(fmaf(-ratio, B[c][i], A[c][i])));
           total += A[c][i];
         }
-      sum[0][half] = total;
+      sum[half] = total;
     }
     Base::sum_rows(sum);
     float w[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = Base::row0() + Base::row_of(half);
-      w[half] = row < p.Nq ? reciprocal(p.Nk + sum[0][half]) : 0.f;
-      if (warp == 0 && lane_id() % 4 == 0 && row < p.Nq) p.e_sum[Base::pair_index(n) * p.Nq + row] = sum[0][half];
+      w[half] = row < p.Nq ? reciprocal(p.Nk + sum[half]) : 0.f;
     }
     sync_sums();
     const int lane = lane_id();
@@ -73,7 +72,7 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
   // Writes what the block's rows add to the flow of pair n, four columns at a time.
   __device__ void store_part(int n) const {
     const int active = min(plan.groups, (p.Nq - block * plan.rows + TILE_ROWS - 1) / TILE_ROWS);
-    float* const to = static_cast<float*>(load_pointer(Base::pointers() + 32)) + int64_t{n * p.step * p.Z * p.G} * p.Nk;
+    float* const to = static_cast<float*>(load_pointer(Base::pointers() + 32)) + int64_t{n} * p.step * p.Z * p.G * p.Nk;
 #pragma unroll 1
     for (int j = 4 * threadIdx.x; j < p.Nk; j += 4 * blockDim.x) {
       const int owner = j / (NT * TILE_KEYS);  // the warp that has these columns
@@ -111,10 +110,10 @@ struct Forward : Strip<X, NT, MEAN_MAP> {
       }
     } else {
       for (int n = 0;; n += 2) {  // two maps per iteration, so that none is moved between registers
-        Base::next_map(A, a, n, store_before(n));
+        Base::next_map(A, a, store_before(n));
         if (n > 0) add_pair<GROWTH>(B, b, A, a, n - 1);
         if (n == pairs) break;
-        Base::next_map(B, b, n + 1, store_before(n + 1));
+        Base::next_map(B, b, store_before(n + 1));
         add_pair<GROWTH>(A, a, B, b, n);
         if (n + 1 == pairs) break;
       }
@@ -131,22 +130,44 @@ __global__ void __launch_bounds__(block_warps(NT) * 32, 1)
   if (strip.pairs > 0) strip.template run<GROWTH>();
 }
 
-template <class X>
-struct Launch {
-  static constexpr bool FORWARD = true;
+template <class X, int NT, bool MEAN_MAP, Growth GROWTH>
+const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) {
+  const auto kernel = am_flow_forward<X, NT, MEAN_MAP, GROWTH>;
+  return launch(device, kernel, plan.num_blocks(p), plan.threads, plan.shared_bytes, stream, p, plan);
+}
 
-  template <int NT, bool MEAN_MAP, Growth GROWTH>
-  const char* run(const Problem& p, const Plan& plan, const Device& device, void* stream) const {
-    const auto kernel = am_flow_forward<X, NT, MEAN_MAP, GROWTH>;
-    return launch(device, kernel, plan.num_blocks(p), plan.threads, plan.shared_bytes, stream, p, plan);
+template <class X, Growth GROWTH>
+const char* run_tiles(const Problem& p, const Plan& plan, const Device& device, void* stream) {
+  if (p.mean_map) return run<X, 8, true, GROWTH>(p, plan, device, stream);
+  switch (plan.tiles) {
+    case 2: return run<X, 2, false, GROWTH>(p, plan, device, stream);
+    case 8: return run<X, 8, false, GROWTH>(p, plan, device, stream);
+    default:;
   }
-};
+  if constexpr (sizeof(X) == 2 && GROWTH != Growth::large) {
+    switch (plan.tiles) {
+      case 5: return run<X, 5, false, GROWTH>(p, plan, device, stream);
+      case 13: return run<X, 13, false, GROWTH>(p, plan, device, stream);
+      case 17: return run<X, 17, false, GROWTH>(p, plan, device, stream);
+      case 19: return run<X, 19, false, GROWTH>(p, plan, device, stream);
+      default:;
+    }
+  }
+  return "no kernel for this number of keys";
+}
 
 }  // namespace
 
 template <class X>
 const char* run_forward(const Problem& p, const Plan& plan, const Device& device, void* stream) {
-  return run_strips<X>(Launch<X>{}, p, plan, device, stream);
+  if (plan.shared_bytes > device.shared_bytes) return "these sizes need more shared memory than a block can have";
+  if (plan.num_blocks(p) > 0x7fffffff) return "more blocks of threads than one launch can have";
+  switch (growth_of(p)) {
+    case Growth::small: return run_tiles<X, Growth::small>(p, plan, device, stream);
+    case Growth::large: return run_tiles<X, Growth::large>(p, plan, device, stream);
+    case Growth::rough: return run_tiles<X, Growth::rough>(p, plan, device, stream);
+  }
+  return "no kernel for this temperature";
 }
 
 template const char* run_forward<AMFLOW_DTYPE>(const Problem&, const Plan&, const Device&, void*);

@@ -21,11 +21,6 @@ constexpr float LOWEST = -3.4028234e38f;
 template <class X>
 constexpr int slice_elements = SLICE_BYTES / static_cast<int>(sizeof(X));
 
-template <class X>
-constexpr bool is_bf16 = false;
-template <>
-constexpr bool is_bf16<bf16> = true;
-
 // A float32 as the sum of two tf32 parts. `finite` is the high part without infinities, whose products with low parts
 // would be NaN. A NaN may not survive in the high part, but always does in the low part.
 struct Tf32Split {
@@ -90,8 +85,8 @@ struct CopyRounds {
 };
 
 // x is a matrix (rows, D). Copies the slice from column d0 on of `count` rows from `first` on to shared memory, with 0
-// beyond D. Rows beyond the last are copies of the last, or (ZERO) 0.
-template <class X, bool ZERO>
+// beyond D. Rows beyond the last are copies of the last.
+template <class X>
 __device__ inline void load_slice(Shared to, const X* x, int64_t stride, int first, int count, CopyRounds rounds,
                                   int rows, int d0, int D) {
   const int copy_rows = rounds.rows, iterations = rounds.iterations;
@@ -108,8 +103,7 @@ __device__ inline void load_slice(Shared to, const X* x, int64_t stride, int fir
   const unsigned row_bytes = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(X));
   const char* const column = reinterpret_cast<const char*>(x + d);
   const auto copy = [&] {
-    if (ZERO && first + n >= rows) store_shared(to, {0, 0, 0, 0});
-    else copy_async(to, column + uint64_t{row_bytes} * static_cast<unsigned>(min(first + n, rows - 1)));
+    copy_async(to, column + uint64_t{row_bytes} * static_cast<unsigned>(min(first + n, rows - 1)));
     n += copy_rows;
     to += copy_rows * PITCH;
   };
@@ -119,7 +113,7 @@ __device__ inline void load_slice(Shared to, const X* x, int64_t stride, int fir
 }
 
 // The same, one element at a time, for rows whose addresses are not multiples of 16 bytes.
-template <class X, bool ZERO>
+template <class X>
 __device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride, int first, int count, int rows,
                                            int d0, int D) {
   constexpr int per_copy = COPY_BYTES / static_cast<int>(sizeof(X));
@@ -127,13 +121,12 @@ __device__ __noinline__ void load_elements(Shared to, const X* x, int64_t stride
   const int d = d0 + piece * per_copy;
   for (int n = threadIdx.x / (SLICE_BYTES / COPY_BYTES); n < count; n += blockDim.x / (SLICE_BYTES / COPY_BYTES)) {
     const X* const from = x + min(first + n, rows - 1) * stride + d;
-    const int elements = ZERO && first + n >= rows ? 0 : D - d;
     X part[per_copy];
     uint32_t whole[4] = {0, 0, 0, 0};
     memcpy(part, whole, COPY_BYTES);
 #pragma unroll
     for (int i = 0; i < per_copy; ++i)
-      if (i < elements) part[i] = from[i];
+      if (i < D - d) part[i] = from[i];
     memcpy(whole, part, COPY_BYTES);
     store_shared(to + n * PITCH + piece * COPY_BYTES, whole);
   }
@@ -191,21 +184,11 @@ struct Expm1 {
   }
 };
 
-// x * sign(d): exactly 0 if d is 0.
-__device__ inline float multiply_by_sign(float x, float d) {
-  return d == 0 ? 0.f : as_float(as_bits(x) ^ (as_bits(d) & 0x80000000u));
-}
-
+// The first row of a head and window, of queries or keys x.
 template <class X>
-__device__ inline const X* queries(const Frames& f, int64_t b, int64_t t, int64_t h, int64_t g) {
-  const int64_t* const s = f.q_stride;
-  return static_cast<const X*>(f.q) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
-}
-
-template <class X>
-__device__ inline const X* keys(const Frames& f, int64_t b, int64_t t, int64_t h, int64_t g) {
-  const int64_t* const s = f.k_stride;
-  return static_cast<const X*>(f.k) + b * s[0] + t * s[1] + h * s[2] + g * s[3];
+__device__ inline const X* head_of(const void* x, const int64_t (&stride)[5], int64_t b, int64_t t, int64_t h,
+                                   int64_t g) {
+  return static_cast<const X*>(x) + b * stride[0] + t * stride[1] + h * stride[2] + g * stride[3];
 }
 
 // Whether rows can be copied 16 bytes at a time, and are less than 4 GiB apart.

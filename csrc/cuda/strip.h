@@ -1,4 +1,4 @@
-// Whole rows of maps, frame after frame, for the forward and the first kernel of the backward.
+// Whole rows of maps, frame after frame.
 //
 // A block has `groups` x 16 rows and all keys. A group of `warps` warps has 16 of the rows, and each of its warps has
 // NT x 8 of the keys. The rows of two frames' maps are in registers, and each map is computed once per chunk.
@@ -13,7 +13,6 @@ constexpr int MAX_MASKED_TILES = 8;  // the last tiles of a warp, which may exte
 constexpr int MAX_GROUPS = 4;
 constexpr int LANE_ROWS = 8;                  // rows of lanes in a warp, each with its own column sums
 constexpr float MIN_WARP_FACTOR = 1.f / 256;  // see `softmax`
-constexpr int MAX_ROW_SUMS = 5;               // that `sum_rows` adds up at once
 
 constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -50,8 +49,7 @@ struct Plan {
     sums = stage0 + stages * stage_bytes;
     sum_bytes = groups * warps * LANE_ROWS * sums_pitch(tiles) * 4;
     exchange = sums + buffers * sum_bytes;
-    shared_bytes =
-        exchange + rows * warps * (2 * 4 + MAX_ROW_SUMS * 4);  // a map's maximum and sum per row and warp, and row sums
+    shared_bytes = exchange + rows * warps * 3 * 4;  // a map's maximum and sum per row and warp, and a pair's sum
   }
 
   int64_t num_blocks(const Problem& p) const {
@@ -73,8 +71,7 @@ struct Strip {
   const Problem& p;
   const Plan& plan;
   int group, warp;
-  int block, first_pair, pairs;  // the block of rows; the pairs of this block of threads
-  int pair0, map0;               // index of the first pair in (B, P, Z, G), and of its first map in (B, T, H, G)
+  int block, pairs;  // the block of rows; pairs of this block of threads
   // The next slice to load; slices are used in the order in which they are loaded.
   int frame = 0, head = 0, d0 = 0;
   int stage = 0;  // that is in use
@@ -92,17 +89,16 @@ struct Strip {
     const int chunk = next(plan.chunks);
     const int chain = next(min(p.step, p.P));
     const int g = next(p.G), z = next(p.Z), b = static_cast<int>(rest);
-    first_pair = chain + chunk * plan.chunk_pairs * p.step;
+    const int first_pair = chain + chunk * plan.chunk_pairs * p.step;
     pairs = min(plan.chunk_pairs, (p.P - first_pair + p.step - 1) / p.step);
-    pair0 = ((b * p.P + first_pair) * p.Z + z) * p.G + g;
-    map0 = ((b * p.T + first_pair) * p.H + z) * p.G + g;
     if (threadIdx.x == 0) {  // in shared memory, since the maps need the registers
       const int64_t second = int64_t{first_pair} + p.shift;
-      store_shared(pointers(), keys<X>(p.first, b, first_pair, z, g));
-      store_shared(pointers() + 8, queries<X>(p.first, b, first_pair, z, g));
-      store_shared(pointers() + 16, keys<X>(p.second, b, second, z, g));
-      store_shared(pointers() + 24, queries<X>(p.second, b, second, z, g));
-      store_shared(pointers() + 32, p.partial + (block * (int64_t{p.B} * p.P * p.Z * p.G) + pair0) * p.Nk);
+      store_shared(pointers(), head_of<X>(p.first.k, p.first.k_stride, b, first_pair, z, g));
+      store_shared(pointers() + 8, head_of<X>(p.first.q, p.first.q_stride, b, first_pair, z, g));
+      store_shared(pointers() + 16, head_of<X>(p.second.k, p.second.k_stride, b, second, z, g));
+      store_shared(pointers() + 24, head_of<X>(p.second.q, p.second.q_stride, b, second, z, g));
+      const int64_t pair = ((int64_t{b} * p.P + first_pair) * p.Z + z) * p.G + g;
+      store_shared(pointers() + 32, p.partial + (block * (int64_t{p.B} * p.P * p.Z * p.G) + pair) * p.Nk);
     }
     sync_block();
   }
@@ -111,12 +107,6 @@ struct Strip {
   __device__ int row0() const { return block * plan.rows + group * TILE_ROWS; }  // of the group
   __device__ int key0() const { return warp * NT * TILE_KEYS; }                  // of the warp
   __device__ bool active() const { return row0() < p.Nq; }  // whether the group has rows of the map
-
-  // The index of the n-th frame's map, the second of pair n - 1, in (B, T, H, G).
-  __device__ int map_index(int n) const { return n == 0 ? map0 : map0 + ((n - 1) * p.step + p.shift) * p.H * p.G; }
-
-  // The index of the chunk's n-th pair in (B, P, Z, G).
-  __device__ int64_t pair_index(int n) const { return pair0 + n * p.step * p.Z * p.G; }
 
   __device__ void load_next(int stage) {
     if (frame > pairs) return;
@@ -132,12 +122,12 @@ struct Strip {
     }
     const Shared rows = to + plan.keys * PITCH;
     if (plan.aligned) {
-      load_slice<X, false>(to, k, f.k_stride[4], 0, plan.keys, {plan.copy_rows, plan.key_iterations}, p.Nk, d0, p.D);
-      load_slice<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, {plan.copy_rows, plan.row_iterations},
-                           p.Nq, d0, p.D);
+      load_slice<X>(to, k, f.k_stride[4], 0, plan.keys, {plan.copy_rows, plan.key_iterations}, p.Nk, d0, p.D);
+      load_slice<X>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, {plan.copy_rows, plan.row_iterations}, p.Nq,
+                    d0, p.D);
     } else {
-      load_elements<X, false>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
-      load_elements<X, false>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
+      load_elements<X>(to, k, f.k_stride[4], 0, plan.keys, p.Nk, d0, p.D);
+      load_elements<X>(rows, q, f.q_stride[4], block * plan.rows, plan.rows, p.Nq, d0, p.D);
     }
     d0 += slice_elements<X>;
     if (d0 < p.D) return;
@@ -209,37 +199,29 @@ struct Strip {
   __device__ void sync_group() const { sync_some(1 + group, 32 * plan.warps); }
 
   // Sums over the lanes and warps that share a row.
-  template <int COUNT>
-  __device__ void sum_rows(float (&x)[COUNT][2]) const {
+  __device__ void sum_rows(float (&x)[2]) const {
     const int lane = lane_id();
 #pragma unroll
-    for (int c = 0; c < COUNT; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) x[c][half] = row_sum(x[c][half]);
+    for (int half = 0; half < 2; ++half) x[half] = row_sum(x[half]);
     if (plan.warps == 1) return;
-    const int size = plan.rows * plan.warps * 4;
     const Shared rows = shared_memory() + plan.exchange + (plan.rows * 2 + group * TILE_ROWS) * plan.warps * 4;
 #pragma unroll
-    for (int c = 0; c < COUNT; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (lane % 4 == 0) store_shared(rows + c * size + (row_of(half) * plan.warps + warp) * 4, x[c][half]);
+    for (int half = 0; half < 2; ++half)
+      if (lane % 4 == 0) store_shared(rows + (row_of(half) * plan.warps + warp) * 4, x[half]);
     sync_group();
 #pragma unroll
-    for (int c = 0; c < COUNT; ++c)
+    for (int half = 0; half < 2; ++half) {
+      const Shared row = rows + row_of(half) * plan.warps * 4;
+      float total = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Shared row = rows + c * size + row_of(half) * plan.warps * 4;
-        float total = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w += 4)  // the lanes of a row share the work
-          if (w + lane % 4 < plan.warps) total += load_shared(row + (w + lane % 4) * 4);
-        x[c][half] = row_sum(total);
-      }
+      for (int w = 0; w < WARPS; w += 4)  // the lanes of a row share the work
+        if (w + lane % 4 < plan.warps) total += load_shared(row + (w + lane % 4) * 4);
+      x[half] = row_sum(total);
+    }
   }
 
-  // Replaces logits by exponentials, which times row_factor are A * factor, and stores the row statistics.
-  __device__ void softmax(Tiles& s, float (&row_factor)[2], const Frames& f, int map, float factor) {
+  // Replaces logits by exponentials, which times row_factor are a head's share of the map divided by the temperature.
+  __device__ void softmax(Tiles& s, float (&row_factor)[2]) {
     const int lane = lane_id();
     const int remaining = p.Nk - key0() - lane % 4 * 2;  // keys from this lane's first key on
     if (key0() + NT * TILE_KEYS > p.Nk)
@@ -308,17 +290,9 @@ struct Strip {
     } else {
       warp_factor[0] = warp_factor[1] = 1;
     }
+    const float factor = MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float norm = reciprocal(sum[half]);
-      const int row = row0() + row_of(half);
-      if (warp == 0 && lane % 4 == 0 && row < p.Nq && p.dflow == nullptr) {  // the backward already has them
-        const int64_t to = int64_t{map} * p.Nq + row;
-        f.row_max[to] = row_top[half];
-        f.row_norm[to] = norm;
-      }
-      row_factor[half] = norm * factor * warp_factor[half];
-    }
+    for (int half = 0; half < 2; ++half) row_factor[half] = reciprocal(sum[half]) * factor * warp_factor[half];
   }
 
   __device__ static void scale_rows(Tiles& s, const float (&row_factor)[2]) {
@@ -328,18 +302,17 @@ struct Strip {
       for (int i = 0; i < 4; ++i) s[n][i] = s[n][i] * row_factor[i / 2];
   }
 
-  // The n-th frame's map: A times row_factor is the map divided by the temperature.
+  // The next frame's map: A times row_factor is the map divided by the temperature.
   template <class Overlap>
-  __device__ void next_map(Tiles& A, float (&row_factor)[2], int n, const Overlap& overlap) {
-    const Frames& f = n == 0 ? p.first : p.second;
+  __device__ void next_map(Tiles& A, float (&row_factor)[2], const Overlap& overlap) {
     logits(A, overlap);
-    softmax(A, row_factor, f, map_index(n), MEAN_MAP ? p.inv_temperature / p.H : p.inv_temperature);
+    softmax(A, row_factor);
     if constexpr (MEAN_MAP) {
       scale_rows(A, row_factor);
       for (int h = 1; h < p.H; ++h) {
         Tiles x;
         logits(x, NoWork{});
-        softmax(x, row_factor, f, map_index(n) + h * p.G, p.inv_temperature / p.H);
+        softmax(x, row_factor);
         scale_rows(x, row_factor);
 #pragma unroll
         for (int c = 0; c < NT; ++c)

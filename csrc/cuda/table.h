@@ -1,4 +1,4 @@
-// Selects the kernel and its plan for a problem's sizes.
+// Selects the plan for a problem's sizes.
 #pragma once
 
 #include "strip.h"
@@ -8,10 +8,9 @@ namespace amflow_cuda {
 constexpr int MAX_TILES = 19;        // of a warp
 constexpr int MAX_CHUNK_PAIRS = 16;  // that one block of threads handles
 
-// How e^|change| - 1 is computed. rough is sufficient for a forward that is not centred.
+// How e^|change| - 1 is computed. rough is sufficient for a flow that is not centred.
 inline Growth growth_of(const Problem& p) {
-  const bool backward = p.dflow != nullptr, centred = p.base == 0;
-  return !backward && !centred ? Growth::rough : p.inv_temperature > 1 ? Growth::large : Growth::small;
+  return p.base != 0 ? Growth::rough : p.inv_temperature > 1 ? Growth::large : Growth::small;
 }
 
 // Whether there are kernels with this NT: few are compiled for rare problems.
@@ -62,45 +61,8 @@ inline Plan plan_of(const Problem& p, const Device& device) {
   return plan;
 }
 
-template <class X, Growth GROWTH, class Launch>
-const char* run_tiles(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
-  if (p.mean_map) return launch.template run<8, true, GROWTH>(p, plan, device, stream);
-  switch (plan.tiles) {
-    case 2: return launch.template run<2, false, GROWTH>(p, plan, device, stream);
-    case 8: return launch.template run<8, false, GROWTH>(p, plan, device, stream);
-    default:;
-  }
-  if constexpr (sizeof(X) == 2 && GROWTH != Growth::large) {
-    switch (plan.tiles) {
-      case 5: return launch.template run<5, false, GROWTH>(p, plan, device, stream);
-      case 13: return launch.template run<13, false, GROWTH>(p, plan, device, stream);
-      case 17: return launch.template run<17, false, GROWTH>(p, plan, device, stream);
-      case 19: return launch.template run<19, false, GROWTH>(p, plan, device, stream);
-      default:;
-    }
-  }
-  return "no kernel for this number of keys";
-}
-
-// Calls `launch.run<NT, MEAN_MAP, GROWTH>(problem, plan, device, stream)` for q and k of type X.
-template <class X, class Launch>
-const char* run_strips(const Launch& launch, const Problem& p, const Plan& plan, const Device& device, void* stream) {
-  if (plan.shared_bytes > device.shared_bytes) return "these sizes need more shared memory than a block can have";
-  if (plan.num_blocks(p) > 0x7fffffff || int64_t{p.B} * p.T * p.H * p.G > 0x7fffffff)
-    return "more blocks of threads than one launch can have";
-  switch (growth_of(p)) {
-    case Growth::small: return run_tiles<X, Growth::small>(launch, p, plan, device, stream);
-    case Growth::large: return run_tiles<X, Growth::large>(launch, p, plan, device, stream);
-    case Growth::rough:
-      if constexpr (Launch::FORWARD) return run_tiles<X, Growth::rough>(launch, p, plan, device, stream);
-  }
-  return "no kernel for this temperature";
-}
-
-// Defined in forward.cu and backward.cu, which are compiled once per dtype.
+// Defined in forward.cu, which is compiled once per dtype.
 template <class X>
 const char* run_forward(const Problem& p, const Plan& plan, const Device& device, void* stream);
-template <class X>
-const char* run_backward(const Problem& p, const Plan& plan, const Device& device, void* stream);
 
 }  // namespace amflow_cuda

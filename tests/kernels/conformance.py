@@ -84,10 +84,11 @@ def interpreted_tiles(row: Row) -> int:
     return T * math.prod(groups) * heads * math.ceil(Nq / 32) * math.ceil(Nk / 32) * steps
 
 
-def emulated_products(row: Row) -> int:
-    """Multiplications that the emulated GPU makes, at 64 and more for each element of a map."""
+def emulated_and_interpreted(row: Row) -> float:
+    """Work of the emulated GPU, which takes 64 and more multiplications for each element of a map, in tiles of Triton's
+    interpreter; or of the interpreter, which makes the gradients."""
     heads = row.get("groups", (1,))[0] if row.get("head_reduction") == "mean_map" else 1
-    return map_elements(row) * heads * max(64, row.get("D", 1))
+    return max(map_elements(row) * heads * max(64, row.get("D", 1)) / 25_000, interpreted_tiles(row))
 
 
 def simulated_gpu() -> AbstractContextManager[None]:
@@ -110,7 +111,7 @@ class Subject:
     """An implementation under test, and how large its problems may be here.
 
     Attributes:
-        dtypes: those it can be tested with here (Triton's interpreter multiplies bfloat16 wrongly).
+        dtypes: those it takes.
         work: the cost of a row of a case table, and `most_work` the largest that is taken.
         fast: it runs at full speed, so that rules with larger shapes apply.
         matmul: it has the motion operator.
@@ -123,7 +124,7 @@ class Subject:
 
     name: str
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
-    work: Callable[[Row], int] = map_elements
+    work: Callable[[Row], float] = map_elements
     most_work: int = 4_200_000
     most_matmul_work: int = 4_200_000
     fast: bool = True
@@ -165,7 +166,6 @@ SUBJECTS = {
         Subject("cpu"),
         Subject(
             "triton",
-            dtypes=(FP32, FP16),
             work=interpreted_tiles,
             most_work=120,
             most_matmul_work=24,
@@ -187,14 +187,14 @@ SUBJECTS = {
                 "x_layout": ["contiguous", "offset"],
                 "dflow": ["contiguous", "expanded"],
             },
-            fixtures=("quick_interpreter",),
+            fixtures=("quick_interpreter", "hardware_products"),
             plain_rows=8,
             plain_combinations=1,
         ),
         Subject(
             "cuda",
-            work=emulated_products,
-            most_work=3_000_000,
+            work=emulated_and_interpreted,
+            most_work=120,
             fast=False,
             matmul=False,
             factors={
@@ -203,7 +203,7 @@ SUBJECTS = {
                 "frames": [(2, 1), (5, 2), (18, 1), (16, 3), (4, 0)],
                 "groups": [(1,), (3,), (2, 2)],
             },
-            fixtures=("emulated",),
+            fixtures=("emulated", "quick_interpreter", "hardware_products"),
             plain_rows=12,
             plain_combinations=2,
             context=simulated_gpu,
@@ -314,6 +314,12 @@ class Case:
         """Which of the inputs get a gradient."""
         needed = [self.needs in ("all", "q", "q and x"), self.needs in ("all", "k")]
         return needed if self.frames[1] else needed * 2
+
+
+def small_case(**options: Any) -> Case:
+    """A case of few tokens, by itself at the lowest temperature."""
+    row = {name: values[0] for name, values in FACTORS.items()}
+    return Case(**{**row, "tokens": (8, 9), "D": 16, **options})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def _parametrize_cases(metafunc: pytest.Metafunc, name: str, tables: dict[Subjec
 
 
 def _marks(subject: Subject) -> list[pytest.MarkDecorator]:
-    marks = {"cpu": [pytest.mark.cpu], "triton": [pytest.mark.filterwarnings(NUMPY_WARNINGS)]}
+    interpreted = [pytest.mark.filterwarnings(NUMPY_WARNINGS)]
+    marks = {"cpu": [pytest.mark.cpu], "triton": interpreted, "cuda": interpreted}
     return marks.get(subject.name, [])
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from amflow_kernels import am_flow, am_flow_attention, attention
@@ -106,29 +108,55 @@ def test_compiled_as_one_graph(dtype: torch.dtype, impl: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_log_sum_exps_of_flash_attention_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If flash attention runs and the flow's forward is faster with log-sum-exps, it gets them.
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(FP32, {}), (FP16, {"head_reduction": "mean_map"})], ids=["float32", "mean over maps"]
+)
+def test_log_sum_exps_of_the_attention_are_used(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the flow's forward is faster with the attention's log-sum-exps, it gets them: wherever it works in tiles.
 
-    The CPU has no flash attention of that kind: one that computes the same stands in for it.
+    The CPU has no such attention: one that computes the same stands in for it.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     from amflow_kernels.impl.triton import launch
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return scaled_dot_product_attention(q, k, v, scale=scale), torch.logsumexp(scale * (q @ k.mT), -1)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        lse = torch.logsumexp(scale * (q.float() @ k.float().mT), -1)
+        return scaled_dot_product_attention(q, k, v, scale=scale), lse
 
-    monkeypatch.setattr(attention, "_runs_flash", lambda *_: True)
-    monkeypatch.setattr(attention, "_flash", flash)
+    monkeypatch.setattr(attention, "_kernel_with_lse", lambda *_: kernel)
     launched = []
     run = launch.run
     monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
     for groups in ((HEADS,), (2, 3)):
-        inputs = qkv(groups=groups)
-        out, flow = am_flow_attention(*inputs, impl="triton")
+        inputs = qkv(dtype, groups=groups)
+        out, flow = am_flow_attention(*inputs, impl="triton", **options)
         assert torch.equal(out, expected(*inputs, impl="reference")[0])
-        tt.assert_flow(flow, tt.oracle_flow(Problem(*inputs[:2], center=True)), N)
+        tt.assert_flow(flow, tt.oracle_flow(Problem(*inputs[:2], center=True, **options)), N)
     assert "am_flow_fwd_kernel" in launched
     assert "am_flow_rows_kernel" not in launched
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=str)
+def test_log_sum_exps_come_from_the_kernel_that_pytorch_chooses(
+    backend: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's descriptions of its kernels, which need no GPU: one number for each row, in float32."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: backend.value)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 3, n, 64, dtype=BF16, device="cuda") for n in (65, 33, 33))
+        kernel = attention._kernel_with_lse(q, k, v, 0.1)
+        assert kernel is not None
+        out, lse = kernel(q, k, v, 0.1)
+        assert out.shape == q.shape
+        assert lse.shape == q.shape[:-1]
+        assert lse.dtype == FP32
+        narrow = [x[..., :60] for x in (q, k, v)]  # the attention call would pad them
+        assert attention._kernel_with_lse(*narrow, 0.1) is None
+        assert attention._kernel_with_lse(q.to("cpu"), k.to("cpu"), v.to("cpu"), 0.1) is None
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.EFFICIENT_ATTENTION.value)
+        assert attention._kernel_with_lse(q, k, v, 0.1) is None
 
 
 def x(*shape: int, dtype: torch.dtype = FP32) -> Tensor:

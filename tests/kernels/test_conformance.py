@@ -18,7 +18,7 @@ from amflow_kernels import am_flow, am_flow_pair
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import Problem
 from tests.kernels import conformance
-from tests.kernels.conformance import BF16, FACTORS, FP16, FP32, Case, Subject
+from tests.kernels.conformance import BF16, FACTORS, FP16, FP32, Case, Subject, small_case
 
 REDUCTIONS = ("none", "mean", "mean_map")
 DTYPES = (FP32, BF16, FP16)
@@ -33,11 +33,6 @@ def test_forward_is_within_its_budget(subject: Subject, flow_case: Case) -> None
 
 def test_gradients_are_within_their_budget(subject: Subject, flow_case: Case) -> None:
     conformance.check_flow_gradients(flow_case, subject.name)
-
-
-def small_case(**options: Any) -> Case:
-    row = {name: values[0] for name, values in FACTORS.items()}
-    return Case(**{**row, "tokens": (8, 9), "D": 16, **options})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,6 +50,15 @@ def test_gradients_hold_at_the_lowest_temperature(seed: int, dtype: torch.dtype,
         large, small = (conformance.gradients(problem, [True] * 2, dflow * unit, impl) for unit in (1, 2.0**-40))
         for one, other in zip(large, small, strict=True):
             torch.testing.assert_close(other * 2.0**40, one, rtol=1e-5, atol=1e-30)
+
+
+def test_the_highest_temperature_gives_no_flow_and_no_nan(impl: str) -> None:
+    """At 1e300 the change is divided away."""
+    q, k = (x.requires_grad_() for x in tt.make_qk(1, 2, (1,), 17, 33, 16))
+    flow = am_flow(q, k, temperature=1e300, center=True, impl=impl)
+    assert flow.abs().max() < 1e-30
+    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
+        assert grad.abs().max() < 1e-25
 
 
 @pytest.mark.parametrize("temperature", FACTORS["temperature"])

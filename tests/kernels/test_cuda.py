@@ -1,9 +1,13 @@
-"""The CUDA kernels' own rules: compiled by nvcc, and run on the CPU, lane by lane, with shapes small enough for it."""
+"""The CUDA kernels' own rules, and those of a forward whose gradients Triton makes.
+
+The kernels are compiled by nvcc, and run on the CPU, lane by lane, with shapes small enough for it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from amflow_kernels import _build, am_flow, am_flow_matmul, explain
+from amflow_kernels import _build, am_flow, am_flow_matmul, dispatch, explain
 from amflow_kernels import testing as tt
 from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl import cuda
@@ -22,7 +26,8 @@ from amflow_kernels.problem import MapPairs, Problem
 from benchmarks.gpu import cuda_report
 from tests import simt
 from tests.kernels import conformance
-from tests.kernels.conformance import Case
+from tests.kernels.conformance import small_case
+from tests.kernels.op_calls import call_flow_op
 
 SLOW = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,19 +35,13 @@ BF16_FIRST = [torch.bfloat16, *(pytest.param(dtype, marks=SLOW) for dtype in (to
 
 
 @pytest.fixture
-def machine(emulated: None) -> Iterator[None]:
+def machine(emulated: None, quick_interpreter: None, hardware_products: None) -> Iterator[None]:
     """CPU tensors for impl="cuda"."""
     with simt.machine():
         yield
 
 
 runs = pytest.mark.usefixtures("machine")
-
-
-def case_of(tokens: tuple[int, int], dtype: torch.dtype, T: int = 2, D: int = 16, **options: Any) -> Case:
-    row = {name: values[0] for name, values in conformance.FACTORS.items()}
-    row |= {"tokens": tokens, "dtype": dtype, "frames": (T, 1), "D": D, "temperature": 1.0, **options}
-    return Case(**row)
 
 
 @runs
@@ -52,8 +51,7 @@ def case_of(tokens: tuple[int, int], dtype: torch.dtype, T: int = 2, D: int = 16
 )
 def test_rows_of_every_number_of_warps_are_within_budgets(Nk: int, dtype: torch.dtype) -> None:
     """A row takes as many warps as its length needs."""
-    conformance.check_flow(case_of((20, Nk), dtype), "cuda")
-    conformance.check_flow_gradients(case_of((20, Nk), dtype), "cuda")
+    conformance.check_flow(small_case(tokens=(20, Nk), dtype=dtype, temperature=1.0), "cuda")
 
 
 @runs
@@ -61,30 +59,10 @@ def test_rows_of_every_number_of_warps_are_within_budgets(Nk: int, dtype: torch.
 @pytest.mark.parametrize("head_reduction", ["none", pytest.param("mean_map", marks=SLOW)])
 def test_the_longest_rows_and_widest_heads_are_within_budgets(dtype: torch.dtype, head_reduction: str) -> None:
     """640 tokens of 128 columns, also where shared memory has room for one slice of them only."""
-    case = case_of((17, 640), dtype, D=128, head_reduction=head_reduction)
+    case = small_case(tokens=(17, 640), D=128, dtype=dtype, temperature=1.0, head_reduction=head_reduction)
     for shared in (232448, 150 << 10):
         with simt.machine(shared=shared):
             conformance.check_flow(case, "cuda")
-            conformance.check_flow_gradients(case, "cuda")
-
-
-@runs
-@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
-def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, budget: float) -> None:
-    """A key has logits of -inf in one frame: gradients that are finite in the reference are finite here."""
-    q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
-    q[..., 0] = q[..., 0].abs() + 0.1
-    k[:, 2, :, 7, 0] = -torch.inf
-    grads = []
-    for impl in ("cuda", "reference"):
-        x = q.detach().requires_grad_(), k.detach().requires_grad_()
-        flow = am_flow(*x, impl=impl)
-        grads.append(torch.autograd.grad(flow, x, tt.make_dflow(flow.shape)))
-    for found, expected in zip(*grads, strict=True):
-        finite = expected.isfinite()
-        assert finite.double().mean() > 0.5
-        error = (found - expected)[finite].double().norm() / expected[finite].double().norm()
-        assert error < budget
 
 
 @runs
@@ -101,27 +79,11 @@ def test_rows_change_no_bit_of_each_other(dtype: torch.dtype) -> None:
 
 
 @runs
-def test_the_highest_temperature_gives_no_flow_and_no_nan() -> None:
-    """At 1e300 the change is divided away."""
-    q, k = (x.requires_grad_() for x in tt.make_qk(1, 2, (1,), 17, 33, 16))
-    flow = am_flow(q, k, temperature=1e300, center=True, impl="cuda")
-    assert flow.abs().max() < 1e-30
-    for grad in torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape)):
-        assert grad.abs().max() < 1e-25
-
-
-def results(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-    flow = am_flow(q, k, lag=2, impl="cuda")
-    return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape))]
-
-
-@runs
 @pytest.mark.parametrize("dtype", BF16_FIRST)
 def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
     """The number of pairs that a block takes and the amount that it prefetches influence no result."""
     q, k = tt.make_qk(1, 9, (1,), 20, 300, 72, dtype=dtype)
-    expected = results(q, k)
+    expected = am_flow(q, k, lag=2, impl="cuda")
     for processors, shared, plan in (
         (10**6, 232448, "2 stages, 2 buffers"),
         (1, 132 << 10, "2 stages, 1 buffers"),
@@ -129,12 +91,11 @@ def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
     ):
         with simt.machine(processors, shared):
             assert plan in IMPLEMENTATIONS["cuda"].describe(MapPairs(q, k))[0]
-            for one, other in zip(results(q, k), expected, strict=True):
-                assert torch.equal(one, other)
+            assert torch.equal(am_flow(q, k, lag=2, impl="cuda"), expected)
 
 
 @runs
-def test_sizes_beyond_the_limits_raise_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_beyond_the_limits_raise_before_any_work() -> None:
     """The errors name the limits."""
     q = torch.zeros(1, 2, 1, 641, 8)
     with pytest.raises(ValueError, match="impl='cuda': expected at most 640 tokens in a frame, got 641"):
@@ -183,6 +144,7 @@ def test_explain_describes_the_strips() -> None:
     message = str(explain(q, impl="cuda"))
     assert "am_flow runs 'cuda': asked for" in message
     assert "forward by strips: 5 blocks of 4 x 16 rows, 2 x 136 keys, 2 stages" in message
+    assert "gradients: 'triton' makes them" in message
 
 
 def test_only_gpu_tensors_are_taken_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +160,89 @@ def test_only_gpu_tensors_are_taken_and_only_on_request(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(cuda, "CHOSEN_ON", frozenset({90}))
     assert IMPLEMENTATIONS["cuda"].not_chosen(MapPairs(q, q)) is None
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch may multiply float32 as TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("machine", "tf32")
+@pytest.mark.parametrize("D", [16, pytest.param(70, marks=SLOW)])
+@pytest.mark.parametrize("logits", ["sharp", pytest.param("plain", marks=SLOW)])
+def test_gradients_follow_the_precision_of_float32_products(D: int, logits: str) -> None:
+    """Where PyTorch may multiply float32 as TF32, the gradients are those of q and k in TF32.
+
+    Row sums of the forward, whose products are exact, would be wrong for these maps. The kernels round the gradients of
+    the logits to TF32, too, which has as many digits as float16.
+    """
+    case = small_case(tokens=(33, 40), D=D, logits=logits, temperature=1.0)
+    problem = case.problem()
+    dflow = case.incoming(problem.flow_shape)
+    in_tf32 = tt.with_inputs(
+        problem, [(x.view(torch.int32) & -(1 << 13)).view(torch.float32) for x in (problem.q, problem.k)]
+    )
+    exact, tie = tt.oracle_grads(in_tf32, dflow), tt.grad_tie(in_tf32, dflow)
+    conformance.check_flow(case, "cuda")  # the forward stays within the budgets of float32
+    for grad, expected, share in zip(
+        conformance.gradients(problem, [True, True], dflow, "cuda"), exact, tie, strict=True
+    ):
+        assert grad is not None
+        assert (grad - expected).norm() <= tt.grad_budget(expected, share, torch.float16)
+
+
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
+    "function": am_flow,
+    "op": lambda q, k, impl: call_flow_op(q, k, impl=impl),
+    "compiled": torch.compile(am_flow, fullgraph=True, backend="aot_eager"),
+}
+
+
+@runs
+@pytest.mark.parametrize("call", CALLS)
+def test_without_triton_only_gradients_raise(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They raise in the forward, before any work; a flow without gradients needs no Triton."""
+    q = torch.randn(1, 3, 2, 7, 6)
+    torch._dynamo.reset()
+    expected = CALLS[call](q, q, impl="cuda")
+    monkeypatch.setattr(IMPLEMENTATIONS["triton"], "unavailable", lambda: "Triton is not installed")
+    assert torch.equal(CALLS[call](q, q, impl="cuda"), expected)
+    message = "impl='cuda' can't run with inputs that need gradients: 'triton' makes them: Triton is not installed"
+    assert "gradients: 'triton' makes them: Triton is not installed" in str(explain(q, q, impl="cuda"))
+    monkeypatch.setattr(IMPLEMENTATIONS["cuda"], "forward", lambda _: pytest.fail("the forward ran"))
+    with pytest.raises(Exception, match=re.escape(message)):
+        CALLS[call](q.clone().requires_grad_(), q, impl="cuda")
+
+
+@runs
+def test_what_triton_refuses_raises_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says whose gradients they are, and why they can't be had."""
+    q = torch.randn(1, 3, 2, 7, 6, requires_grad=True)
+    monkeypatch.setattr(IMPLEMENTATIONS["triton"], "devices", ("cuda",))
+    with pytest.raises(RuntimeError, match="'triton' makes them: expected tensors on cuda, got cpu"):
+        am_flow(q, q, impl="cuda")
+
+
+@runs
+def test_chosen_by_device_it_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """impl=None takes these kernels only where Triton can make the gradients; the op has room for what Triton saves."""
+    monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("cuda", "triton"))
+    monkeypatch.setattr(IMPLEMENTATIONS["cuda"], "not_chosen", lambda _: None)
+    case = small_case(tokens=(9, 7))
+    problem = case.problem()
+    dflow = case.incoming(problem.flow_shape)
+    assert explain(problem.q, problem.k).impl == "cuda"
+    pairs = [conformance.gradients(problem, [True, True], dflow, impl) for impl in (None, "cuda")]
+    for chosen, asked_for in zip(*pairs, strict=True):
+        assert torch.equal(chosen, asked_for)
+    monkeypatch.setattr(IMPLEMENTATIONS["triton"], "unavailable", lambda: "Triton is not installed")
+    explanation = explain(problem.q, problem.k)
+    assert explanation.impl == "chunked"
+    assert explanation.reason == "cuda: 'triton' makes them: Triton is not installed; triton: Triton is not installed"
 
 
 WRONG = {

@@ -1,7 +1,4 @@
-"""The Triton kernels' own rules, in Triton's interpreter, with shapes small enough for it.
-
-The interpreter's bfloat16 products are wrong: that dtype needs a GPU.
-"""
+"""The Triton kernels' own rules, in Triton's interpreter, with shapes small enough for it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,9 @@ import torch
 
 from amflow_kernels import am_flow, dispatch, explain
 from amflow_kernels import testing as tt
+from amflow_kernels.dispatch import uses_lse
 from amflow_kernels.problem import Problem
+from tests.kernels.conformance import small_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,7 +23,7 @@ from amflow_kernels.impl.triton import configs, launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # NumPy's, of infinities
-    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.usefixtures("quick_interpreter", "hardware_products"),
 ]
 
 
@@ -324,7 +323,7 @@ def test_explain_describes_the_launches() -> None:
 
 
 def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    return torch.logsumexp(scale * (q.float() @ k.float().mT), -1)
+    return torch.logsumexp(scale * (q @ k.mT), -1)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +339,7 @@ def lse_of(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
 def test_given_log_sum_exps_spare_a_pass(
     pair: bool, head_reduction: str, scale: float, logit_std: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pass that computes row statistics is not launched, and every result keeps its budget."""
+    """The pass that computes row statistics is not launched, and the flows keep their budgets."""
     launched = []
     run = launch.run
     monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
@@ -352,9 +351,25 @@ def test_given_log_sum_exps_spare_a_pass(
     if pair:
         lse["lse_b"] = lse_of(frames["q_b"], frames["k_b"], scale)
     lse = {name: x.mT.contiguous().mT for name, x in lse.items()}
-    assert_within_budgets(Problem(**frames, **lse, scale=scale, head_reduction=head_reduction))
+    problem = Problem(**frames, **lse, scale=scale, head_reduction=head_reduction)
+    assert uses_lse(problem, "triton")
+    assert_flows_within_budgets(problem)
     assert launched
     assert "am_flow_rows_kernel" not in launched
+
+
+@pytest.mark.parametrize("head_reduction", ["none", pytest.param("mean_map", marks=SLOW)])
+def test_gradients_of_peaked_maps_use_no_given_log_sum_exps(head_reduction: str) -> None:
+    """A row of nearly one element is off by the rounding of its log-sum-exp, much more than its gradients may be."""
+    case = small_case(logits="one-hot", temperature=0.1, seed=1, head_reduction=head_reduction)
+    problem = case.problem()
+    lse = lse_of(problem.q.double(), problem.k.double(), problem.logit_scale).float()
+    q, k = (x.detach().requires_grad_() for x in (problem.q, problem.k))
+    dflow = case.incoming(problem.flow_shape)
+    assert not uses_lse(replace(problem, q=q, k=k), "triton")
+    grads = torch.autograd.grad(tt.run(replace(problem, q=q, k=k, lse=lse), "triton"), (q, k), dflow)
+    exact, tie, magnitude = (f(problem, dflow) for f in (tt.oracle_grads, tt.grad_tie, tt.grad_magnitude))
+    tt.assert_grads(grads, exact, tie, magnitude)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -366,6 +381,24 @@ def test_a_log_sum_exp_that_is_not_finite_makes_nan_of_its_flows(value: float) -
     flow = am_flow(q, k, lse=lse, impl="triton")
     assert flow[0, :2].isnan().all()
     assert flow[0, 2].isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_gradients_stay_finite_beside_a_key_of_weight_zero(dtype: torch.dtype, budget: float) -> None:
+    """A key has logits of -inf in one frame: gradients that are finite in the reference are finite here."""
+    q, k = tt.make_qk(1, 5, (1,), 33, 40, 16, dtype=dtype)
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, 2, :, 7, 0] = -torch.inf
+    grads = []
+    for impl in ("triton", "reference"):
+        x = q.detach().requires_grad_(), k.detach().requires_grad_()
+        flow = am_flow(*x, impl=impl)
+        grads.append(torch.autograd.grad(flow, x, tt.make_dflow(flow.shape)))
+    for found, expected in zip(*grads, strict=True):
+        finite = expected.isfinite()
+        assert finite.double().mean() > 0.5
+        error = (found - expected)[finite].double().norm() / expected[finite].double().norm()
+        assert error < budget
 
 
 @pytest.mark.slow

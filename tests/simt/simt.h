@@ -266,17 +266,6 @@ inline const bool registered = [] {
       }
     }
   };
-  operations()["ldmatrix.trans"] = [](std::vector<Fiber*>& lanes, int) {
-    for (int i = 0; i < WARP; ++i) {
-      lanes[i]->outputs.resize(4);
-      for (int matrix = 0; matrix < 4; ++matrix)
-        for (int n = 0; n < 2; ++n) {
-          const Shared row = lanes[matrix * 8 + i % 4 * 2 + n]->inputs[0];
-          if (row % 16 != 0) throw Error("ldmatrix.trans: a row at " + std::to_string(row));
-          std::memcpy(reinterpret_cast<char*>(&lanes[i]->outputs[matrix]) + 2 * n, access(row + i / 4 * 2, 2, true), 2);
-        }
-    }
-  };
   operations()["mma.bf16"] = [](std::vector<Fiber*>& lanes, int) {
     multiply(lanes, 2, [](uint32_t x, int n) { return static_cast<float>(bf16{static_cast<uint16_t>(x >> 16 * n)}); });
   };
@@ -374,11 +363,6 @@ inline void load_matrices(uint32_t (&x)[4], Shared from) {
   for (int i = 0; i < 4; ++i) x[i] = outputs[i];
 }
 
-inline void load_matrices_transposed(uint32_t (&x)[4], Shared from) {
-  const auto& outputs = simt::wait_for("ldmatrix.trans 0", {from});
-  for (int i = 0; i < 4; ++i) x[i] = outputs[i];
-}
-
 inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
   simt::matrix_product("mma.bf16 0", acc, a, b0, b1);
 }
@@ -397,42 +381,8 @@ inline void multiply_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, 
   simt::matrix_product("mma.tf32 0", acc, a, b0, b1);
 }
 
-inline void round_to(float& to, float x) { to = x; }
-
-inline void round_to(f16& to, float x) {
-  const auto half = static_cast<_Float16>(x);
-  std::memcpy(&to, &half, 2);
-}
-
-// Rounds to nearest, ties to even.
-inline void round_to(bf16& to, float x) {
-  const uint32_t raw = std::bit_cast<uint32_t>(x);
-  to.raw = static_cast<uint16_t>(std::isnan(x) ? 0x7fff : (raw + 0x7fff + (raw >> 16 & 1)) >> 16);
-}
-
-inline uint32_t pack(float first, float second, bf16) {
-  bf16 both[2];
-  round_to(both[0], first);
-  round_to(both[1], second);
-  return both[0].raw | static_cast<uint32_t>(both[1].raw) << 16;
-}
-
-struct FloatPair {
-  float first, second;
-};
-
-inline FloatPair unpack(uint32_t x, f16) {
-  return {static_cast<float>(f16{static_cast<uint16_t>(x)}), static_cast<float>(f16{static_cast<uint16_t>(x >> 16)})};
-}
-
 inline uint32_t as_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float as_float(uint32_t x) { return std::bit_cast<float>(x); }
-
-// Rounds to 10 bits, ties away from 0.
-inline uint32_t to_tf32(float x) {
-  const uint32_t raw = as_bits(x);
-  return (raw & 0x7f800000u) == 0x7f800000u ? raw : (raw + 0x1000u) & 0xffffe000u;
-}
 
 template <class Device, class Kernel, class... Arguments>
 const char* launch(const Device&, Kernel* kernel, int64_t blocks, int threads, int shared, void*,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels.impl.base import FUSED_DTYPES, Implementation
-from amflow_kernels.impl.gpu import saved_sizes
+from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 
@@ -37,6 +37,8 @@ class Triton(Implementation):
         """The tiled forward has a pass for row statistics, which log-sum-exps spare."""
         from amflow_kernels.impl.triton import configs
 
+        if isinstance(problem, Problem) and problem.head_reduction == "mean_map":
+            return True  # no strips for it
         device = configs.Device.of(problem.q.device)
         return configs.strip(problem.Nk, problem.D, problem.q.dtype, device) is None
 

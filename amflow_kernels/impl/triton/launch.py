@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from amflow_kernels.impl.base import empty_gradients
-from amflow_kernels.impl.gpu import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.impl.triton.kernels import backward, forward, matmul, strip, strip_backward
 from amflow_kernels.impl.triton.kernels.maps import (
@@ -30,11 +29,13 @@ from amflow_kernels.impl.triton.kernels.maps import (
     constexprs,
     stride_unit,
 )
+from amflow_kernels.impl.triton.saved import new_saved, saved_sizes, subtract_mean
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 LARGEST_FEATURES = 64  # columns of x that one program multiplies
 FLOW: dict[str, int | bool] = {"C": 0, "SOFTMAX": True}  # constants of the gradient of a flow
+HIGHEST_TEMPERATURE = 1e30  # above it the flow is the same, but the kernels' products would underflow
 TINY = torch.finfo(torch.float32).tiny
 
 AnyConfig = configs.Config | configs.Strip | configs.GradientStrip
@@ -72,7 +73,7 @@ class _Layout:
         self.device = form.device
         sizes = (self.P, form.shift, self.step, self.Z, self.H, self.G, self.Nq, self.Nk)
         self.scale_log2 = max(abs(self.scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
-        self.pairs = coded(Pairs(*sizes, self.scale_log2, 1 / form.temperature))
+        self.pairs = coded(Pairs(*sizes, self.scale_log2, 1 / min(form.temperature, HIGHEST_TEMPERATURE)))
         strides = [_strides(*each) for each in zip(form.shapes, form.strides, strict=True)]
         unit = stride_unit(n for each in strides for n in each)
         self.strides = [coded_strides(each, unit) for each in strides]
@@ -313,7 +314,9 @@ def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """dq, dk, dq_b, dk_b; without elements where `needs` is False."""
+    """dq, dk, dq_b, dk_b; without elements where `needs` is False. `saved` is empty after another forward."""
+    if not saved.numel():
+        saved = _statistics(problem)
     launch = _Launch(problem, saved)
     q = problem.q
     dq, dk, dq_b, dk_b = empty_gradients(problem.frames, needs)
@@ -331,6 +334,16 @@ def am_flow_backward(problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequ
         d = backward.Gradient(g, coded_strides(g.stride()[:4], 1), g, g, w, delta, None, None)
         _tiled_backward(launch, d, (dq, dk, dq_b, dk_b), FLOW)
     return dq, dk, dq_b, dk_b
+
+
+def _statistics(problem: Problem) -> Tensor:
+    """What `am_flow` saves."""
+    saved = new_saved(problem)
+    launch = _Launch(problem, saved)
+    with _on(problem.q):
+        launch.row_statistics(None, None)
+        launch.weights()
+    return saved
 
 
 def am_flow_matmul(problem: MatmulProblem) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the implementations for GPUs share."""
+"""What the forward saves for the backward, and the gradient that comes in."""
 
 from __future__ import annotations
 
