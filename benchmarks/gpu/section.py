@@ -1,0 +1,106 @@
+"""One section of the GPU suite, in this process: python -m benchmarks.gpu.section NAME RECORDS [--dry-run] [--cuda].
+
+Every step adds two lines of JSON to the file RECORDS, one before it runs and one after. Steps that are in it already
+are not run again, so that the suite can go on after a step that took this process with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.gpu import checks, environments, kernel_cache, plan, sanitizer, times
+from benchmarks.gpu.checks import Step
+from benchmarks.gpu.machine import Gpu, NoGpu
+from benchmarks.gpu.report import append, read
+
+BROKEN = 70  # exit status: the GPU is lost to this process, but not to the next
+DRY_KERNELS = 2  # that a dry run compiles
+
+Steps = Callable[[Gpu, Sequence[str]], Iterator[Step]]
+
+
+def kernels(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:
+    """The machine, and every kernel compiled: from the archive, or else by all processors."""
+    yield "machine", machine.describe
+    yield "kernels", partial(_compile, machine)
+
+
+def _compile(machine: Gpu) -> dict[str, Any]:
+    archive = {} if machine.dry else kernel_cache.unpack()
+    device, architecture = machine.launch_device(), machine.architecture()
+    jobs = list(plan.needed(plan.cases(dry=machine.dry), device, architecture))
+    missing = [(case, kernel) for case, kernel in jobs if not kernel.is_compiled()]
+    note = "no kernel came from gpu_cache" if len(missing) == len(jobs) else ""
+    wrong = {}
+    if missing:
+        wrong = plan.fill(missing[: DRY_KERNELS if machine.dry else None], device, architecture, os.cpu_count() or 1)
+    return {"archive": archive, "needed": len(jobs), "missing": len(missing), "note": note, "errors": wrong}
+
+
+SECTIONS: dict[str, Steps] = {
+    "kernels": kernels,
+    "smoke": checks.smoke,
+    "times": times.times,
+    "correctness": checks.correctness,
+    "exactness": checks.exactness,
+    "environments": environments.environments,
+    "log-sum-exps": environments.log_sum_exps,
+    "peers": times.peers,
+    "sanitizer": sanitizer.sanitizer,
+}
+
+
+def run(steps: Iterator[Step], records: Path, machine: Gpu) -> int:
+    """Run the steps that are not in the records yet; gives the process's exit status."""
+    done = {record["step"] for record in read(records)}
+    for name, step in steps:
+        if name in done:
+            continue
+        append(records, {"step": name, "begins": True})
+        start = perf_counter()
+        try:
+            result = step()
+        except Exception:  # whatever the reason, it costs this step only
+            result = {"error": traceback.format_exc()[-2000:]}
+        if machine.dry:
+            result.pop("wrong", None)  # nothing was computed
+        append(records, {"step": name, **result, "seconds": round(perf_counter() - start, 3)})
+        if "error" in result and machine.broken():
+            return BROKEN
+    append(records, {"step": "compiled here", **machine.looked_up()})
+    return 0
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.section", description=__doc__)
+    parser.add_argument("name", choices=SECTIONS)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA library is built: check it, too")
+    arguments = parser.parse_args()
+    # cuBLAS is deterministic only so, and `poison_allocations` asks PyTorch for deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    machine = NoGpu() if arguments.dry_run else Gpu()
+    impls = ("triton", "cuda") if arguments.cuda else ("triton",)
+    steps = SECTIONS[arguments.name](machine, impls)
+    if arguments.name in ("kernels", "sanitizer"):  # launch nothing in this process
+        return run(steps, arguments.records, machine)
+    with machine.ready():
+        if isinstance(machine, NoGpu):
+            for case in plan.cases(dry=True):
+                plan.launch_all(case, machine.launch_device())
+            machine.recorded.clear()  # Triton knows these kernels now: what is recorded from here on is not in the plan
+        return run(steps, arguments.records, machine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
