@@ -47,11 +47,10 @@ class _Launch:
         self.step = self.P if self.pair else problem.lag
         *statistics, self.e_sum = saved.split(saved_sizes(problem))
         tensors = [q, k]
-        first = second = self._frames(q, k, *statistics[:2])
+        self.frames = FramePair(self._frames(q, k, *statistics[:2]), None)
         if q_b is not None and k_b is not None:
             tensors += [q_b, k_b]
-            second = self._frames(q_b, k_b, *statistics[2:])
-        self.frames = FramePair(first, second)
+            self.frames = self.frames._replace(second=self._frames(q_b, k_b, *statistics[2:]))
         scale_log2 = max(abs(scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
         self.pairs = Pairs(
             self.P,
@@ -116,7 +115,9 @@ class _Launch:
     def row_statistics(self, lse: Tensor | None, lse_b: Tensor | None) -> None:
         """Row maxima and normalisers of all maps, from log-sum-exps where those are given."""
         tail = configs.tail(self.Nk, self.config("rows").BLOCK_N)
-        for f, known in zip(self.frames, (lse, lse_b) if self.pair else (lse,), strict=False):
+        for f, known in zip(self.frames, (lse, lse_b), strict=True):
+            if f is None:
+                continue
             if known is not None:
                 self._statistics_from_lse(known, f)
             else:
@@ -213,9 +214,9 @@ def _tiling(config: AnyConfig) -> Tiling:
     return Tiling(**{name: fields[name] for name in Tiling._fields if name in fields})
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launch a kernel. All launches go through this function."""
-    kernel[(programs,)](*arguments, **options)
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch a kernel; returns it as compiled. All launches go through this function."""
+    return kernel[(programs,)](*arguments, **options)
 
 
 def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     queries,
     reciprocal,
     scaled_map,
+    second_frames,
 )
 
 
@@ -111,7 +112,7 @@ def am_flow_bwd_rows_kernel(frames, p, d, e_sum_ptr, grid, CONST: tl.constexpr, 
             A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, False)
             for n in range(0, run.length):
                 pair = run.first + n * p.step
-                B = scaled_map(frames.second, p, map_index(run, pair + p.shift), i, j, CONST, False)
+                B = scaled_map(second_frames(frames), p, map_index(run, pair + p.shift), i, j, CONST, False)
                 g_j = _incoming(d, p, map_index(run, pair), i, key, CONST, False)
                 w = tl.full([TILING.BLOCK_M], 1.0, tl.float32)
                 if CONST.SOFTMAX:

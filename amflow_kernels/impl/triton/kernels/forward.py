@@ -18,6 +18,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     queries,
     reciprocal,
     scaled_map,
+    second_frames,
     tile,
 )
 
@@ -77,7 +78,7 @@ def _e_sums(sums, frames, p, run, i, key, CONST: tl.constexpr, PARTIAL: tl.const
     A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, False)
     for n in range(0, run.length):
         t = run.first + n * p.step + p.shift
-        B = scaled_map(frames.second, p, map_index(run, t), i, j, CONST, False)
+        B = scaled_map(second_frames(frames), p, map_index(run, t), i, j, CONST, False)
         e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
         if PARTIAL:
             e = tl.where(key[None, :] < p.Nk, e, 0.0)
@@ -125,7 +126,7 @@ def _column_sums(sums, frames, p, w_ptr, run, row, j, CONST: tl.constexpr, PARTI
     A = scaled_map(frames.first, p, map_index(run, run.first), i, j, CONST, True)
     for n in range(0, run.length):
         pair = run.first + n * p.step
-        B = scaled_map(frames.second, p, map_index(run, pair + p.shift), i, j, CONST, True)
+        B = scaled_map(second_frames(frames), p, map_index(run, pair + p.shift), i, j, CONST, True)
         w = tl.load(w_ptr + pair_number(p, map_index(run, pair)) * p.Nq + i)
         if PARTIAL:
             w = tl.where(row < p.Nq, w, 0.0)

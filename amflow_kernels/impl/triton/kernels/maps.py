@@ -41,10 +41,10 @@ class Frames(NamedTuple):
 
 
 class FramePair(NamedTuple):
-    """The frames whose maps come first and second in the pairs; for a clip both are the same."""
+    """The frames whose maps come first and second in the pairs."""
 
     first: Any
-    second: Any
+    second: Any  # None for a clip: the same as the first
 
 
 class Pairs(NamedTuple):
@@ -171,6 +171,47 @@ def keys(f, m):
 def map_index(run, t):
     """Map t, or pair t, of a run."""
     return MapIndex(run.b, t, run.z, run.g)
+
+
+@triton.jit
+def second_frames(frames):
+    """The frames whose maps come second in the pairs."""
+    if frames.second is None:
+        return frames.first
+    else:
+        return frames.second
+
+
+@triton.jit
+def chain_map(frames, p, run, n):
+    """Frames and index of map n of a run: the second of its pair n - 1, and the first of its pair n.
+
+    One loop over n then has one place where maps are computed: at two places, the compiler could sum them in two
+    orders, and equal frames would differ.
+    """
+    if frames.second is None:
+        return frames.first, map_index(run, run.first + n * p.step)
+    else:
+        return _select(n > 0, frames.second, frames.first), map_index(run, run.first)
+
+
+@triton.jit
+def _select(condition, a, b):
+    """The frames a if the condition holds, else b."""
+    q_stride = ()
+    k_stride = ()
+    for x in tl.static_range(5):
+        q_stride = q_stride + (tl.where(condition, a.q_stride[x], b.q_stride[x]),)
+        k_stride = k_stride + (tl.where(condition, a.k_stride[x], b.k_stride[x]),)
+    return Frames(
+        tl.where(condition, a.q, b.q),
+        tl.where(condition, a.k, b.k),
+        q_stride,
+        k_stride,
+        tl.where(condition, a.row_max, b.row_max),
+        tl.where(condition, a.row_norm, b.row_norm),
+        a.T,
+    )
 
 
 @triton.jit

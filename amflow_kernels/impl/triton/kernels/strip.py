@@ -24,6 +24,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
+    second_frames,
     tile,
 )
 
@@ -170,7 +171,7 @@ def _flow_of_rows(frames, p, e_sum_ptr, part, run, row0, CONST: tl.constexpr, TI
     A = _maps_of_rows(frames.first, p, map_index(run, run.first), row0, CONST, TILING)
     for n in range(0, run.length):
         pair = run.first + n * p.step
-        B = _maps_of_rows(frames.second, p, map_index(run, pair + p.shift), row0, CONST, TILING)
+        B = _maps_of_rows(second_frames(frames), p, map_index(run, pair + p.shift), row0, CONST, TILING)
         e = ()
         for c in tl.static_range(TILING.ROW_TILES * width):
             e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)

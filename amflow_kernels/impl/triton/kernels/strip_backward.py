@@ -24,6 +24,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     product,
     queries,
     reciprocal,
+    second_frames,
     tile,
 )
 from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_offsets, tile_start, whole_rows
@@ -156,7 +157,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
             carry = carry + (tl.zeros_like(A[c]),)
         for n in range(start, run.length):
             t = run.first + n * p.step
-            B = _maps_of_rows(frames.second, p, map_index(run, t + p.shift), row0, CONST, TILING)
+            B = _maps_of_rows(second_frames(frames), p, map_index(run, t + p.shift), row0, CONST, TILING)
             g_j = _dflow_tiles(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg, p, key, TILING)
             first = pair_number(p, map_index(run, t)) * p.Nq
             w = reciprocal(p.Nk + tl.load(e_sum_ptr + first + i))
@@ -184,7 +185,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
         if end >= p.P:
             last = map_index(run, end - p.step + p.shift)
             out = RowOutput(d.rho_b, d.last_b, dq_ptrs[1], True)
-            _finish_rows(frames.second, p, last, row0, A, carry, out, CONST, TILING)
+            _finish_rows(second_frames(frames), p, last, row0, A, carry, out, CONST, TILING)
 
 
 @triton.jit
@@ -259,15 +260,15 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
             t = run.first + n * p.step
             own = map_index(run, t)
             after = map_index(run, t + p.shift)
-            k = keys(frames.second, after)
-            k_tile = tile(k, frames.second.k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
+            k = keys(second_frames(frames), after)
+            k_tile = tile(k, second_frames(frames).k_stride[4], j[:, None], col[None, :], CONST.D, MASK_D)
             g_j = tl.load(d.g + run.b * sb + t * sp + run.z * sz + run.g * sg + j)
             pair_row = pair_number(p, own) * p.Nq
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             B = ()
             next_carry = ()
             for c in tl.static_range(TILING.TILES):
-                B_c = _column_map(frames.second, p, after, k_tile, c, CONST, TILING)
+                B_c = _column_map(second_frames(frames), p, after, k_tile, c, CONST, TILING)
                 w = _row_values(d.w + pair_row, p, c, TILING)
                 delta = _row_values(d.delta + pair_row, p, c, TILING)
                 y, _ = signed_exp(A[c] - B_c, w, CONST.LOW_TEMPERATURE)
@@ -289,11 +290,12 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
         end = run.first + run.length * p.step
         if dk_ptrs[1] is not None and end >= p.P:
             last = map_index(run, end - p.step + p.shift)
+            f = second_frames(frames)
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             for c in tl.static_range(TILING.TILES):
-                rho_ptr = d.rho_b + map_number(frames.second, p, last) * p.Nq
+                rho_ptr = d.rho_b + map_number(f, p, last) * p.Nq
                 dlogits = A[c] * (carry[c] - _row_values(rho_ptr, p, c, TILING))
-                dk = product_with(dlogits, _queries(frames.second, p, last, c, CONST, TILING), dk, "ieee")
-            dk = _add_last_row(dk, d.last_b, frames.second, p, last, j, CONST, TILING)
-            ptrs = dk_ptrs[1] + (map_number(frames.second, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
+                dk = product_with(dlogits, _queries(f, p, last, c, CONST, TILING), dk, "ieee")
+            dk = _add_last_row(dk, d.last_b, f, p, last, j, CONST, TILING)
+            ptrs = dk_ptrs[1] + (map_number(f, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
             tl.store(ptrs, dk.to(dk_ptrs[1].dtype.element_ty), mask=inside)
