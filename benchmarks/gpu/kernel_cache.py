@@ -2,31 +2,37 @@
 
 Triton's own cache can't: its key holds a hash of all files of the installation, and its groups of files hold absolute
 paths. `install` makes this process use the folder `FOLDER`, by a key of Triton's version, architecture, the kernel's
-source and its options; `pack` and `unpack` carry it elsewhere. `record` tells which kernels a call would launch, without
-a GPU and without compiling anything.
+source and its options; `pack` and `unpack` carry it elsewhere. `record` tells which kernels a call would launch,
+without a GPU and without compiling anything.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import platform
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import compiler
 from triton.runtime import driver
-from triton.runtime.cache import FileCacheManager, get_cache_manager
+from triton.runtime.cache import FileCacheManager
 
 from amflow_kernels.impl.triton import configs
+from benchmarks.gpu import stub_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu_cache"  # of the kernels of this machine
@@ -99,13 +105,20 @@ class Kernel:
 
     def folder(self) -> Path:
         """Where its files are once it is compiled."""
-        return Path(get_cache_manager(self.digest).cache_dir)
+        return Path(knobs.cache.dir) / base64.b32encode(bytes.fromhex(self.digest)).decode().rstrip("=")
 
     def is_compiled(self) -> bool:
         return (self.folder() / f"__grp__{self.name}.json").exists()
 
     def compile(self) -> None:
-        triton.compile(self.src, target=self.target, options=self.options)
+        """Compile it, and the C code that launches it: Triton 3.6 has one for each signature."""
+        compiled = triton.compile(self.src, target=self.target, options=self.options)
+        no_gpu = nullcontext() if torch.cuda.is_available() else stub_driver.machine(self.target.arch)
+        with no_gpu:
+            CudaLauncher(self.src, compiled.metadata)
+
+
+_devices = count(10**6)  # Triton does not ask again for a kernel of the same device
 
 
 class _Driver:
@@ -113,12 +126,13 @@ class _Driver:
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
+        self.device = next(_devices)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -138,38 +152,34 @@ class _NotCompiled:
 
 @contextmanager
 def record(device: configs.Device, architecture: int = 90) -> Iterator[list[Kernel]]:
-    """Launches only append their kernels, each once: of this GPU, 90 for compute capability 9.0.
-
-    Triton keeps what it launched until the process ends, so such a process can't launch kernels in earnest.
-    """
+    """Launches only append their kernels, each once: of this GPU, 90 for compute capability 9.0."""
     recorded: list[Kernel] = []
 
     def note(src: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> _NotCompiled:
         recorded.append(Kernel(src, target, options))
         return _NotCompiled()
 
-    driver.set_active(_Driver(GPUTarget("cuda", architecture, 32)))
     with (
+        mock.patch.object(driver, "_active", _Driver(GPUTarget("cuda", architecture, 32))),
         mock.patch.object(triton.compiler, "compile", note),
         mock.patch.object(configs.Device, "of", return_value=device),
     ):
         yield recorded
 
 
-def pack(kernels: list[Kernel]) -> dict[str, Any]:
-    """Write these kernels' binaries into the archive, and beside it what it holds, which is returned."""
+def versions() -> dict[str, str]:
+    """What decides, beside the GPU, whether an archive serves a process; the launchers depend on Python's."""
+    return {"triton": triton.__version__, "python": platform.python_version()}
+
+
+def pack(kernels: int, target: GPUTarget) -> dict[str, Any]:
+    """Write the binaries in the folder into the archive, and beside it what it holds, which is returned."""
     ARCHIVE.parent.mkdir(exist_ok=True)
     with tarfile.open(ARCHIVE, "w:xz", preset=4) as archive:
-        for kernel in kernels:
-            for file in sorted(kernel.folder().iterdir()):
-                if file.suffix != ".source":
-                    archive.add(file, file.relative_to(FOLDER))
-    manifest = {
-        "triton": triton.__version__,
-        "target": str(kernels[0].target),
-        "kernels": len(kernels),
-        "bytes": ARCHIVE.stat().st_size,
-    }
+        for file in sorted(FOLDER.rglob("*")):
+            if file.suffix != ".source" and file.name != stub_driver.LIBRARY and file.is_file():
+                archive.add(file, file.relative_to(FOLDER))
+    manifest = {**versions(), "target": str(target), "kernels": kernels, "bytes": ARCHIVE.stat().st_size}
     MANIFEST.write_text(json.dumps(manifest) + "\n")
     return manifest
 

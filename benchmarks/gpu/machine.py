@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl.triton import configs
-from benchmarks.gpu.kernel_cache import Kernel, Lookups, install, record
+from benchmarks.gpu.kernel_cache import Kernel, Lookups, record
 from benchmarks.gpu.problems import H100
 
 Results = tuple[Tensor, ...]
@@ -28,8 +28,8 @@ class Gpu:
     device = "cuda"
     dry = False
 
-    def __init__(self) -> None:
-        self.lookups: Lookups = install()
+    def __init__(self, lookups: Lookups) -> None:
+        self.lookups = lookups
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -132,8 +132,8 @@ class NoGpu(Gpu):
     device = "cpu"
     dry = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lookups: Lookups) -> None:
+        super().__init__(lookups)
         self.recorded: list[Kernel] = []
 
     @contextmanager

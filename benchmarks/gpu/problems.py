@@ -13,9 +13,10 @@ from amflow_kernels import testing as tt
 from amflow_kernels.impl import cuda
 from amflow_kernels.impl.triton import configs
 from amflow_kernels.problem import MatmulProblem, Problem
+from benchmarks.gpu.stub_driver import PROCESSORS, SHARED
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-H100 = configs.Device(90, 232448, 132)
+H100 = configs.Device(90, SHARED[90], PROCESSORS)
 D = 64
 USUAL = (257, 197, 577, 65, 129)  # tokens tried first by `sizes`
 FAR = 2**30 + 8  # elements between frames: three frames need offsets of more than 32 bits

@@ -9,17 +9,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
+from time import monotonic
 from typing import Any
 
 import torch
 
 from amflow_kernels import testing as tt
 from benchmarks.gpu.checks import Step
-from benchmarks.gpu.machine import Gpu
+from benchmarks.gpu.kernel_cache import install
+from benchmarks.gpu.machine import Gpu, NoGpu
 from benchmarks.gpu.problems import BF16, FP16, FP32, Case
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-SECONDS = 50  # of each tool
+SECONDS = 50  # of all tools, which run at once
 CASES = [
     Case((N, N), head, groups=(1,), dtype=dtype, layout=layout)
     for (N, head, dtype), layout in product(
@@ -46,10 +48,11 @@ def _sanitize(machine: Gpu, impls: Sequence[str]) -> dict[str, Any]:
         runs[f"{kind} of {impl}"] = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+    end = monotonic() + SECONDS
     wrong, slow = {}, []
     for name, process in runs.items():
         try:
-            output, _ = process.communicate(timeout=SECONDS)
+            output, _ = process.communicate(timeout=max(0, end - monotonic()))
         except subprocess.TimeoutExpired:
             slow.append(name)
             continue
@@ -62,9 +65,8 @@ def _sanitize(machine: Gpu, impls: Sequence[str]) -> dict[str, Any]:
 
 def main(impl: str, device: str) -> None:
     """The problems that a tool watches."""
-    from benchmarks.gpu.machine import NoGpu
-
-    machine = Gpu() if device == Gpu.device else NoGpu()
+    lookups = install()
+    machine = Gpu(lookups) if device == Gpu.device else NoGpu(lookups)
     with machine.ready():
         for case in CASES:
             problem: Any = case.problem(device)

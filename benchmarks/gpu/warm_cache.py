@@ -54,14 +54,13 @@ def _warm(limit: int | None) -> int:
     from benchmarks.gpu import kernel_cache, plan  # need torch and Triton
     from benchmarks.gpu.problems import H100
 
+    shutil.rmtree(kernel_cache.FOLDER, ignore_errors=True)
     kernel_cache.install()
     jobs = list(plan.needed(plan.cases(dry=False), H100, 90))[:limit]
-    missing = [(case, kernel) for case, kernel in jobs if not kernel.is_compiled()]
-    print(f"{len(jobs)} kernels, {len(missing)} of them to be compiled", flush=True)
-    failed = plan.fill(missing, H100, 90, os.cpu_count() or 1) if missing else {}
+    failed = plan.fill(jobs, H100, 90, os.cpu_count() or 1)
     for name, reason in failed.items():
         print(f"{name}: {reason}")
-    packed = kernel_cache.pack([kernel for _, kernel in jobs if kernel.is_compiled()])
+    packed = kernel_cache.pack(len(jobs) - len(failed), jobs[0][1].target)
     print(f"{kernel_cache.ARCHIVE.relative_to(ROOT)}: {packed}")
     return 1 if failed or packed["bytes"] > kernel_cache.LARGEST_ARCHIVE else 0
 
