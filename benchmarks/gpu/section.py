@@ -29,20 +29,26 @@ Steps = Callable[[Gpu, Sequence[str]], Iterator[Step]]
 def kernels(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:
     """The machine, and every kernel compiled: from the archive, or else by all processors."""
     yield "machine", machine.describe
+    if not machine.dry:
+        yield "archive", _unpack
     yield "kernels", partial(_compile, machine)
     if machine.dry:
         yield "launch", _launch_from_cache
 
 
+def _unpack() -> dict[str, Any]:
+    packed = kernel_cache.unpack()
+    return {"packed": packed} if packed else {"finding": f"there is no {kernel_cache.ARCHIVE}"}
+
+
 def _compile(machine: Gpu) -> dict[str, Any]:
-    """Every kernel that neither the archive nor this machine has. A dry run compiles those of one problem."""
-    archive = {} if machine.dry else kernel_cache.unpack()
+    """Every kernel that this machine does not have yet. A dry run compiles those of one problem."""
     device, architecture = machine.launch_device(), machine.architecture()
     jobs = list(plan.needed(plan.cases(dry=machine.dry), device, architecture))
     missing = [(case, kernel) for case, kernel in jobs if not kernel.is_compiled()]
-    found = {"archive": archive, "needed": len(jobs), "missing": len(missing)}
-    if archive and len(missing) == len(jobs):
-        found["finding"] = f"the archive has none of these kernels; this is {kernel_cache.versions()}"
+    found: dict[str, Any] = {"needed": len(jobs), "missing": len(missing)}
+    if len(missing) == len(jobs):
+        found["finding"] = f"the archive had none of them for {kernel_cache.versions()}"
     if machine.dry:
         missing = [(case, kernel) for case, kernel in missing if case == checks.SMOKE[0]]
     failed = plan.fill(missing, device, architecture, os.cpu_count() or 1) if missing else {}
@@ -81,6 +87,7 @@ def run(steps: Iterator[Step], records: Path, machine: Gpu) -> int:
         start = perf_counter()
         try:
             result = step()
+            machine.synchronize()  # so that an error of the GPU is this step's
         except Exception:  # whatever the reason, it costs this step only
             result = {"error": traceback.format_exc()[-2000:]}
         if machine.dry:

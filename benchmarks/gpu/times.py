@@ -239,7 +239,8 @@ def _measured(
         if name in took:
             row |= {"median": median(took[name]), "least": min(took[name]), "rounds": len(took[name])}
         rows.append({**row, "bound": max(limits.values(), default=None), "bounds": limits})
-    return {"rows": rows, "wrong": wrong}
+    reasons = {name: each["reason"] for name, each in extra.items() if "reason" in each}
+    return {"rows": rows, "no figures": reasons, "wrong": wrong}
 
 
 def _call(machine: Gpu, peer: Peer, shape: Shape, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
