@@ -48,7 +48,7 @@ def _compile(machine: Gpu) -> dict[str, Any]:
     missing = [(case, kernel) for case, kernel in jobs if not kernel.is_compiled()]
     found: dict[str, Any] = {"needed": len(jobs), "missing": len(missing)}
     if len(missing) == len(jobs):
-        found["finding"] = f"the archive had none of them for {kernel_cache.versions()}"
+        found["finding"] = f"none was compiled beforehand for {kernel_cache.versions()}"
     if machine.dry:
         missing = [(case, kernel) for case, kernel in missing if case == checks.SMOKE[0]]
     failed = plan.fill(missing, device, architecture, os.cpu_count() or 1) if missing else {}
