@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -71,15 +71,14 @@ def correctness(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:
         yield str(case), partial(correct, case, machine)
 
 
-class Results:
+class Results(NamedTuple):
     """What a problem's calls gave."""
 
-    def __init__(self, result: Tensor, centred: Tensor, given: Tensor, grads: Sequence[Tensor]) -> None:
-        self.result = result.detach()
-        self.centred = centred.detach()
-        self.given = given  # the gradient of the result that `grads` belong to
-        self.grads = grads
-        self.only_q: Tensor | None = None  # dq of a call that was asked for nothing else
+    result: Tensor
+    centred: Tensor
+    given: Tensor  # the gradient of the result
+    grads: Sequence[Tensor]  # those of the inputs for it
+    only_q: Tensor | None  # dq of a call that was asked for nothing else
 
 
 def solve(case: Case, problem: Any, machine: Gpu) -> Results:
@@ -91,10 +90,9 @@ def solve(case: Case, problem: Any, machine: Gpu) -> Results:
         if isinstance(problem, Problem):
             centred = tt.run(replace(problem, center=True), case.impl)
         given = tt.make_dflow(result.shape, device=machine.device)
-        results = Results(result, centred, given, torch.autograd.grad(result, inputs, given))
-        if case.only_q:
-            results.only_q = torch.autograd.grad(tt.run(problem, case.impl), inputs[0], given)[0]
-    return results
+        grads = torch.autograd.grad(result, inputs, given)
+        only_q = torch.autograd.grad(tt.run(problem, case.impl), inputs[0], given)[0] if case.only_q else None
+    return Results(result.detach(), centred.detach(), given, grads, only_q)
 
 
 def correct(case: Case, machine: Gpu) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def environments(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:
         "another stream": _stream,
         "autocast": _autocast,
         "torch.compile": _compiled,
-        "reduce-overhead": _reduce_overhead,
+        "reduce-overhead": partial(_compiled, mode="reduce-overhead"),
         "another GPU": _another_gpu,
     }
     for (name, check), N in product(checks.items(), SIZES):
@@ -89,15 +89,7 @@ def _autocast(machine: Gpu, N: int) -> dict[str, Any]:
     return _same(machine, got, expected)
 
 
-def _compiled(machine: Gpu, N: int) -> dict[str, Any]:
-    return _by_compiled(machine, N)
-
-
-def _reduce_overhead(machine: Gpu, N: int) -> dict[str, Any]:
-    return _by_compiled(machine, N, mode="reduce-overhead")
-
-
-def _by_compiled(machine: Gpu, N: int, **options: Any) -> dict[str, Any]:
+def _compiled(machine: Gpu, N: int, **options: Any) -> dict[str, Any]:
     """Forward and backward, three times: graphs are recorded in the second."""
     q, k = _clip(machine, N)
     expected = flow_and_grads(q, k, "triton")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -95,10 +94,10 @@ def _far(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def correctness() -> list[Case]:
-    """Every branch of the choice between kernels, every dtype and every option, each as rarely as it can be."""
-    triton = [Case((N, N), dtype=dtype) for dtype in (BF16, FP16) for N in sizes(dtype)]
-    triton += [Case((N, N), dtype=FP32, groups=(1,)) for N in (1, 64, 257, 577)]
-    triton += [
+    """Every branch of the choice between kernels, every dtype and every option, each in as few problems as possible."""
+    cases = [Case((N, N), dtype=dtype) for dtype in (BF16, FP16) for N in sizes(dtype)]
+    cases += [Case((N, N), dtype=FP32, groups=(1,)) for N in (1, 64, 257, 577)]
+    cases += [
         # Head dimensions: two and four blocks of columns, and odd ones.
         Case((70, 70), 17, dtype=FP16, layout="offset"),
         Case((70, 70), 40),
@@ -137,7 +136,7 @@ def correctness() -> list[Case]:
         Case((577, 577), options={"head_reduction": "mean_map"}, lse=True),
         Case((257, 257), options={"head_reduction": "mean_map"}, dtype=FP32),
     ]
-    return triton
+    return cases
 
 
 def for_cuda(cases: list[Case]) -> list[Case]:
@@ -198,12 +197,3 @@ def branches(Nq: int, Nk: int, D: int, dtype: torch.dtype) -> set[tuple[str, obj
 def fits_cuda(Nq: int, Nk: int, D: int) -> bool:
     """Whether the CUDA kernels take these sizes."""
     return max(Nq, Nk) <= cuda.MAX_TOKENS and D <= cuda.MAX_HEAD_DIM
-
-
-def unique(cases: list[Case]) -> Iterator[Case]:
-    """The cases that differ in more than the implementation that solves them."""
-    seen = set()
-    for case in cases:
-        if str(replace(case, impl="triton")) not in seen:
-            seen.add(str(replace(case, impl="triton")))
-            yield case
