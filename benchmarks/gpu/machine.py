@@ -139,6 +139,7 @@ class NoGpu(Gpu):
     @contextmanager
     def ready(self) -> Iterator[None]:
         kernels = IMPLEMENTATIONS["triton"]
+        torch.set_num_threads(1)  # all tensors are small
         with (
             record(H100) as self.recorded,
             mock.patch.object(kernels, "devices", ("cpu",)),
