@@ -297,11 +297,12 @@ def test_gradient_strips_cover_all_rows_and_repeat_no_work(kernel: str, dtype: t
     assert configs.gradient_strip(kernel, 64, 64, torch.float32) is None
 
 
-def test_block_d_pads_little() -> None:
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.bfloat16, (16, 32, 64)), (torch.float32, (16, 32))])
+def test_block_d_pads_little(dtype: torch.dtype, widths: tuple[int, ...]) -> None:
     """A product never pads D beyond the next multiple of 16."""
     for D in range(1, 257):
-        width = configs.block_d(D)
-        assert width in (16, 32, 64)
+        width = configs.block_d(D, dtype)
+        assert width in widths
         assert -(-D // width) * width == max(16, -(-D // 16) * 16)
 
 

@@ -129,7 +129,7 @@ def config(kernel: str, D: int, dtype: torch.dtype, device: Device) -> Config:
     """The configuration of the tiled kernel am_flow_{kernel}_kernel for the head dimension and dtype of q and k."""
     key = (kernel, dtype.itemsize)
     chosen = _OVERRIDES.get((device.sm, *key), _CONFIGS[key])
-    columns = D if kernel.startswith("bwd") else block_d(D)  # of q and k in shared memory at a time
+    columns = D if kernel.startswith("bwd") else block_d(D, dtype)  # of q and k in shared memory at a time
     staged = 2 * (chosen.BLOCK_M + chosen.BLOCK_N) * columns * dtype.itemsize
     return chosen if staged <= device.shared else replace(chosen, num_stages=1)
 
@@ -141,7 +141,7 @@ def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
     The strip kernel computes every element of a map once, the tiled kernels in each of three passes. Whole rows of two
     frames' maps and the rows of q must fit in registers, so it takes 16-bit inputs and heads that are one BLOCK_D wide.
     """
-    if dtype.itemsize != 2 or block_d(D) < D:
+    if dtype.itemsize != 2 or block_d(D, dtype) < D:
         return None
     width = 1 << (Nk.bit_length() - 1)
     rest = Nk - width
@@ -171,7 +171,7 @@ def gradient_strip(kernel: str, n: int, D: int, dtype: torch.dtype) -> GradientS
     n is the number of keys for "bwd_strip_q", of rows for "bwd_strip_k". Up to four maps of a strip must fit in
     registers. Eight warps side by side need tiles 64 wide, or they repeat each other's work.
     """
-    if dtype.itemsize != 2 or block_d(D) < D or n > 320:
+    if dtype.itemsize != 2 or block_d(D, dtype) < D or n > 320:
         return None
     width = 32 if n <= 32 else 64
     rest = 1 if n > width and n % width == 1 else 0
@@ -196,10 +196,10 @@ def tail(n: int, block: int) -> int:
     return max(16, 1 << (remaining - 1).bit_length()) if remaining else 0
 
 
-def block_d(D: int) -> int:
-    """Columns of q and k in one step of a product: at most 64, and the widest that pads D no further than 16 does."""
+def block_d(D: int, dtype: torch.dtype) -> int:
+    """Columns of q and k in one step of a product: at most 128 bytes, and the widest that pads D no further than 16."""
     padded = max(16, (D + 15) // 16 * 16)
-    return next(width for width in (64, 32, 16) if padded % width == 0)
+    return next(width for width in (64, 32, 16) if padded % width == 0 and width * dtype.itemsize <= 128)
 
 
 def chunk(pairs: int, programs: int, processors: int) -> int:

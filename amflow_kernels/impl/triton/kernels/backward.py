@@ -20,6 +20,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     keys,
     map_index,
     map_number,
+    matrix_product,
     pair_number,
     pair_owner,
     queries,
@@ -98,7 +99,7 @@ def _incoming(d, p, m, i, j, wanted, CONST: tl.constexpr):
             c = c0 + tl.arange(0, BLOCK_C)
             u_tile = tl.load(u + c[None, :], mask=(c[None, :] < CONST.C) & wanted, other=0.0)
             v_tile = tl.load(v + c[:, None], mask=(c[:, None] < CONST.C) & wanted, other=0.0)
-            g = tl.dot(u_tile, v_tile, acc=g, input_precision="ieee")
+            g = matrix_product(u_tile, v_tile, g, "tf32x3")
         return g
 
 
@@ -251,7 +252,7 @@ def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
     if x.dtype == tl.float16:
         return tl.dot(dlogits, x.to(tl.float32), acc=acc, input_precision="tf32")
     else:
-        return tl.dot(dlogits.to(x.dtype), x, acc=acc, input_precision=PRECISION)
+        return matrix_product(dlogits.to(x.dtype), x, acc, PRECISION)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     keys,
     logits,
     map_index,
+    matrix_product,
     pair_number,
     pair_owner,
     queries,
@@ -34,7 +35,8 @@ def _row_logits(f, p, m, q_tile, i, key, CONST: tl.constexpr):
     else:
         d = tl.arange(0, CONST.BLOCK_D)
         k_tile = tile(keys(f, m), f.k_stride[4], j[None, :], d[:, None], CONST.D, CONST.D != CONST.BLOCK_D)
-        s = tl.dot(q_tile, k_tile, input_precision=CONST.PRECISION)
+        s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        s = matrix_product(q_tile, k_tile, s, CONST.PRECISION)
         if CONST.NEGATE:
             s = -s
         return s

@@ -6,7 +6,7 @@ P = w (1 + e) with e = expm1(M / temperature): the host adds the term of the con
 import triton
 import triton.language as tl
 
-from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, expm1, head_map, second_frames
+from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, expm1, head_map, matrix_product, second_frames
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def am_flow_matmul_q_kernel(
             mask=(key[:, None] < p.Nk) & (c[None, :] < C),
             other=0.0,
         )
-        acc = tl.dot(change, v, acc=acc, input_precision="ieee")
+        acc = matrix_product(change, v, acc, "tf32x3")
     y_ptrs = y_ptr + (number * p.Nq + row[:, None]) * C + c[None, :]
     tl.store(y_ptrs, acc, mask=(row[:, None] < p.Nq) & (c[None, :] < C))
 
@@ -85,6 +85,6 @@ def am_flow_matmul_k_kernel(
             mask=(row[:, None] < p.Nq) & (c[None, :] < C),
             other=0.0,
         )
-        acc = tl.dot(change, u, acc=acc, input_precision="ieee")
+        acc = matrix_product(change, u, acc, "tf32x3")
     y_ptrs = y_ptr + (number * p.Nk + key[:, None]) * C + c[None, :]
     tl.store(y_ptrs, acc, mask=(key[:, None] < p.Nk) & (c[None, :] < C))
