@@ -28,7 +28,7 @@ class Triton(Implementation):
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
-        return None
+        return _interpreter_fault() if interpreted() else None
 
     def not_chosen(self, problem: MapPairs) -> str | None:
         return "it has not yet run on an AMD GPU" if torch.version.hip is not None else None
@@ -74,6 +74,23 @@ class Triton(Implementation):
         import triton
 
         return [f"triton kernels: Triton {triton.__version__}" + (", interpreted" if interpreted() else "")]
+
+
+def _interpreter_fault() -> str | None:
+    """Why Triton's interpreter can't run the kernels, if it can't.
+
+    Triton 3.6 converts arrays with one dimension and one element to int, which NumPy does not do from 2.5 on.
+    """
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
+    if versions[0] == (3, 6) and versions[1] >= (2, 5):
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}: "
+            "install numpy<2.5 or a newer Triton"
+        )
+    return None
 
 
 def _describe_launch(problem: MapPairs) -> str:

@@ -331,7 +331,7 @@ def logits(f, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     else:
         s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     MASK_D: tl.constexpr = CONST.D % CONST.BLOCK_D != 0
-    for d0 in range(0, CONST.D, CONST.BLOCK_D):
+    for d0 in tl.range(0, CONST.D, CONST.BLOCK_D, loop_unroll_factor=2 if CONST.D == 2 * CONST.BLOCK_D else 1):
         d = d0 + tl.arange(0, CONST.BLOCK_D)
         if TRANSPOSED:
             k_tile = tile(k, f.k_stride[4], j[:, None], d[None, :], CONST.D, MASK_D)
