@@ -211,11 +211,12 @@ def _rho(f, d, p, m, number, row, MEAN_MAP: tl.constexpr):
         return tl.load(d.head_rho + number * p.Nq + row, mask=inside, other=0.0)
     else:
         first = pair_number(p, m) * p.Nq
+        previous = pair_number(p, MapIndex(m.b, m.t - p.shift, m.h, m.g)) * p.Nq
         rho = tl.zeros([row.shape[0]], tl.float32)
         if m.t < f.n_after:
             rho += tl.load(d.rho + first + row, mask=inside, other=0.0)
         if m.t >= f.n_before:
-            rho += tl.load(d.next_rho + (first - p.shift * p.Z * p.G * p.Nq) + row, mask=inside, other=0.0)
+            rho += tl.load(d.next_rho + previous + row, mask=inside, other=0.0)
         return rho
 
 
