@@ -2,7 +2,8 @@
 
 python -m benchmarks.gpu.triton_report           writes docs/triton_report.md and results/triton_report.json
 python -m benchmarks.gpu.triton_report --check   compiles only for sm_90; fails if a figure got worse than committed,
-                                                 or if a kernel sums in several orders (layouts.py)
+                                                 if a kernel sums in several orders (layouts.py), or if it computes
+                                                 offsets in 32 bits that need 64 (offsets.py)
 
 The host code of `amflow_kernels` runs on tensors without storage, and the kernels that it would launch are compiled.
 """
@@ -30,8 +31,8 @@ from triton.compiler import ASTSource
 
 from amflow_kernels.impl.triton import configs, launch
 from amflow_kernels.impl.triton.saved import saved_sizes
-from amflow_kernels.problem import Problem
-from benchmarks.gpu import layouts
+from amflow_kernels.problem import MatmulProblem, Problem
+from benchmarks.gpu import layouts, offsets
 from benchmarks.result_files import RESULTS, dumps
 from benchmarks.tables import Table
 
@@ -90,6 +91,26 @@ def launches(dtype: torch.dtype, N: int, architecture: int) -> list[Launch]:
     with _recording(architecture) as recorded:
         launch.am_flow(problem)
         launch.am_flow_backward(problem, dflow, saved, [True, True, False, False])
+    return recorded
+
+
+def wide_launches(dtype: torch.dtype, head_reduction: str, architecture: int) -> list[Launch]:
+    """Launches of all operators for tensors with strides of frames, heads and tokens that pass 2^31, or almost.
+
+    129 tokens have two tiles in a strip, and a row and a key after them.
+    """
+    q = torch.empty_strided((1, 3, 2, 129, D), (2**40, 2**39, 2**30, 2**26, 1), dtype=dtype, device="meta")
+    problem = Problem(q, q, head_reduction=head_reduction)
+    saved = torch.empty(sum(saved_sizes(problem)), device="meta")
+    dflow = torch.empty(problem.flow_shape, device="meta")
+    features = torch.empty(1, 2, 2, 129, 20, device="meta")
+    with _recording(architecture) as recorded:
+        launch.am_flow(problem)
+        launch.am_flow_backward(problem, dflow, saved, [True, True, False, False])
+        for transpose in (False, True):
+            motion = MatmulProblem(q, q, x=features, transpose=transpose, softmax=True)
+            launch.am_flow_matmul(motion)
+        launch.am_flow_matmul_backward(motion, features, [True, True, False, False, True])
     return recorded
 
 
@@ -214,6 +235,16 @@ def several_orders(architecture: int) -> list[str]:
             where = f"{name(kernel)}, N = {N} {str(dtype).removeprefix('torch.')} sm_{architecture}"
             reasons += [f"{where}: {finding}" for finding in layouts.findings(ttgir)]
     return reasons
+
+
+def narrow_offsets(architecture: int) -> list[str]:
+    """Offsets that a kernel computes in 32 bits where they need 64. Mean maps exist only in tiles."""
+    reasons = set()
+    for dtype, head_reduction in ((torch.bfloat16, "none"), (torch.float32, "mean_map")):
+        for kernel, args, options in wide_launches(dtype, head_reduction, architecture):
+            ttir = compile_kernel(kernel, args, options, architecture).asm["ttir"]
+            reasons |= {f"{name(kernel)} {dtype}: {finding}" for finding in offsets.findings(ttir)}
+    return sorted(reasons)
 
 
 def regressions(table: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
@@ -346,7 +377,11 @@ def main() -> int:
         REPORT.write_text(page(results))
         return 0
     reasons = regressions(rows((90,)), json.loads(RESULT.read_text())) + several_orders(90)
-    print("\n".join(reasons) or "compile report: no spills, no figure worse than committed, one order of each sum")
+    reasons += narrow_offsets(90)
+    print(
+        "\n".join(reasons)
+        or "compile report: no spills, no figure worse than committed, one order of each sum, wide offsets"
+    )
     return 1 if reasons else 0
 
 

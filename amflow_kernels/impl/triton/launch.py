@@ -78,7 +78,9 @@ class _Layout:
         unit = stride_unit(n for each in strides for n in each)
         self.strides = [coded_strides(each, unit) for each in strides]
         index = _index_type(form.shapes, form.strides)
-        self.constants = Constants(self.D, configs.block_d(self.D, form.dtype), self.scale < 0, index, unit, form.precision)
+        self.constants = Constants(
+            self.D, configs.block_d(self.D, form.dtype), self.scale < 0, index, unit, form.precision
+        )
         self.constants_of_pairs = self.constants._replace(
             MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, CHUNK=configs.MAX_CHUNK
         )
@@ -476,7 +478,7 @@ def _on(q: Tensor) -> AbstractContextManager[object]:
 
 
 def _precision(q: Tensor) -> str:
-    """Precision of q k^T and its gradients (`matrix_product`): "tf32" only if PyTorch's own float32 products may use it."""
+    """Precision of q k^T and its gradients: "tf32" only if PyTorch's own float32 products may use it."""
     if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3"

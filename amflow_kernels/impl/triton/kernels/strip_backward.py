@@ -280,7 +280,9 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
                         dA = carry[c] + G
                         rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
                         dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
-                        dk = product_with(dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, CONST.PRECISION)
+                        dk = product_with(
+                            dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, CONST.PRECISION
+                        )
                     next_carry = next_carry + (-G,)
                 carry = next_carry
                 if dk_ptrs[0] is not None:
