@@ -486,6 +486,7 @@ def test_the_smoke_runs_every_kernel(cold_python: Callable[..., Any]) -> None:
     cold_python(SMOKE, env={"TRITON_INTERPRET": None})
 
 
+@pytest.mark.slow
 def test_a_dry_run_finds_kernels_that_the_plan_lacks(cold_python: Callable[..., Any]) -> None:
     """What is launched on CPU tensors is looked up by the same keys as what the plan launches without storage."""
     cold_python(UNPLANNED, env={"TRITON_INTERPRET": None})
