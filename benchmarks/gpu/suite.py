@@ -102,18 +102,20 @@ def finish(command: list[str], records: Path, log: Path, deadline: float) -> dic
 class Suite:
     """The sections that ran so far. The report is written after each."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, work: Path = ROOT / "build" / "gpu_suite") -> None:
         self.out = out
+        self.work = work  # of records and logs: the report holds all that matters of them
         self.report: dict[str, dict[str, Any]] = {}
-        out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, work):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def section(self, name: str, options: list[str], budget: float) -> None:
         """Run a section to its end, in as many processes as that takes, and report it."""
         start = monotonic()
-        records = self.out / f"{name}.jsonl"
+        records = self.work / f"{name}.jsonl"
         records.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu.section", name, str(records), *options]
-        ended = finish(command, records, self.out / f"{name}.log", start + budget)
+        ended = finish(command, records, self.work / f"{name}.log", start + budget)
         steps = {record["step"]: record for record in read(records) if "begins" not in record}
         self.report[name] = {
             "seconds": round(monotonic() - start, 1),
@@ -159,7 +161,7 @@ def run(suite: Suite, dry: bool) -> None:
         for name in BUDGETS:
             suite.section(name, ["--dry-run", "--cuda"], DRY_BUDGET)
         return
-    with (suite.out / "build.log").open("w") as log:
+    with (suite.work / "build.log").open("w") as log:
         build = subprocess.Popen(
             [sys.executable, "-c", BUILD], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
@@ -171,7 +173,7 @@ def run(suite: Suite, dry: bool) -> None:
         status = None
     _end(build)
     if status != 0:
-        suite.report["CUDA library"] = no_library(status, (suite.out / "build.log").read_text())
+        suite.report["CUDA library"] = no_library(status, (suite.work / "build.log").read_text())
     for name in others:
         left = start + TOTAL - KILL - monotonic()
         suite.section(name, ["--cuda"] if status == 0 else [], min(BUDGETS[name], left))

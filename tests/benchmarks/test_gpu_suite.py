@@ -18,8 +18,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import Problem
-from benchmarks.gpu import checks, kernel_cache, machine, problems, report, section, suite
+from benchmarks.gpu import checks, kernel_cache, machine, problems, report, section, suite, times
 from benchmarks.gpu.problems import BF16, FP16, FP32, Case
+from benchmarks.shapes import Shape
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # NumPy's, of infinities
@@ -301,13 +302,30 @@ def test_results_are_written_after_each_section(
         return {}
 
     monkeypatch.setattr(suite, "finish", pretend)
-    run = suite.Suite(tmp_path)
+    run = suite.Suite(tmp_path, tmp_path / "work")
     run.section("times", [], 1)
+    assert {file.name for file in tmp_path.iterdir()} == {"suite.json", "suite.md", "work"}
     assert run.failed() == ["times"]
     assert json.loads((tmp_path / "suite.json").read_text())["times"]["steps"]["a step"]["rows"] == [row]
     for text in (capsys.readouterr().out, (tmp_path / "suite.md").read_text()):
         assert "1x2x3x4x5" in text
         assert "'flow': 'off'" in text
+
+
+def test_a_peer_that_fails_costs_only_its_own_figures() -> None:
+    def fails(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 80 GB")
+
+    table = {
+        "am_flow bf16": times.Peer(FP32, torch.add),
+        "eager fp32": times.Peer(FP32, fails),
+        "q k^T bf16": times.Peer(FP32, torch.mul),
+    }
+    shape = Shape(1, 2, 1, 3, 4)
+    found = times._measured(machine.NoGpu(kernel_cache.Lookups()), table, shape, "forward+backward", {})
+    assert ["median" in row for row in found["rows"]] == [True, False, True]
+    assert "80 GB" in found["no figures"]["eager fp32"]
+    assert found["wrong"] == {}
 
 
 def test_ratios_are_the_time_of_the_peer_over_ours_and_missing_peers_leave_gaps() -> None:
@@ -334,7 +352,7 @@ def test_the_cuda_kernels_are_checked_where_their_library_was_built(
 
     monkeypatch.setattr(suite, "finish", pretend)
     monkeypatch.setattr(suite, "BUILD", build)
-    all_sections = suite.Suite(tmp_path)
+    all_sections = suite.Suite(tmp_path, tmp_path)
     suite.run(all_sections, dry=False)
     assert ["--cuda" in command for command in commands] == [False] + [built] * (len(suite.BUDGETS) - 1)
     assert all_sections.failed() == ([] if built else ["CUDA library"])
@@ -346,7 +364,7 @@ def test_no_section_gets_more_time_than_is_left(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(suite, "finish", lambda command, records, log, deadline: deadlines.append(deadline) or {})
     monkeypatch.setattr(suite, "BUILD", "")
     monkeypatch.setattr(suite, "TOTAL", 10)
-    suite.run(suite.Suite(tmp_path), dry=False)
+    suite.run(suite.Suite(tmp_path, tmp_path), dry=False)
     first, *others = deadlines
     assert len(others) == len(suite.BUDGETS) - 1
     assert all(deadline < first for deadline in others)
@@ -468,6 +486,7 @@ def test_the_smoke_runs_every_kernel(cold_python: Callable[..., Any]) -> None:
     cold_python(SMOKE, env={"TRITON_INTERPRET": None})
 
 
+@pytest.mark.slow
 def test_a_dry_run_finds_kernels_that_the_plan_lacks(cold_python: Callable[..., Any]) -> None:
     """What is launched on CPU tensors is looked up by the same keys as what the plan launches without storage."""
     cold_python(UNPLANNED, env={"TRITON_INTERPRET": None})
