@@ -194,7 +194,7 @@ SUBJECTS = {
         Subject(
             "cuda",
             work=emulated_and_interpreted,
-            most_work=120,
+            most_work=60,
             fast=False,
             matmul=False,
             factors={

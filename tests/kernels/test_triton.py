@@ -15,6 +15,7 @@ from amflow_kernels import am_flow, dispatch, explain
 from amflow_kernels import testing as tt
 from amflow_kernels.dispatch import uses_lse
 from amflow_kernels.problem import Problem
+from tests.kernels import conformance
 from tests.kernels.conformance import small_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -237,6 +238,18 @@ def test_both_passes_of_a_gradient_see_the_same_signs(tokens: tuple[int, int], s
     dflow = tt.make_dflow(problem.flow_shape)
     grads = torch.autograd.grad(tt.run(problem, "triton"), inputs, dflow)
     tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
+
+
+@pytest.mark.parametrize("head_reduction", ["none", pytest.param("mean_map", marks=SLOW)])
+def test_float16_gradients_are_not_biased_toward_zero(head_reduction: str) -> None:
+    """Matrix instructions drop the digits beyond TF32's: the gradients of the logits are rounded to it before."""
+    case = small_case(tokens=(70, 70), D=64, dtype=torch.float16, temperature=1.0, head_reduction=head_reduction)
+    problem = case.problem()
+    dflow = case.incoming(problem.flow_shape)
+    exact = tt.oracle_grads(problem, dflow)
+    for grad, expected in zip(conformance.gradients(problem, [True, True], dflow, "triton"), exact, strict=True):
+        assert grad is not None
+        assert abs((grad * expected).sum() / expected.square().sum() - 1) < 1e-4
 
 
 def test_frames_in_no_pair_have_a_gradient_of_zero_with_large_logits() -> None:

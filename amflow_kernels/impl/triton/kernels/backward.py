@@ -25,6 +25,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     pair_owner,
     queries,
     reciprocal,
+    round_to_tf32,
     scaled_map,
 )
 
@@ -250,7 +251,7 @@ def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
     them exactly.
     """
     if x.dtype == tl.float16:
-        return tl.dot(dlogits, x.to(tl.float32), acc=acc, input_precision="tf32")
+        return tl.dot(round_to_tf32(dlogits), x.to(tl.float32), acc=acc, input_precision="tf32")
     else:
         return matrix_product(dlogits.to(x.dtype), x, acc, PRECISION)
 

@@ -225,6 +225,13 @@ def matrix_product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """The nearest TF32 number: matrix instructions drop the digits beyond, which biases every product toward 0."""
+    rounded = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)  # of NaN, it may be 0
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
 def expand_rows(x, TRANSPOSED: tl.constexpr):
     """Row values [BLOCK_M] in the shape that broadcasts over a tile: [BLOCK_M, 1], or TRANSPOSED [1, BLOCK_M]."""
     return x[None, :] if TRANSPOSED else x[:, None]
