@@ -90,22 +90,22 @@ class GradientStrip:
     PARTIAL: bool
 
 
-# By kernel and bytes per element. Exact float32 products take many registers, hence their smaller tiles.
+# By kernel and bytes per element. The parts of float32 operands take many registers, hence their smaller tiles.
 _CONFIGS = {
     ("rows", 2): Config(128, 64, 8),
-    ("rows", 4): Config(64, 32, 8),
+    ("rows", 4): Config(128, 64, 8, 1),
     ("weights", 2): Config(128, 64, 8),
-    ("weights", 4): Config(64, 16, 4),
+    ("weights", 4): Config(64, 32, 4, 1),
     ("fwd", 2): Config(64, 128, 8),
-    ("fwd", 4): Config(16, 64, 4, 1),
-    ("bwd_rows", 2): Config(128, 64, 8, 1),
-    ("bwd_rows", 4): Config(32, 32, 4, 1),
-    ("bwd_rho", 2): Config(64, 64, 4, 1),
-    ("bwd_rho", 4): Config(32, 32, 4, 1),
+    ("fwd", 4): Config(32, 64, 4, 1),
+    ("bwd_rows", 2): Config(64, 64, 4, 1),
+    ("bwd_rows", 4): Config(64, 32, 4, 1),
+    ("bwd_rho", 2): Config(64, 32, 4, 1),
+    ("bwd_rho", 4): Config(64, 32, 4, 1),
     ("bwd_dq", 2): Config(64, 64, 4, 1),
-    ("bwd_dq", 4): Config(32, 32, 4, 1),
+    ("bwd_dq", 4): Config(128, 32, 8, 1),
     ("bwd_dk", 2): Config(64, 64, 4, 1),
-    ("bwd_dk", 4): Config(32, 32, 4, 1),
+    ("bwd_dk", 4): Config(32, 128, 8, 1),
     ("matmul_q", 2): Config(64, 32, 4),
     ("matmul_q", 4): Config(32, 32, 4),
     ("matmul_k", 2): Config(32, 64, 4),
@@ -113,8 +113,12 @@ _CONFIGS = {
 }
 _OVERRIDES = {  # by architecture, kernel and bytes per element
     (100, "fwd", 2): Config(64, 128, 8, 1),
+    (90, "weights", 4): Config(128, 64, 8, 1),
+    (90, "fwd", 4): Config(64, 128, 8, 1),
+    (90, "bwd_rows", 4): Config(128, 64, 8, 1),
     (90, "bwd_dq", 2): Config(128, 64, 8, 1),
     (90, "bwd_dk", 2): Config(128, 64, 8, 1),
+    (100, "weights", 4): Config(128, 64, 8, 1),
     (100, "bwd_rows", 2): Config(64, 32, 4, 1),
     (100, "bwd_dq", 2): Config(64, 64, 8, 1),
     (100, "bwd_dk", 2): Config(64, 64, 8, 1),
