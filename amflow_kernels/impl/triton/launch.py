@@ -65,7 +65,8 @@ class _Layout:
         self.Nq, self.Nk, self.D = q[-2], k[-2], q[-1]
         self.P = self.T - form.shift
         self.pair = len(form.shapes) == 4
-        self.step = self.P if self.pair else form.shift
+        # In pair form no pair follows on another. A multiple of 16 compiles nothing anew.
+        self.step = -(-self.P // 16) * 16 if self.pair else form.shift
         self.scale = form.scale
         self.mean_map = form.mean_map
         self.low_temperature = form.temperature < 1
@@ -73,7 +74,11 @@ class _Layout:
         self.device = form.device
         sizes = (self.P, form.shift, self.step, self.Z, self.H, self.G, self.Nq, self.Nk)
         self.scale_log2 = max(abs(self.scale) * log2(e), TINY)  # a scale of 0 would turn -inf into NaN
-        self.pairs = coded(Pairs(*sizes, self.scale_log2, 1 / min(form.temperature, HIGHEST_TEMPERATURE)))
+        # Not coded: a lag of 1 and no windows, hence the constant 1, save registers.
+        plain = {"shift": form.shift, "step": self.step, "G": self.G}
+        self.pairs = coded(Pairs(*sizes, self.scale_log2, 1 / min(form.temperature, HIGHEST_TEMPERATURE)))._replace(
+            **plain
+        )
         strides = [_strides(*each) for each in zip(form.shapes, form.strides, strict=True)]
         unit = stride_unit(n for each in strides for n in each)
         self.strides = [coded_strides(each, unit) for each in strides]
@@ -110,7 +115,7 @@ class _Launch(_Layout):
         )
         vars(self).update(vars(_layout(form)))
         *statistics, self.e_sum = torch.split_with_sizes(saved, saved_sizes(problem))
-        T = self.pairs.P + self.pairs.shift - 1  # coded, too
+        T = 2 * self.T + 1  # `coded`, too
         q_stride, k_stride, *others = self.strides
         row_max, row_norm, *other_statistics = statistics
         second = None

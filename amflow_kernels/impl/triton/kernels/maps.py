@@ -170,11 +170,11 @@ def decoded_pairs(p):
     """`Pairs` as they were before `coded`."""
     return Pairs(
         p.P >> 1,
-        p.shift >> 1,
-        p.step >> 1,
+        p.shift,
+        p.step,
         p.Z >> 1,
         p.H >> 1,
-        p.G >> 1,
+        p.G,
         p.Nq >> 1,
         p.Nk >> 1,
         p.scale_log2,
