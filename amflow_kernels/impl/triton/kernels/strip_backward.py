@@ -155,7 +155,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
     sb, sp, sz, sg = decoded_strides(d.g_stride, 4, 1)
     if run.length > 0:
         A = zero_rows(TILING)
-        carry = zero_rows(TILING)
+        G = zero_rows(TILING)  # its negative is the gradient of A through the pair that A ends
         # The gradient of a chunk's first frame has a part from the pair that ends with it: start with that pair.
         start = tl.where(chunk > 0, -1, 0)
         for n in range(start, run.length + 1):
@@ -178,20 +178,23 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
                 tl.store(d.w + first + row, w, mask=inside)
                 tl.store(d.delta + first + row, delta, mask=inside)
                 dA = ()
-                next_carry = ()
+                next_G = ()
                 for c in tl.static_range(TILING.TILES + TILING.REST):
-                    G = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
-                    dA = dA + (carry[c] + G,)
-                    next_carry = next_carry + (-G,)
+                    G_c = y[c] * (g_j[c] - (delta[:, None] if c < TILING.TILES else delta))
+                    dA = dA + (G_c - G[c],)
+                    next_G = next_G + (G_c,)
                 out = RowOutput(d.rho, d.last, dq_ptrs[0], own)
                 _finish_rows(frames.first, p, map_index(run, t), row0, A, dA, out, CONST, TILING)
-                carry = next_carry
+                G = next_G
             A = B
         end = run.first + run.length * p.step
         if end >= p.P:
+            dA = ()
+            for c in tl.static_range(TILING.TILES + TILING.REST):
+                dA = dA + (-G[c],)
             last = map_index(run, end - p.step + p.shift)
             out = RowOutput(d.rho_b, d.last_b, dq_ptrs[1], True)
-            _finish_rows(second_frames(frames), p, last, row0, A, carry, out, CONST, TILING)
+            _finish_rows(second_frames(frames), p, last, row0, A, dA, out, CONST, TILING)
 
 
 @triton.jit
@@ -257,7 +260,7 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
         A = ()
         for _c in tl.static_range(TILING.TILES):
             A = A + (tl.zeros([TILING.BLOCK_N, TILING.BLOCK_M], tl.float32),)
-        carry = A
+        carry = A  # the gradient of A through the pair that A ends
         start = tl.where(chunk > 0, -1, 0)
         for n in range(start, run.length + 1):
             f, m = chain_map(frames, p, run, n)
