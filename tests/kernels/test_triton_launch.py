@@ -18,8 +18,10 @@ from amflow_kernels.problem import MatmulProblem, Problem
 from benchmarks.gpu import stub_driver
 
 
-def compiled(q, k, **options):
-    '''The compiled kernels of a forward and a backward.'''
+def compiled(q, k, pair=False, **options):
+    '''The compiled kernels of a forward and a backward of q and k.'''
+    if pair:
+        options.update(q_b=q, k_b=k)
     with stub_driver.machine(90) as launches:
         flow, saved = launch.am_flow(Problem(q, k, **options))
         launch.am_flow_backward(Problem(q, k, **options), flow, saved, [True, True, False, False])
@@ -42,6 +44,7 @@ def test_sizes_compile_nothing_anew(dtype: str, D: int, cold_python: Callable[..
 D = {D}
 shapes = [(1, 2, 1, 18, D), (2, 16, 1, 18, D), (3, 17, 2, 19, D), (1, 18, 12, 20, D), (200, 33, 16, 31, D)]
 same_kernels(*shapes, dtype=torch.{dtype})
+same_kernels(*shapes, dtype=torch.{dtype}, pair=True)
 """
     cold_python(KERNELS + code, env=COMPILED)
 

@@ -184,10 +184,10 @@ def decoded_pairs(p):
 
 @triton.jit
 def decoded(frames, p, CONST: tl.constexpr):
-    """`FramePair` and `Pairs` as they were before `coded`."""
+    """`FramePair` and `Pairs` as they were before `coded`. The second frames of a clip are the first."""
     first = decoded_frames(frames.first, CONST)
     if frames.second is None:
-        return FramePair(first, None), decoded_pairs(p)
+        return FramePair(first, first), decoded_pairs(p)
     else:
         return FramePair(first, decoded_frames(frames.second, CONST)), decoded_pairs(p)
 
@@ -278,10 +278,7 @@ def map_index(run, t):
 @triton.jit
 def second_frames(frames):
     """The frames whose maps come second in the pairs."""
-    if frames.second is None:
-        return frames.first
-    else:
-        return frames.second
+    return frames.second
 
 
 @triton.jit
@@ -291,10 +288,7 @@ def chain_map(frames, p, run, n):
     One loop over n then has one place where maps are computed: at two places, the compiler could sum them in two
     orders, and equal frames would differ.
     """
-    if frames.second is None:
-        return frames.first, map_index(run, run.first + n * p.step)
-    else:
-        return _select(n > 0, frames.second, frames.first), map_index(run, run.first)
+    return _select(n > 0, frames.second, frames.first), map_index(run, run.first + n * p.shift)
 
 
 @triton.jit
