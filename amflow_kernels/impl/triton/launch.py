@@ -403,12 +403,13 @@ def _tiled_backward(
     launch.pair_kernel(backward.am_flow_bwd_rows_kernel, launch.config("bwd_rows"), arguments, "rows", constants)
     if launch.mean_map:
         rho = [torch.empty_like(f.row_max) for f in launch.frames if f is not None]
-        d = d._replace(rho=rho[0], rho_b=rho[1] if launch.pair else None)
-        launch.results_kernel(backward.am_flow_bwd_rho_kernel, "bwd_rho", d, (d.rho, d.rho_b), constants)
+        d = d._replace(rho=rho[0], rho_b=rho[-1])
+        launch.results_kernel(backward.am_flow_bwd_rho_kernel, "bwd_rho", d, (rho[0], rho[-1]), constants)
     elif launch.pair:
         d = d._replace(rho=parts.rho, rho_b=parts.next_rho)
     else:
-        d = d._replace(rho=launch.rho_of_frames(parts))
+        of_frames = launch.rho_of_frames(parts)
+        d = d._replace(rho=of_frames, rho_b=of_frames)
     dq, dk, dq_b, dk_b = grads
     for kernel, name, results in (
         (backward.am_flow_bwd_dq_kernel, "bwd_dq", (dq, dq_b)),
@@ -416,7 +417,8 @@ def _tiled_backward(
     ):
         first, second = (_sums(x) if x.numel() else None for x in results)
         if first is not None or second is not None:
-            launch.results_kernel(kernel, name, d, (first, second), constants)
+            of_pairs = (first, second if launch.pair else first)
+            launch.results_kernel(kernel, name, d, of_pairs, constants)
         for x, total in zip(results, (first, second), strict=True):
             if total is not None and x is not total:
                 x.copy_(total)

@@ -49,7 +49,7 @@ class Gradient(NamedTuple):
     rho: (
         Any  # temperature * rowsum(A * gradient of A), (B, T, H, G, Nq), of the frames that begin pairs (of all frames)
     )
-    rho_b: Any  # the same of the frames that end pairs; None for a clip
+    rho_b: Any  # the same of the frames that end pairs; for a clip, the same tensor
 
 
 class RowParts(NamedTuple):
@@ -302,9 +302,9 @@ def _frames_backward(
                 is_pair = (n > start) & (n <= run.length)
                 G = _pair_gradient(A, B, d, p, pair, is_pair, i, j, CONST)
                 finished = n > 0
-                if frames.second is not None and out[0] is None:
+                if out[0] is None:
                     finished = n > 1
-                if frames.second is not None and out[1] is None:
+                if out[1] is None:
                     finished = n == 1
                 if finished:
                     f, m = chain_map(frames, p, run, n - 1)
