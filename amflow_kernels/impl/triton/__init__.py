@@ -103,7 +103,7 @@ def _describe_launch(problem: MapPairs) -> str:
     if strip is not None:
         forward = f"one pass, strips of {strip.rows} rows and {strip.KEY_TILES} x {strip.BLOCK_N} + {strip.REST} keys"
     else:
-        tiles = (configs.config(name, D, dtype, device) for name in ("rows", "weights", "fwd"))
+        tiles = (configs.config(name, dtype, device) for name in ("rows", "weights", "fwd"))
         forward = "three passes, tiles of " + ", ".join(f"{tile.BLOCK_M} x {tile.BLOCK_N}" for tile in tiles)
     kernels = (("bwd_strip_q", Nk), ("bwd_strip_k", Nq))
     by_strips = all(configs.gradient_strip(kernel, n, D, dtype) is not None for kernel, n in kernels)

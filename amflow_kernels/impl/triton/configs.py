@@ -115,7 +115,6 @@ _OVERRIDES = {  # by architecture, kernel and bytes per element
     (100, "fwd", 2): Config(64, 128, 8, 1),
     (90, "weights", 4): Config(128, 64, 8, 1),
     (90, "fwd", 4): Config(64, 128, 8, 1),
-    (90, "bwd_rows", 2): Config(128, 64, 8, 1),
     (90, "bwd_rows", 4): Config(128, 32, 8, 1),
     (90, "bwd_dq", 2): Config(128, 64, 8, 1),
     (90, "bwd_dk", 2): Config(128, 64, 8, 1),
@@ -129,14 +128,13 @@ SCRATCH = 16384  # bytes of shared memory reserved for sums across warps
 MAX_CHUNK = 16  # pairs per program; their row or column sums stay in registers
 
 
-@cache
-def config(kernel: str, D: int, dtype: torch.dtype, device: Device) -> Config:
-    """The configuration of the tiled kernel am_flow_{kernel}_kernel for the head dimension and dtype of q and k."""
+def config(kernel: str, dtype: torch.dtype, device: Device) -> Config:
+    """The configuration of the tiled kernel am_flow_{kernel}_kernel for the dtype of q and k.
+
+    No kernel has more than BLOCK_D columns of q and k in shared memory at a time, which is at most 64 KB for any D.
+    """
     key = (kernel, dtype.itemsize)
-    chosen = _OVERRIDES.get((device.sm, *key), _CONFIGS[key])
-    columns = D if kernel.startswith("bwd") else block_d(D, dtype)  # of q and k in shared memory at a time
-    staged = 2 * (chosen.BLOCK_M + chosen.BLOCK_N) * columns * dtype.itemsize
-    return chosen if staged <= device.shared else replace(chosen, num_stages=1)
+    return _OVERRIDES.get((device.sm, *key), _CONFIGS[key])
 
 
 @cache

@@ -124,7 +124,7 @@ class _Launch(_Layout):
         self.frames = FramePair(Frames(q, problem.k, q_stride, k_stride, row_max, row_norm, T), second)
 
     def config(self, name: str) -> configs.Config:
-        return configs.config(name, self.D, self.q.dtype, self.device)
+        return configs.config(name, self.q.dtype, self.device)
 
     def frame_kernel(
         self, kernel: Any, name: str, arguments: tuple[Any, ...], owns: str, constants: Constants, **options: Any

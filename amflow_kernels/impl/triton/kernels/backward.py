@@ -204,8 +204,8 @@ def _add_gradient(out, f, p, m, A, dA, rho, tile, CONST: tl.constexpr, OWNS_KEYS
         base, stride = keys(f, m), f.k_stride[4]
     base += tile.inner[:, None] * stride
     out += (map_number(f, p, m) * tile.n_owned + tile.owned[:, None]) * CONST.D
-    # 64 bytes of columns at a time: more would need more registers.
-    WIDTH: tl.constexpr = min(CONST.BLOCK_D, 512 // f.q.dtype.element_ty.primitive_bitwidth)
+    # Few columns at a time: more would need more registers, as do products that are not in bfloat16.
+    WIDTH: tl.constexpr = min(CONST.BLOCK_D, 32 if f.q.dtype.element_ty == tl.bfloat16 else 16)
     for d0 in tl.static_range(0, CONST.D, WIDTH):
         col = d0 + tl.arange(0, WIDTH)[None, :]
         inside = (tile.owned[:, None] < tile.n_owned) & (col < CONST.D)
