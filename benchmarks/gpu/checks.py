@@ -29,7 +29,7 @@ from benchmarks.gpu.problems import BF16, Case
 Step = tuple[str, Callable[[], dict[str, Any]]]
 LARGEST_DRY = 70  # tokens of the problems that a dry run compares
 REPEATS = 20
-SMOKE = (Case(), Case((577, 577)), Case((577, 577), dtype=torch.float32), Case((577, 577), features=64))
+SMOKE = (Case(), Case((730, 730)), Case((577, 577), dtype=torch.float32), Case((577, 577), features=64))
 
 
 def smoke(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:

@@ -37,16 +37,18 @@ FEATURES = (1, 64, 256)
 # Tokens on both sides of every switch between kernels, and between configurations of strips.
 TOKENS = (
     *(16, 17, 32, 33, 49, 64, 65, 66, 128, 129, 160, 161, 192, 193, 197, 224, 225, 255, 256, 257, 262, 263),
-    *(320, 321, 400, 512, 513),
+    *(320, 321, 400, 512, 513, 577, 578, 640),
 )
-FEW_TOKENS = (65, 197, 257, 400)  # every kind of strip
-TILED = 577
+FEW_TOKENS = (65, 197, 257, 400, 577)  # every kind of strip
+TILED = 730
 # Bytes of stack that kernels may have on any architecture, by kernel, dtype and D. Nothing else may spill.
 SPILLS = {
     ("rows", "float32", 256): 16,
     ("weights", "float32", 256): 16,
     ("fwd", "float32", 256): 48,
     ("matmul_q", "bfloat16", 64): 8,
+    ("strip", "bfloat16", 64): 56,  # of more than 577 tokens
+    ("strip", "float16", 64): 56,
     ("bwd_rows", "bfloat16", 64): 56,  # and the next two: with features; without, the compile report allows none
     ("bwd_dk", "bfloat16", 64): 8,
     ("bwd_dk", "float32", 64): 16,

@@ -19,10 +19,10 @@ from benchmarks.gpu.machine import Gpu
 from benchmarks.gpu.problems import BF16, FP16, FP32, Case
 from benchmarks.providers import attention
 
-SIZES = (257, 577)  # by strips and by tiles
+SIZES = (257, 730)  # by strips and by tiles
 CLIPS = [Case((N, N), T=4, dtype=dtype) for N in SIZES for dtype in (BF16, FP32)]
-WITH_LSE = [Case((577, 577), dtype=d, frame_step=s, lse=True) for d in (BF16, FP16) for s in (0.2, 1e-3)]
-WITH_LSE += [Case((577, 577), dtype=BF16, lse=True, options={"head_reduction": "mean_map"})]
+WITH_LSE = [Case((730, 730), dtype=d, frame_step=s, lse=True) for d in (BF16, FP16) for s in (0.2, 1e-3)]
+WITH_LSE += [Case((730, 730), dtype=BF16, lse=True, options={"head_reduction": "mean_map"})]
 CASES = [*CLIPS, *WITH_LSE, Case((197, 197), T=4), Case((197, 197), T=4, features=8)]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
@@ -148,7 +148,7 @@ def log_sum_exps(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:
         name = f"{backend.name.lower()}, {_short(case.dtype)}, frame step {case.frame_step}"
         if "head_reduction" not in case.options:
             yield f"{name}: log-sum-exps", partial(_forced, machine, backend, case)
-            yield f"{name}: drop-in", partial(_drop_in, machine, 577, case.dtype, case.frame_step, backend)
+            yield f"{name}: drop-in", partial(_drop_in, machine, 730, case.dtype, case.frame_step, backend)
         else:
             yield f"{name}: mean_map", partial(_forced, machine, backend, case)
 

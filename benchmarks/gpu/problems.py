@@ -17,7 +17,7 @@ from benchmarks.gpu.stub_driver import PROCESSORS, SHARED
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H100 = configs.Device(90, SHARED[90], PROCESSORS)
 D = 64
-USUAL = (257, 197, 577, 65, 129)  # tokens tried first by `sizes`
+USUAL = (257, 197, 577, 65, 129, 730)  # tokens tried first by `sizes`
 FAR = 2**30 + 8  # elements between frames: three frames need offsets of more than 32 bits
 EXACT = ((65, FP16), (129, BF16), (197, BF16), (257, FP16), (600, BF16), (257, FP32))  # tokens and dtypes
 
@@ -107,7 +107,7 @@ def correctness() -> list[Case]:
         # Layouts in memory.
         Case((90, 90), 17, dtype=FP32, layout="offset"),
         Case((257, 257), layout="fused_qkv"),
-        Case((577, 577), layout="shared_keys"),
+        Case((730, 730), layout="shared_keys"),
         Case((100, 100), layout="tokens_first"),
         Case((65, 65), layout="far", dtype=FP16, groups=(1,)),
         # Other shapes: windows, more queries than keys and the other way round, a long clip.
@@ -117,23 +117,23 @@ def correctness() -> list[Case]:
         Case((257, 257), T=18, groups=(1,), processors=1),
         # Hardly any motion, and peaked maps.
         Case((257, 257), frame_step=1e-3),
-        Case((577, 577), frame_step=1e-3),
+        Case((730, 730), frame_step=1e-3),
         Case((257, 257), frame_step=1e-3, dtype=FP32),
         Case((257, 257), logit_std=6.0, dtype=FP16),
-        Case((577, 577), logit_std=6.0),
+        Case((730, 730), logit_std=6.0),
         # Forms and options, by strips and by tiles.
         Case((257, 257), pair=True, only_q=True),
-        Case((577, 577), pair=True, dtype=FP16),
-        Case((577, 577), lse=True, logit_std=3.0, only_q=True),
+        Case((730, 730), pair=True, dtype=FP16),
+        Case((730, 730), lse=True, logit_std=3.0, only_q=True),
         Case((257, 257), T=5, options={"lag": 2}),
-        Case((577, 577), T=5, options={"lag": 2}, groups=(1,)),
+        Case((730, 730), T=5, options={"lag": 2}, groups=(1,)),
         Case((257, 257), options={"temperature": 0.25}),
-        Case((577, 577), options={"temperature": 0.25}, dtype=FP16),
+        Case((730, 730), options={"temperature": 0.25}, dtype=FP16),
         Case((257, 257), options={"temperature": 3.0}),
         Case((257, 257), options={"scale": -0.2}, dtype=FP16),
         Case((257, 257), options={"head_reduction": "mean"}),
         Case((257, 257), options={"head_reduction": "mean_map"}),
-        Case((577, 577), options={"head_reduction": "mean_map"}, lse=True),
+        Case((730, 730), options={"head_reduction": "mean_map"}, lse=True),
         Case((257, 257), options={"head_reduction": "mean_map"}, dtype=FP32),
     ]
     return cases

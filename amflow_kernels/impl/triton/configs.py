@@ -162,9 +162,12 @@ def strip(Nk: int, D: int, dtype: torch.dtype, device: Device) -> Strip | None:
         tiles = Strip(32, 64, 4, 1)
     elif Nk <= 512:
         tiles = Strip(32, 64, 8, _stages(3, Nk + 96, device) if device.sm < 100 else 1)
+    elif Nk <= 640 and device.sm < 100:
+        tiles = Strip(32, 64, 8, 1, REST=int(Nk % 64 == 1))
     else:
         return None
-    return replace(tiles, KEY_TILES=-(-Nk // tiles.BLOCK_N), PARTIAL=Nk % tiles.BLOCK_N != 0)
+    in_tiles = Nk - tiles.REST
+    return replace(tiles, KEY_TILES=-(-in_tiles // tiles.BLOCK_N), PARTIAL=in_tiles % tiles.BLOCK_N != 0)
 
 
 @cache

@@ -70,6 +70,7 @@ class _Layout:
         self.scale = form.scale
         self.mean_map = form.mean_map
         self.low_temperature = form.temperature < 1
+        self.growth = "large" if self.low_temperature else "small"
         self.Z = 1 if self.mean_map else self.H
         self.device = form.device
         sizes = (self.P, form.shift, self.step, self.Z, self.H, self.G, self.Nq, self.Nk)
@@ -87,7 +88,7 @@ class _Layout:
             self.D, configs.block_d(self.D, form.dtype), self.scale < 0, index, unit, form.precision
         )
         self.constants_of_pairs = self.constants._replace(
-            MEAN_MAP=self.mean_map, LOW_TEMPERATURE=self.low_temperature, CHUNK=configs.MAX_CHUNK
+            MEAN_MAP=self.mean_map, GROWTH=self.growth, CHUNK=configs.MAX_CHUNK
         )
 
 
@@ -170,18 +171,18 @@ class _Launch(_Layout):
         rho[:, self.step :] += ends
         return rho
 
-    def map_constants(self, **kind: int | bool) -> Constants:
+    def map_constants(self, **kind: int | bool | str) -> Constants:
         """Compile-time constants of kernels that compare the maps of a pair."""
         return self.constants_of_pairs._replace(**kind) if kind else self.constants_of_pairs
 
-    def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float) -> None:
+    def tiled_forward(self, lse: Tensor | None, lse_b: Tensor | None, flow: Tensor, base: float, growth: str) -> None:
         """Three passes over tiles; the first is skipped for frames whose log-sum-exps are given."""
         self.row_statistics(lse, lse_b)
-        w = self.weights()
+        w = self.weights(growth)
         mean = self.of_rows(w * self.e_sum).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
         config = self.config("fwd")
         arguments = (w, mean.neg_().add_(base), flow)
-        constants, tail = self.map_constants(), configs.tail(self.Nq, config.BLOCK_M)
+        constants, tail = self.map_constants(GROWTH=growth), configs.tail(self.Nq, config.BLOCK_M)
         self.pair_kernel(forward.am_flow_fwd_kernel, config, arguments, "columns", constants, TAIL=tail)
 
     def row_statistics(self, lse: Tensor | None, lse_b: Tensor | None) -> None:
@@ -196,11 +197,11 @@ class _Launch(_Layout):
                 arguments = (FramePair(f, None), self.pairs)
                 self.frame_kernel(forward.am_flow_rows_kernel, "rows", arguments, "rows", self.constants, TAIL=tail)
 
-    def weights(self) -> Tensor:
+    def weights(self, growth: str) -> Tensor:
         """w of all pairs' rows; fills e_sum."""
         w = torch.empty_like(self.e_sum)
         config = self.config("weights")
-        constants, tail = self.map_constants(), configs.tail(self.Nk, config.BLOCK_N)
+        constants, tail = self.map_constants(GROWTH=growth), configs.tail(self.Nk, config.BLOCK_N)
         self.pair_kernel(forward.am_flow_weights_kernel, config, (self.e_sum, w), "rows", constants, TAIL=tail)
         return w
 
@@ -232,7 +233,7 @@ class _Launch(_Layout):
         config = self.config("matmul_k" if transpose else "matmul_q")
         width = min(LARGEST_FEATURES, max(16, triton.next_power_of_2(C)))
         grid = Grid(self._blocks(config, "columns" if transpose else "rows"), -(-C // width))
-        constants = self.constants._replace(LOW_TEMPERATURE=self.low_temperature, SOFTMAX=softmax)
+        constants = self.constants._replace(GROWTH=self.growth, SOFTMAX=softmax)
         programs = grid.blocks * grid.columns * self.B * self.P * self.H * self.G
         arguments = (self.frames, self.pairs, x.contiguous(), y, C, coded(grid))
         run(kernel, programs, arguments, _options(constants, config, {"BLOCK_C": width}))
@@ -250,7 +251,7 @@ class _Launch(_Layout):
         row_max.copy_(exact).clamp_(min=torch.finfo(torch.float32).min)
         torch.exp2((row_max - exact).float(), out=row_norm)
 
-    def strip_forward(self, config: configs.Strip, flow: Tensor, base: float) -> None:
+    def strip_forward(self, config: configs.Strip, flow: Tensor, base: float, growth: str) -> None:
         """One pass; each program stores its rows' share of the flow, and the shares are added up afterwards."""
         remaining = self.Nq % config.rows
         short = 0 < remaining <= 16 < config.rows
@@ -258,7 +259,8 @@ class _Launch(_Layout):
         blocks = self._blocks(config, "rows")
         part = torch.empty((blocks, *flow.shape), dtype=torch.float32, device=flow.device)
         arguments = (self.e_sum, part, flow.numel())
-        self.pair_kernel(strip.am_flow_strip_kernel, config, arguments, "rows", self.map_constants(), TAIL=tail)
+        constants = self.map_constants(GROWTH=growth)
+        self.pair_kernel(strip.am_flow_strip_kernel, config, arguments, "rows", constants, TAIL=tail)
         torch.sum(part, 0, out=flow).add_(base)
 
     def _chunks(self, blocks: int) -> tuple[Grid, int]:
@@ -308,15 +310,17 @@ def am_flow(problem: Problem) -> tuple[Tensor, Tensor]:
     saved = new_saved(problem)
     launch = _Launch(problem, saved)
     base = 0.0 if problem.center else launch.Nq / launch.Nk
+    # The flow of equal frames hides small errors of its change, unless it is subtracted.
+    growth = launch.growth if problem.center or launch.low_temperature else "rough"
     mean = problem.head_reduction == "mean"
     shape = (launch.B, launch.P, *([] if launch.mean_map else [launch.H]), *launch.q.shape[3:-2], launch.Nk)
     flow = torch.empty(shape, dtype=torch.float32, device=launch.q.device)
     with _on(launch.q):
         config = None if launch.mean_map else configs.strip(launch.Nk, launch.D, launch.q.dtype, launch.device)
         if config is not None:
-            launch.strip_forward(config, flow, 0.0 if mean else base)
+            launch.strip_forward(config, flow, 0.0 if mean else base, growth)
         else:
-            launch.tiled_forward(problem.lse, problem.lse_b, flow, 0.0 if mean else base)
+            launch.tiled_forward(problem.lse, problem.lse_b, flow, 0.0 if mean else base, growth)
     return flow.mean(HEADS).add_(base) if mean else flow, saved
 
 
@@ -349,7 +353,7 @@ def _statistics(problem: Problem) -> Tensor:
     launch = _Launch(problem, saved)
     with _on(problem.q):
         launch.row_statistics(None, None)
-        launch.weights()
+        launch.weights(launch.growth)
     return saved
 
 
@@ -358,7 +362,7 @@ def am_flow_matmul(problem: MatmulProblem) -> Tensor:
     launch = _matmul_launch(problem)
     with _on(launch.q):
         launch.row_statistics(None, None)
-        w = launch.weights() if problem.softmax else None
+        w = launch.weights(launch.growth) if problem.softmax else None
         return launch.times(problem.x, problem.transpose, problem.softmax, w)
 
 
@@ -370,7 +374,7 @@ def am_flow_matmul_backward(problem: MatmulProblem, dy: Tensor, needs: Sequence[
     dx = x.new_empty(0)
     with _on(launch.q):
         launch.row_statistics(None, None)
-        w = launch.weights() if softmax else None
+        w = launch.weights(launch.growth) if softmax else None
         if needs[4]:
             dx = launch.times(dy, not transpose, softmax, w).to(x.dtype)
         if any(needs[:4]):

@@ -15,7 +15,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     chain_map,
     decoded,
     decoded_strides,
-    expm1,
+    growth,
     head_map,
     keys,
     map_index,
@@ -60,9 +60,9 @@ class RowParts(NamedTuple):
 
 
 @triton.jit
-def signed_exp(x, w, LOW_TEMPERATURE: tl.constexpr):
+def signed_exp(x, w, GROWTH: tl.constexpr):
     """S w e^|x|, S = sign(x), exactly 0 where x is 0; and w e^|x|."""
-    exp = tl.fma(expm1(tl.abs(x), LOW_TEMPERATURE), w, w)
+    exp = tl.fma(growth(tl.abs(x), GROWTH), w, w)
     return with_sign(exp, x), exp
 
 
@@ -77,7 +77,7 @@ def with_sign(size, x):
 def _signed(x, w, CONST: tl.constexpr):
     """y of `Gradient`, and |y| as the limit from either side of x = 0: w e^|x|, or w without the second softmax."""
     if CONST.SOFTMAX:
-        return signed_exp(x, w, CONST.LOW_TEMPERATURE)
+        return signed_exp(x, w, CONST.GROWTH)
     else:
         size = tl.zeros(x.shape, tl.float32) + w
         return with_sign(size, x), size

@@ -11,8 +11,8 @@ from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
     chain_map,
     decoded,
-    expm1,
     frame_owner,
+    growth,
     keys,
     logits,
     map_index,
@@ -91,7 +91,7 @@ def _e_sums(sums, frames, p, run, i, key, CONST: tl.constexpr, PARTIAL: tl.const
         f, m = chain_map(frames, p, run, n)
         B = scaled_map(f, p, m, i, j, CONST, False)
         if n > 0:
-            e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
+            e = growth(tl.abs(A - B), CONST.GROWTH)
             if PARTIAL:
                 e = tl.where(key[None, :] < p.Nk, e, 0.0)
             sums += tl.where(c[None, :] == n - 1, tl.sum(e, 1)[:, None], 0.0)
@@ -146,7 +146,7 @@ def _column_sums(sums, frames, p, w_ptr, run, row, j, CONST: tl.constexpr, PARTI
         if PARTIAL:
             w = tl.where(row < p.Nq, w, 0.0)
         if n > 0:
-            e = expm1(tl.abs(A - B), CONST.LOW_TEMPERATURE)
+            e = growth(tl.abs(A - B), CONST.GROWTH)
             sums += tl.where(c[None, :] == n - 1, tl.sum(w[None, :] * e, 1)[:, None], 0.0)
         A = B
     return sums

@@ -6,7 +6,7 @@ P = w (1 + e) with e = expm1(M / temperature): the host adds the term of the con
 import triton
 import triton.language as tl
 
-from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, expm1, head_map, matrix_product, second_frames
+from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, growth, head_map, matrix_product, second_frames
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _change(frames, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     B = head_map(second_frames(frames), p, m_second, i, j, p.inv_temperature, CONST, TRANSPOSED)
     change = tl.abs(A - B)
     if CONST.SOFTMAX:
-        change = expm1(change, CONST.LOW_TEMPERATURE)
+        change = growth(change, CONST.GROWTH)
     return change
 
 

@@ -20,7 +20,7 @@ from amflow_kernels.impl.triton.kernels.maps import (
     LOWEST,
     chain_map,
     decoded,
-    expm1,
+    growth,
     keys,
     map_index,
     map_number,
@@ -187,7 +187,7 @@ def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING
     width: tl.constexpr = TILING.TILES + TILING.REST
     e = ()
     for c in tl.static_range(TILING.ROW_TILES * width):
-        e = e + (expm1(tl.abs(A[c] - B[c]), CONST.LOW_TEMPERATURE),)
+        e = e + (growth(tl.abs(A[c] - B[c]), CONST.GROWTH),)
     number = pair_number(p, m)
     w = ()
     mean = 0.0

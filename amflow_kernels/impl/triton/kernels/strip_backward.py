@@ -170,7 +170,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
                 x = ()
                 y = ()
                 for c in tl.static_range(TILING.TILES + TILING.REST):
-                    y_c, h = signed_exp(A[c] - B[c], w[:, None] if c < TILING.TILES else w, CONST.LOW_TEMPERATURE)
+                    y_c, h = signed_exp(A[c] - B[c], w[:, None] if c < TILING.TILES else w, CONST.GROWTH)
                     x = x + (h * g_j[c],)
                     y = y + (y_c,)
                 delta = row_sum(x, 0, TILING)
@@ -277,7 +277,7 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
                 for c in tl.static_range(TILING.TILES):
                     w = _row_values(d.w + pair_row, p, c, TILING)
                     delta = _row_values(d.delta + pair_row, p, c, TILING)
-                    y = signed_exp(A[c] - B[c], w, CONST.LOW_TEMPERATURE)[0]
+                    y = signed_exp(A[c] - B[c], w, CONST.GROWTH)[0]
                     G = y * (g_j[:, None] - delta)
                     if dk_ptrs[0] is not None:
                         dA = carry[c] + G
