@@ -31,7 +31,7 @@ def cases(*, dry: bool) -> list[Case]:
 
 
 def launch_all(case: Case, device: configs.Device) -> None:
-    """The launches of a case, on tensors without storage: forward and backward."""
+    """The launches of a case, on tensors without storage: forward, of the centred flow, too, and backward."""
     if case.processors is not None:
         device = replace(device, processors=case.processors)
     problem = case.problem("meta")
@@ -40,6 +40,7 @@ def launch_all(case: Case, device: configs.Device) -> None:
             y = launch.am_flow_matmul(problem)
             launch.am_flow_matmul_backward(problem, torch.empty_like(y), [True] * 5)
             return
+        launch.am_flow(replace(problem, center=True))
         flow, saved = launch.am_flow(problem)
         launch.am_flow_backward(problem, flow, saved, [True, True, problem.pair, problem.pair])
         if case.only_q:
