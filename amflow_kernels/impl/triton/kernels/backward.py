@@ -46,9 +46,7 @@ class Gradient(NamedTuple):
     v: Any  # (B, P, Z, G, Nk, C)
     w: Any  # (B, P, Z, G, Nq)
     delta: Any  # the same shape
-    rho: (
-        Any  # temperature * rowsum(A * gradient of A), (B, T, H, G, Nq), of the frames that begin pairs (of all frames)
-    )
+    rho: Any  # temperature * rowsum(A * gradient of A), (B, T, H, G, Nq): of frames that begin pairs, or of a clip
     rho_b: Any  # the same of the frames that end pairs; for a clip, the same tensor
 
 

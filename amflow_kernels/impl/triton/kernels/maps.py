@@ -276,12 +276,6 @@ def map_index(run, t):
 
 
 @triton.jit
-def second_frames(frames):
-    """The frames whose maps come second in the pairs."""
-    return frames.second
-
-
-@triton.jit
 def chain_map(frames, p, run, n):
     """Frames and index of map n of a run: the second of its pair n - 1, and the first of its pair n.
 

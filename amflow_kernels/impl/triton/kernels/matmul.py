@@ -6,7 +6,7 @@ P = w (1 + e) with e = expm1(M / temperature): the host adds the term of the con
 import triton
 import triton.language as tl
 
-from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, growth, head_map, matrix_product, second_frames
+from amflow_kernels.impl.triton.kernels.maps import MapIndex, decoded, growth, head_map, matrix_product
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _change(frames, p, m, i, j, CONST: tl.constexpr, TRANSPOSED: tl.constexpr):
     """M, or with SOFTMAX e, of pair m: [BLOCK_M, BLOCK_N], or TRANSPOSED."""
     A = head_map(frames.first, p, m, i, j, p.inv_temperature, CONST, TRANSPOSED)
     m_second = MapIndex(m.b, m.t + p.shift, m.h, m.g)
-    B = head_map(second_frames(frames), p, m_second, i, j, p.inv_temperature, CONST, TRANSPOSED)
+    B = head_map(frames.second, p, m_second, i, j, p.inv_temperature, CONST, TRANSPOSED)
     change = tl.abs(A - B)
     if CONST.SOFTMAX:
         change = growth(change, CONST.GROWTH)

@@ -28,7 +28,6 @@ from amflow_kernels.impl.triton.kernels.maps import (
     queries,
     reciprocal,
     row_of,
-    second_frames,
     tile,
 )
 from amflow_kernels.impl.triton.kernels.strip import row_sum, tile_mask, tile_offsets, tile_start, whole_rows, zero_rows
@@ -194,7 +193,7 @@ def am_flow_bwd_strip_q_kernel(frames, p, d, e_sum_ptr, dq_ptrs, grid, CONST: tl
                 dA = dA + (-G[c],)
             last = map_index(run, end - p.step + p.shift)
             out = RowOutput(d.rho_b, d.last_b, dq_ptrs[1], True)
-            _finish_rows(second_frames(frames), p, last, row0, A, dA, out, CONST, TILING)
+            _finish_rows(frames.second, p, last, row0, A, dA, out, CONST, TILING)
 
 
 @triton.jit
@@ -297,7 +296,7 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
         end = run.first + run.length * p.step
         if dk_ptrs[1] is not None and end >= p.P:
             last = map_index(run, end - p.step + p.shift)
-            f = second_frames(frames)
+            f = frames.second
             dk = tl.zeros([TILING.BLOCK_N, CONST.BLOCK_D], tl.float32)
             for c in tl.static_range(TILING.TILES):
                 rho_ptr = d.rho_b + map_number(f, p, last) * p.Nq
