@@ -323,12 +323,15 @@ def check_frames(q: Tensor | None, k: Tensor | None, q_name: str, k_name: str) -
     assert q is not None  # for mypy
     assert k is not None
     check_same(k_name, k, q_name, q)
-    if q.dim() != k.dim():
-        raise ValueError(f"{k_name}: expected {q.dim()} dimensions as {q_name}, got {k.dim()}: {tuple(k.shape)}")
-    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+    q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != len(k_shape):
+        raise ValueError(
+            f"{k_name}: expected {len(q_shape)} dimensions as {q_name}, got {len(k_shape)}: {tuple(k_shape)}"
+        )
+    if q_shape[:-2] != k_shape[:-2] or q_shape[-1] != k_shape[-1]:
         raise ValueError(
             f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
-            f"{tuple(q.shape)}, got {tuple(k.shape)}"
+            f"{tuple(q_shape)}, got {tuple(k_shape)}"
         )
 
 
@@ -339,20 +342,20 @@ def _check_tokens(name: str, value: Tensor | None) -> None:
     check_dense(name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.dim() not in (5, 6):
+    shape = value.shape  # read once: each time PyTorch makes a new tuple
+    if len(shape) not in (5, 6):
         raise ValueError(
             f"{name}: expected (B, T, heads, N, D) or (B, T, heads, windows, N, D), "
-            f"got {value.dim()} dimensions: {tuple(value.shape)}{_cure_of_folded(name, value)}"
+            f"got {len(shape)} dimensions: {tuple(shape)}{_cure_of_folded(name, value)}"
         )
-    if any(size == 0 for size in value.shape[2:-2]):
-        raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(value.shape)}")
-    if value.shape[-2] == 0:
-        raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(value.shape)}")
-    if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {value.shape[-1]}"
-        )
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    if 0 in shape[2:-2]:
+        raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(shape)}")
+    tokens, D = shape[-2:]
+    if tokens == 0:
+        raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(shape)}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {D}")
+    if D > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; "
             "call .contiguous() on it"
