@@ -24,12 +24,12 @@ _LIBRARY = library.Library("amflow", "FRAGMENT")
 def _op(function: Callable[..., Any]) -> OpOverload:
     """Makes a function the op ``amflow::<its name>``; the function's types are its schema.
 
-    `torch.library.custom_op` does the same, and lets each call pass more Python, a fifth of its time.
+    `torch.library.custom_op` does the same, and lets each call pass more Python, a fifth of its time. Like it, this one
+    keeps torch.compile out of the kernels, which it would trace where a graph break leaves a call to Python.
     """
     name = function.__name__
     schema = library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # torch.compile may leave a call to Python, after a graph break, and would go on to trace the function.
     _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     op: OpOverload = getattr(torch.ops.amflow, name).default
     return op
@@ -391,7 +391,7 @@ def _register_autograd(
             raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
         return function.apply(keyset, *(args if arguments is None else arguments(*args)))
 
-    _LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op._opname, torch._disable_dynamo(kernel), "Autograd", with_keyset=True)
 
 
 _GRADIENTS = (
