@@ -138,10 +138,11 @@ def grid_of(model: Any) -> PatchGrid | HieraGrid | None:
     if hasattr(model, "reroll") and hasattr(model, "unroll"):
         return HieraGrid(model)
     embed = getattr(model, "patch_embed", None)
-    if isinstance(embed, nn.Module):
+    if isinstance(embed, nn.Module) and hasattr(model, "blocks"):  # without stages, which pool tokens
         embed = unwrap(embed)
-        if isinstance(getattr(model, "num_prefix_tokens", None), int) and hasattr(embed, "grid_size"):  # timm
-            return PatchGrid(model.num_prefix_tokens, embed, _timm_size(embed))
+        prefix_tokens = getattr(model, "num_prefix_tokens", None)
+        if isinstance(prefix_tokens, int) and hasattr(embed, "grid_size"):  # timm
+            return PatchGrid(prefix_tokens, embed, _timm_size(embed))
         if hasattr(model, "cls_token") and hasattr(embed, "patch_size"):  # the DINO repositories
             registers = getattr(model, "num_register_tokens", getattr(model, "n_storage_tokens", 0))
             return PatchGrid(1 + registers, embed, embed.patch_size)

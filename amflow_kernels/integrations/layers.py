@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from inspect import getattr_static
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 
 from amflow_kernels.integrations.block_finder import unwrap
+from amflow_kernels.integrations.wrapping import own_forward
 
 # What chooses layers: their names, a pattern such as "blocks.1*.attn", or a predicate of name and module.
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -53,12 +53,12 @@ def choose_layers(model: nn.Module, layers: Layers) -> dict[str, Layer]:
 def _choose(model: nn.Module, parts: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:
     if layers is not None and not isinstance(layers, str) and not callable(layers):
         return _named(parts, list(layers))
-    known: dict[Any, bool] = {}  # by class and its instance's own forward
+    known: dict[Any, bool] = {}  # by class and the instance's own forward
     for part in parts.values():
-        key = type(part), part.__dict__.get("forward")
-        if key not in known:
-            known[key] = calls_attention(part)
-    found = _innermost({name: part for name, part in parts.items() if known[type(part), part.__dict__.get("forward")]})
+        kind = type(part), own_forward(part)
+        if kind not in known:
+            known[kind] = calls_attention(part)
+    found = _innermost({name: part for name, part in parts.items() if known[type(part), own_forward(part)]})
     if not found:
         raise TypeError(_none_found(model, parts))
     if layers is None:
@@ -109,7 +109,7 @@ def calls_attention(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return _names_attention(module.__dict__.get("forward", type(module).forward), module, set())
+    return _names_attention(own_forward(module) or type(module).forward, module, set())
 
 
 def switch_of(module: Any) -> str:
@@ -162,10 +162,10 @@ def _contents(cell: Any) -> Any:
 
 def _attribute(module: nn.Module, name: str) -> Any:
     """A method of a module, or a callable that it holds and that is no module."""
-    value = getattr_static(module, name, None)
+    value = next((part[name] for part in (vars(module), *map(vars, type(module).__mro__)) if name in part), None)
     if isinstance(value, (staticmethod, classmethod)):
         return value.__func__
-    if isinstance(value, (type, nn.Module, FunctionType, partial)) or not callable(value):
+    if isinstance(value, (type, nn.Module, FunctionType, MethodType, partial)) or not callable(value):
         return value
     return type(value).__call__
 

@@ -129,7 +129,6 @@ class FlowRecorder:
         Returns:
             The attention's output, (B * T, heads, N, D), if it is to be replaced, else None.
         """
-        _check_maps(label, q, k)
         folded = self._windows_in_batch(label, q)
         images = len(q) // folded
         if images % self.num_frames:
@@ -309,6 +308,7 @@ def recording_flows(
 
     def recording(key: Any, layer: Layer) -> OnAttention:
         def record(q: Tensor, k: Tensor, v: Tensor, keep: str) -> Tensor | None:
+            q, k, v = _heads_first(layer, q, k, v)
             if skip_pooling and _is_pooling(q, k):
                 pooling[key] = layer.name
                 return None
@@ -339,6 +339,7 @@ def recording_qk(
 
     def recording(key: Any, layer: Layer) -> OnAttention:
         def record(q: Tensor, k: Tensor, v: Tensor, keep: str) -> None:
+            q, k, v = _heads_first(layer, q, k, v)
             if skip_pooling and _is_pooling(q, k):
                 pooling[key] = layer.name
             else:
@@ -388,17 +389,35 @@ def _check_complete(
     if missing:
         raise RuntimeError(f"no {what} {', '.join(missing)}: {NOT_RUN}")
     if not seen:
-        raise RuntimeError(f"no {what} {', '.join(pooling.values())}: each has one query; choose them by `layers`")
+        raise RuntimeError(
+            f"no {what} {', '.join(pooling.values())}: each pools all tokens by one query; choose them by `layers`"
+        )
 
 
-def _check_maps(name: str, q: Tensor, k: Tensor) -> None:
-    """Raises RuntimeError unless q and k are those of attention maps that `am_flow` takes."""
+def _heads_first(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (images, heads, [windows,] N, D).
+
+    Raises:
+        RuntimeError: their shapes are of another kind.
+    """
     if q.dim() not in (4, 5):
         raise RuntimeError(
-            f"{name}: expected q of shape (images, heads, N, D) or (images, heads, windows, N, D), got {tuple(q.shape)}"
+            f"{layer.name}: expected q of shape (images, heads, N, D) or (images, heads, windows, N, D), "
+            f"got {tuple(q.shape)}"
         )
     if q.shape[-1] > 256:
-        raise RuntimeError(f"{name}: has a head dimension of {q.shape[-1]}; AM flow is computed up to 256")
+        raise RuntimeError(f"{layer.name}: has a head dimension of {q.shape[-1]}; AM flow is computed up to 256")
+    if q.dim() == 4:
+        return q, k, v
+    heads = getattr(layer.module, "num_heads", getattr(layer.module, "heads", None))
+    if q.shape[1] == heads:
+        return q, k, v
+    if q.shape[2] == heads:
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    raise RuntimeError(
+        f"{layer.name}: expected heads and windows, of which the layer's `num_heads` tells the heads, got q "
+        f"{tuple(q.shape)} and {heads} heads"
+    )
 
 
 def _shape_of_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:

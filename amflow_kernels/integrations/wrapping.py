@@ -43,6 +43,13 @@ def wrapped_forwards(wrappers: Sequence[tuple[nn.Module, Around]]) -> Iterator[N
                 forward.remove(around)
 
 
+def own_forward(module: nn.Module) -> Any:
+    """The attribute `forward` of a module's instance that is none of the wrappers here, or None."""
+    forward = module.__dict__.get("forward")
+    wrapped = getattr(forward, "__self__", None)
+    return wrapped.own if isinstance(wrapped, _Forward) else forward
+
+
 _WRAPPING = Lock()  # held while wrappers are added or removed
 
 
