@@ -197,8 +197,8 @@ def siglip2_inputs(padded: int = 0) -> tuple[Any, ...]:
     return torch.randn(count, 16, 3 * 16 * 16), mask, torch.full((count, 2), 4)
 
 
-SIGLIP2 = {"num_patches": 16}
-SWIN = {"image_size": 56, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 7}
+SIGLIP2: dict[str, Any] = {"num_patches": 16}
+SWIN: dict[str, Any] = {"image_size": 56, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 7}
 
 FAMILIES: list[Family] = [
     *map(timm_family, TIMM),

@@ -75,10 +75,11 @@ class AdaptedBlock(nn.Module):
     Parallel forms compute ``block(x) + branch(x)``, the serial form ``y + branch(y)`` with ``y = block(x)``.
 
     AM flow is computed from q and k of the block's own attention call. `am_flow_attention` replaces that call, so q and
-    k are computed once. Where attention runs in windows (Hiera) the call stays, and each window has its own flow.
+    k are computed once (twice where an `nn.MultiheadAttention` returns its weights, which then keeps its own call).
+    Where attention runs in windows (Hiera) the call stays, and each window has its own flow.
 
     Args:
-        block: maps tokens (B * T, N, C) to (B * T, N', C'); other arguments are passed through.
+        block: maps tokens (B * T, N, C) to (B * T, N', C'), or lists of them; other arguments are passed through.
         options: the adapter's options.
         temporal: whether the adapter is a temporal processing adapter.
         name: the block's name, for messages.
@@ -131,7 +132,10 @@ class AdaptedBlock(nn.Module):
         if options.align:
             self.align = AligningEncoder(widths(self.block)[0]).to(like)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, list):  # DINOv3's blocks take a list of tensors, one for each size of crop
+            crops = [[part[i] if isinstance(part, list) else part for part in args] for i in range(len(x))]
+            return [self.forward(crop, *rest, **kwargs) for crop, rest in zip(x, crops, strict=True)]
         if self.temporal and len(x) % self.options.num_frames:
             raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
         block: Any = self.block
