@@ -23,7 +23,7 @@ from amflow_kernels.integrations.reading import (
     without_fused_layer,
 )
 from amflow_kernels.integrations.wrapping import Around, wrapped_forwards
-from amflow_kernels.problem import Problem, check_options
+from amflow_kernels.problem import FlowOptions, Problem, check_options
 
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
 
@@ -31,7 +31,7 @@ NOT_RUN = (
     "the model did not run in the `with` block and its thread, or it ran without these layers; where it stops early, "
     "choose layers"
 )
-OPTIONS = ("lag", "temperature", "head_reduction", "center", "impl")  # of am_flow; the scale is the model's own
+OPTIONS = (*FlowOptions.__annotations__, "impl")  # of am_flow; the scale is the model's own
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class BlockFlow:
     """AM flow of one attention layer, of the tokens that enter it.
 
     Attributes:
-        flow: (B, T - lag, heads, [windows,] Nk), float32, in the order of the layer's keys; without the heads dimension
-            if heads are reduced, and with that of windows if there are several.
+        flow: (B, T - lag, heads, [windows,] Nk), float32 or `out_dtype`, in the order of the layer's keys; without the
+            heads dimension if heads are reduced, and with that of windows if there are several.
         grid: flow of the image tokens, (B, T - lag, heads, height, width), where the grid is known, else None.
         prefix: flow of the class token and registers, (B, T - lag, heads, prefix tokens), where the grid is known.
         windows: number of windows that the layer's attention runs in. Each window's flow sums to its number of queries,
@@ -232,7 +232,7 @@ def record_am_flow(
             on. A second group dimension, (images, heads, windows, N, D), is always taken for windows.
         replace_attention: run `am_flow_attention` instead of the model's attention call, where it has no windows. On a
             GPU the flow can then reuse the attention's log-sum-exps.
-        options: options of `am_flow`: lag, temperature, head_reduction, center, impl. They are checked at once.
+        options: those of `am_flow`: lag, temperature, head_reduction, center, out_dtype, impl. They are checked at once.
 
     Yields:
         A dict {layer's name: `BlockFlow`} that the forward fills. A second forward replaces its values.
