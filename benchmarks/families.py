@@ -169,7 +169,8 @@ def hiera_model(size: tuple[int, ...] = (64, 64), mask_unit_size: tuple[int, ...
     from hiera import Hiera
 
     return Hiera(
-        input_size=size, embed_dim=32, num_classes=8, stages=(1, 2, 2), q_pool=2, mask_unit_size=mask_unit_size, mask_unit_attn=(True, True, False),
+        input_size=size, embed_dim=32, num_classes=8, stages=(1, 2, 2), q_pool=2,
+        mask_unit_size=mask_unit_size, mask_unit_attn=(True, True, False),
         **options,
     )  # fmt: skip
 

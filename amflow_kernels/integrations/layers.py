@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ class Layer(NamedTuple):
 
 
 CALLS = (scaled_dot_product_attention, multi_head_attention_forward)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 CALL_NAMES = {call.__name__ for call in CALLS}
 IMAGE_TOWERS = ("vision_model", "visual", "vision_tower", "vision_encoder", "image_encoder")
 
@@ -126,7 +127,7 @@ def _names_attention(function: Any, module: nn.Module, seen: set[Any]) -> bool:
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)
-    if function in CALLS:
+    if any(function is call for call in CALLS):
         return True
     if not isinstance(function, FunctionType) or function in seen or _of_torch(function):
         return False
@@ -165,16 +166,15 @@ def _attribute(module: nn.Module, name: str) -> Any:
     value = next((part[name] for part in (vars(module), *map(vars, type(module).__mro__)) if name in part), None)
     if isinstance(value, (staticmethod, classmethod)):
         return value.__func__
-    if isinstance(value, (type, nn.Module, FunctionType, MethodType, partial)) or not callable(value):
+    if isinstance(value, (type, nn.Module, *FUNCTIONS)) or not callable(value):
         return value
     return type(value).__call__
 
 
 def _functions(value: Any) -> list[Any]:
-    """A value, or the values of a table of functions, of which a forward takes one."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return [] if value is None or isinstance(value, (type, nn.Module)) else [value]
+    """A value if it is a function, or the functions of a table, of which a forward takes one."""
+    values = list(value.values()) if isinstance(value, Mapping) else [value]
+    return [each for each in values if isinstance(each, FUNCTIONS)]
 
 
 def _innermost(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:

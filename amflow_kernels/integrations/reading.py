@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -198,15 +198,22 @@ class PlainForward(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_fused_layer(name: str) -> Around:
-    """A wrapper of the `nn.TransformerEncoderLayer` called `name` with which it calls its `self_attn`."""
+def without_fused_layer(name: str, layer: nn.TransformerEncoderLayer) -> Around:
+    """A wrapper of the layer `name` with which it calls its `self_attn`."""
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Tensor) and x.is_nested for x in args):
             raise RuntimeError(
                 f"{name}: is given nested tensors (a padding mask), so its tokens are not those of images"
             )
-        with PlainForward():
-            return forward(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            with PlainForward():
+                return forward(*args, **kwargs)
+        # The layer does not see modes while it is traced. Of this attribute it asks only whether it may run fused.
+        fused = layer.activation_relu_or_gelu
+        layer.activation_relu_or_gelu = 0
+        out = forward(*args, **kwargs)
+        layer.activation_relu_or_gelu = fused
+        return out
 
     return run

@@ -232,7 +232,7 @@ def record_am_flow(
             on. A second group dimension, (images, heads, windows, N, D), is always taken for windows.
         replace_attention: run `am_flow_attention` instead of the model's attention call, where it has no windows. On a
             GPU the flow can then reuse the attention's log-sum-exps.
-        options: those of `am_flow`: lag, temperature, head_reduction, center, out_dtype, impl. They are checked at once.
+        options: lag, temperature, head_reduction, center, out_dtype and impl of `am_flow`. They are checked at once.
 
     Yields:
         A dict {layer's name: `BlockFlow`} that the forward fills. A second forward replaces its values.
@@ -370,7 +370,7 @@ def _readers(
     ]
     modules = {layer.module for layer in layers.values()}
     return readers + [
-        (part, without_fused_layer(name))
+        (part, without_fused_layer(name, part))
         for name, part in root.named_modules()
         if isinstance(part, nn.TransformerEncoderLayer) and modules.intersection(part.children())
     ]
@@ -421,10 +421,10 @@ def _heads_first(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def _shape_of_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """The shape of the first tensor of floating-point numbers among arguments, or in lists and dicts of them."""
+    """The shape of the first batch of floating-point numbers among arguments, or in lists and dicts of them."""
     for argument in (*args, *kwargs.values()):
         values = argument.values() if isinstance(argument, dict) else argument
         for x in values if isinstance(argument, (dict, list, tuple)) else (argument,):
-            if isinstance(x, Tensor) and x.is_floating_point():
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1:
                 return tuple(x.shape)
     return None

@@ -106,7 +106,7 @@ def by_hand(layer: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(heads(nn.functional.linear(x, w, b)) for x, w, b in zip((query, key), weights, biases, strict=False))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eval", "train"])
 @pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
 @pytest.mark.parametrize(
@@ -201,6 +201,23 @@ def test_a_transformer_encoder_leaves_its_fused_inference_kernel_while_recorded(
     close(flows["layers.0.self_attn"].flow, flow_of(*by_hand(model.layers[0].self_attn, tokens(), tokens())))
     assert torch.equal(model(x), expected)
     assert is_untouched(model)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_transformer_encoder() -> None:
+    """While it is traced it does not ask whether a mode is active, and must leave the fused kernel all the same."""
+    model = uneven(nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True), 2))
+    x, compiled = tokens(), torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = compiled(x)
+    with record_am_flow(model, num_frames=T) as want:
+        model(x)
+    with record_am_flow(compiled, num_frames=T) as flows:
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    for name, flow in flows.items():
+        torch.testing.assert_close(flow.flow, want[name].flow)
+    assert torch.equal(compiled(x), expected)
+    assert all(layer.activation_relu_or_gelu == 1 for layer in model.layers)
 
 
 @torch.no_grad()
@@ -612,7 +629,7 @@ WRAPPERS: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [pytest.param("compiled", marks=pytest.mark.slow), *[*WRAPPERS][1:]])
 def test_wrappers_are_looked_through(wrapper: str) -> None:
     wrap, prefix = WRAPPERS[wrapper]
     model, x = small("plain"), images(56)

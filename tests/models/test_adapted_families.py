@@ -65,7 +65,7 @@ def clips(name: str) -> Tensor:
     return torch.randn(2 * T, *shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("align", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_see_the_flow_of_their_block_and_train(
     name: str, align: bool, monkeypatch: pytest.MonkeyPatch
