@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
 from amflow_kernels import am_flow, record_am_flow, record_qk
+from amflow_kernels.integrations import timm as timm_preset
 from benchmarks.dino import DinoViT
 
 T, WIDTH, HEADS = 3, 48, 4
@@ -742,3 +743,34 @@ def test_compiled_code_is_recorded_in_one_thread_at_a_time() -> None:
         with pytest.raises(Exception, match="several threads"):
             pool.submit(record).result()
     assert is_untouched(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapper", ["peft", "features"])
+def test_the_preset_of_timm_looks_through_wrappers(wrapper: str) -> None:
+    model, x = small("plain"), images(56)
+    with timm_preset.record_am_flow(model, num_frames=T) as want:
+        model(x)
+    wrapped = WRAPPERS[wrapper][0](model)
+    with timm_preset.record_am_flow(wrapped, num_frames=T) as flows:
+        wrapped(x)
+    for index, flow in flows.items():
+        assert torch.equal(flow.grid, want[index].grid)
+    with pytest.raises(TypeError, match=r"got Sequential, which has none"):  # noqa: SIM117
+        with timm_preset.record_am_flow(nn.Sequential(model), num_frames=T):
+            pass
+
+
+def test_attention_that_drops_or_returns_weights_is_recorded_but_not_replaced() -> None:
+    layer, x = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True), tokens()
+    for dropping, need_weights, message in (
+        (True, False, "MultiheadAttention: drops attention at random"),
+        (False, True, "MultiheadAttention: returns its attention weights"),
+    ):
+        layer.train(dropping)
+        with record_am_flow(layer, num_frames=T) as flows:
+            layer(x, x, x, need_weights=need_weights)
+        close(flows[""].flow, flow_of(*by_hand(layer, x, x)))
+        with pytest.raises(RuntimeError, match=message):  # noqa: SIM117
+            with record_am_flow(layer, num_frames=T, replace_attention=True):
+                layer(x, x, x, need_weights=need_weights)
