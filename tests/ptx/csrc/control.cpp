@@ -1,0 +1,76 @@
+// Branches, barriers and fences, and exchange between the lanes of a warp.
+
+#include "machine.h"
+
+namespace ptx {
+
+namespace {
+
+void bra(Warp& warp, const Operand* o, u32 lanes) {
+  Path& path = warp.paths.back();
+  const u32 target = static_cast<u32>(o[0].value);
+  if (path.lanes == lanes) {
+    path.pc = target;
+  } else {
+    path.lanes &= ~lanes;
+    warp.paths.push_back({target, lanes});
+  }
+}
+
+void ret(Warp& warp, const Operand*, u32 lanes) {
+  Path& path = warp.paths.back();
+  path.lanes &= ~lanes;
+  if (!path.lanes) warp.paths.pop_back();
+}
+
+void wait_at_barrier(Warp& warp, u32 lanes, u32 barrier, u32 threads) {
+  warp.require_all(lanes, "bar.sync");
+  if (barrier > 15) fail(Kind::barrier, -1, "there is no barrier %u", barrier);
+  if (threads % LANES) fail(Kind::barrier, -1, "bar.sync for %u threads, not a multiple of 32", threads);
+  warp.barrier = static_cast<int>(barrier);
+  warp.expected = threads / LANES;
+}
+
+// The lane that each lane reads: `CHOOSE(lane, b, first, last)` within its segment, or itself if that lies outside.
+template <u32 CHOOSE(u32, u32, u32)>
+void shfl(Warp& warp, const Operand* o, u32 lanes) {
+  const u32 *a = warp.get<u32>(o[1]), *b = warp.get<u32>(o[2]), *c = warp.get<u32>(o[3]),
+            *members = warp.get<u32>(o[4]);
+  u32 values[LANES];
+  for_lanes(lanes, [&](int l) {
+    if ((members[l] & warp.started) != lanes)
+      fail(Kind::barrier, l, "shfl.sync of lanes %08x by lanes %08x", members[l], lanes);
+    const u32 segment = c[l] >> 8 & 31, first = l & segment, last = first | (c[l] & 31 & ~segment);
+    u32 from = CHOOSE(l, b[l] & 31, first | (b[l] & 31 & ~segment));
+    if (from > last) from = l;
+    if (!(lanes >> from & 1)) fail(Kind::uninitialised, l, "shfl.sync reads lane %u, which doesn't take part", from);
+    values[l] = a[from];
+  });
+  warp.set(o[0], values, lanes);
+}
+
+u32 butterfly(u32 lane, u32 b, u32) { return lane ^ b; }
+u32 indexed(u32, u32, u32 within) { return within; }
+
+}  // namespace
+
+void add_control() {
+  whole("bra", "=L", bra);
+  whole("bra.uni", "=L", bra);
+  whole("ret", "=", ret);
+  whole("bar.sync", "=w", [](Warp& warp, const Operand* o, u32 lanes) {
+    wait_at_barrier(warp, lanes, *warp.get<u32>(o[0]), warp.block->warps.size() * LANES);
+  });
+  whole("bar.sync", "=ww", [](Warp& warp, const Operand* o, u32 lanes) {
+    wait_at_barrier(warp, lanes, *warp.get<u32>(o[0]), *warp.get<u32>(o[1]));
+  });
+  whole("bar.warp.sync", "=w", [](Warp& warp, const Operand* o, u32 lanes) {
+    const u32 members = warp.get<u32>(o[0])[__builtin_ctz(lanes)] & warp.started;
+    if (members != lanes) fail(Kind::barrier, -1, "bar.warp.sync of lanes %08x by lanes %08x", members, lanes);
+    warp.tick();
+  });
+  whole("shfl.sync.bfly.b32", "w=wwww", shfl<butterfly>);
+  whole("shfl.sync.idx.b32", "w=wwww", shfl<indexed>);
+}
+
+}  // namespace ptx
