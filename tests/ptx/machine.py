@@ -50,7 +50,7 @@ class UnknownInstruction(reader.PtxError):
     """The machine lacks an instruction, which the message names."""
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818, it is the kernel's, not the machine's
     """What a kernel did wrong.
 
     `kind` is "race" (in shared memory between barriers, in global memory between blocks), "uninitialised" (a read of a
@@ -59,8 +59,11 @@ class Fault(Exception):
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
 
 class Region(NamedTuple):
@@ -170,6 +173,7 @@ class Kernel:
 
     def __init__(self, text: reader.Kernel, fp_fusion: bool) -> None:
         self.text = text
+        self._parameter_offsets = {each.name: each.offset for each in text.parameters}
         self._offsets, self._end = [0], 0
         for letter in text.registers:
             self._offsets.append(self._place(letter))
@@ -190,6 +194,20 @@ class Kernel:
             operands += [operands[self._code[at].first + n] for at, n in fusion.operands]
         self._operands = (_Operand * len(operands))(*operands)
 
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+    @property
+    def parameters(self) -> list[reader.Parameter]:
+        """In their order, with their places in the packed bytes."""
+        return self.text.parameters
+
+    @property
+    def parameter_bytes(self) -> int:
+        """The size of the packed parameters."""
+        return max((each.offset + each.size for each in self.parameters), default=0)
+
     def run(
         self,
         *,
@@ -206,8 +224,8 @@ class Kernel:
         The seed picks what hardware leaves open: the order of blocks and warps, which products and sums are fused,
         the errors of approximations, how products of matrices are summed. Raises Fault.
         """
-        if len(parameters) < self.text.parameter_bytes:
-            raise ValueError(f"parameters has {len(parameters)} bytes, expected {self.text.parameter_bytes}")
+        if len(parameters) != self.parameter_bytes:
+            raise ValueError(f"parameters has {len(parameters)} bytes, expected {self.parameter_bytes}")
         ordered = sorted(memory, key=lambda region: region.address)
         for a, b in pairwise(ordered):
             if a.address + a.size > b.address:
@@ -274,7 +292,7 @@ class Kernel:
         if letter == "L":
             return operand.value in self.text.labels
         if letter == "P":
-            return operand.address and operand.value in self.text.parameters
+            return operand.address and operand.value in self._parameter_offsets
         return operand.address and (width == {"s": "w", "g": "d"}[letter] or operand.value in self.text.shared)
 
     def _constant(self, operand: reader.Operand) -> int | None:
@@ -289,7 +307,7 @@ class Kernel:
         if letter == "L":
             return _Operand(0, 0, self.text.labels[str(operand.value)])
         if letter == "P":
-            return _Operand(0, 0, self.text.parameters[str(operand.value)][0] + operand.displacement)
+            return _Operand(0, 0, self._parameter_offsets[str(operand.value)] + operand.displacement)
         if letter == "i":
             return _Operand(0, 0, int(operand.value))
         if operand.kind == "register":
@@ -366,7 +384,7 @@ class Kernel:
 
 @dataclass
 class _Fusion:
-    """A sum that may be fused with a product: where they are, and the operands, as positions of instructions' operands."""
+    """A sum that may be fused with a product: where they are, and the operands, as positions in instructions."""
 
     at: int
     product: int

@@ -40,21 +40,25 @@ class Instruction(NamedTuple):
     location: str  # in the source, by .loc
 
 
+class Parameter(NamedTuple):
+    """Its place in bytes, as the driver packs it."""
+
+    name: str
+    offset: int
+    size: int
+
+
 @dataclass
 class Kernel:
     """A kernel as it stands in the text."""
 
     name: str
-    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size in bytes
+    parameters: list[Parameter] = field(default_factory=list)
     shared: dict[str, int] = field(default_factory=dict)  # offsets; dynamic shared memory begins after the static one
     static_shared: int = 0  # bytes
     registers: list[str] = field(default_factory=list)  # letters of WIDTHS; register 1 comes first
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # positions in `instructions`
-
-    @property
-    def parameter_bytes(self) -> int:
-        return max((offset + size for offset, size in self.parameters.values()), default=0)
 
 
 def read(text: str) -> dict[str, Kernel]:
@@ -74,15 +78,17 @@ def read(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def _parameters(text: str) -> dict[str, tuple[int, int]]:
-    """Offset and size of each parameter, as the driver packs them."""
-    places, end = {}, 0
-    pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w*?(\d+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
+def _parameters(text: str) -> list[Parameter]:
+    """Each is aligned to its size, or as it says."""
+    parameters, end = [], 0
+    pointer = r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+    pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w*?(\d+)\s+" + pointer + r"([\w$]+)(?:\[(\d+)\])?"
     for align, bits, name, count in re.findall(pattern, text):
-        size = BYTES[bits] * int(count or 1)
-        begin = -(-end // int(align or BYTES[bits])) * int(align or BYTES[bits])
-        places[name], end = (begin, size), begin + size
-    return places
+        alignment = int(align or BYTES[bits])
+        begin, size = -(-end // alignment) * alignment, BYTES[bits] * int(count or 1)
+        parameters.append(Parameter(name, begin, size))
+        end = begin + size
+    return parameters
 
 
 def _lay_out(kernel: Kernel, variables: list[tuple[str, ...]]) -> None:
