@@ -196,7 +196,8 @@ def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING
         e_sum = row_sum(e, r, TILING)
         tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
         w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
-        mean += tl.sum(w_r * e_sum)
+        # Not fused with the sum: a lane would round its own product differently from that of the lane it adds.
+        mean += tl.sum(product(w_r, e_sum))
         w = w + (w_r,)
     mean = mean / p.Nk
     part_ptr = part + number * p.Nk
@@ -210,7 +211,7 @@ def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING
         else:
             tl.store(tile_ptrs, tl.sum(x, 0) - mean)
     for c in tl.static_range(TILING.REST):
-        x = w[0] * e[TILING.TILES + c]
+        x = product(w[0], e[TILING.TILES + c])
         for r in tl.static_range(1, TILING.ROW_TILES):
             x = tl.fma(w[r], e[r * width + TILING.TILES + c], x)
         tl.store(part_ptr + TILING.TILES * TILING.BLOCK_N + c, tl.sum(x) - mean)
