@@ -196,6 +196,7 @@ def _flow_of_pair(p, e_sum_ptr, part, m, row0, A, B, CONST: tl.constexpr, TILING
         e_sum = row_sum(e, r, TILING)
         tl.store(e_sum_ptr + number * p.Nq + row, e_sum, mask=row < p.Nq)
         w_r = tl.where(row < p.Nq, reciprocal(p.Nk + e_sum), 0.0)
+        # Not fused with the sum: a lane would round its own product differently from that of the lane it adds.
         mean += tl.sum(product(w_r, e_sum))
         w = w + (w_r,)
     mean = mean / p.Nk
