@@ -196,8 +196,8 @@ def decoded(frames, p, CONST: tl.constexpr):
 def product(x, y):
     """x * y, never fused with a following sum.
 
-    A map must have the same bits wherever it is computed. And a sum across lanes must have the same bits in all of them:
-    where each lane has a single product, fused ones would add their own before and the other lanes' after rounding.
+    A map must have the same bits wherever it is computed. And a sum across lanes must have the same bits in all of
+    them: where each lane has a single product, a lane would add its own before it is rounded, and others' after.
     """
     return tl.fma(x, y, 0.0)
 
