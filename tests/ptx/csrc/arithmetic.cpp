@@ -163,6 +163,7 @@ void add_f32() {
   each("div.full.f32", [](float a, float b) { return div_full(a, b); });
   each("abs.f32", [](float a) { return std::fabs(a); });
   each("neg.f32", [](float a) { return -a; });
+  each("copysign.f32", [](float a, float b) { return std::copysign(b, a); });  // the sign is that of the first
   each("max.f32", [](float a, float b) { return max_f32(a, b); });
   each("min.f32", [](float a, float b) { return min_f32(a, b); });
   each("ex2.approx.ftz.f32", [](float a) { return flush(ex2(flush(a))); });

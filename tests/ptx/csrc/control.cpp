@@ -69,6 +69,12 @@ void add_control() {
     if (members != lanes) fail(Kind::barrier, -1, "bar.warp.sync of lanes %08x by lanes %08x", members, lanes);
     warp.tick();
   });
+  // What was written to shared memory before may be read by wgmma after.
+  whole("fence.proxy.async.shared::cta", "=", [](Warp& warp, const Operand*, u32 lanes) {
+    warp.require_all(lanes, "fence.proxy.async");
+    warp.fenced = warp.clock;
+    warp.tick();
+  });
   whole("shfl.sync.bfly.b32", "w=wwww", shfl<butterfly>);
   whole("shfl.sync.idx.b32", "w=wwww", shfl<indexed>);
 }

@@ -184,7 +184,7 @@ struct Machine {
       w.copies.clear();
       std::fill(w.groups, w.groups + LANES, 0);
       w.barrier = -1;
-      w.fenced = 0;
+      w.fenced = ends;
       w.products.clear();
       w.product_groups = 0;
       w.registers_fenced = false;
@@ -199,13 +199,16 @@ struct Machine {
     for (const Warp& w : warps)
       if (w.barrier == barrier) ++waiting, expected = w.expected;
     if (waiting != expected) return false;
-    std::vector<u32> known(warps.size());
+    std::vector<u32> known(warps.size()), fenced(warps.size());
     for (const Warp& w : warps)
-      if (w.barrier == barrier)
-        for (size_t n = 0; n < warps.size(); ++n) known[n] = std::max(known[n], w.clock[n]);
+      for (size_t n = 0; n < warps.size() && w.barrier == barrier; ++n) {
+        known[n] = std::max(known[n], w.clock[n]);
+        fenced[n] = std::max(fenced[n], w.fenced[n]);
+      }
     for (Warp& w : warps) {
       if (w.barrier != barrier) continue;
       w.clock = known;
+      w.fenced = fenced;
       w.tick();
       w.barrier = -1;
     }

@@ -80,10 +80,10 @@ struct Warp {
   std::vector<u8> busy;     // by register: an asynchronous wgmma uses it
   std::vector<u32> clock;   // by warp: how much of its past this warp knows, by barriers
   std::vector<Copy> copies;
-  u32 groups[LANES];  // by lane: how many groups of copies it has committed
-  int barrier;        // at which it waits, or -1
-  u32 expected;       // warps that it waits for
-  u32 fenced;         // its own clock at the last fence.proxy.async
+  u32 groups[LANES];        // by lane: how many groups of copies it has committed
+  int barrier;              // at which it waits, or -1
+  u32 expected;             // warps that it waits for
+  std::vector<u32> fenced;  // what of that was there when a fence.proxy.async in its past was executed
   std::vector<Product> products;
   u32 product_groups;     // how many groups of products it has committed
   bool registers_fenced;  // since the last wait for products
@@ -133,6 +133,7 @@ struct SharedMemory {
 
   void check(u32 address, u32 size, u32 alignment, int lane) const;
   const u8* read(const Warp& warp, int lane, u32 address, u32 size);
+  const u8* read_products(const Warp& warp, u32 address, u32 size);  // by wgmma
   void write(const Warp& warp, int lane, u32 address, u32 size, const void* from);
   void begin_copy(const Warp& warp, int lane, u32 address, u32 size);
   void end_copy(const Warp& warp, const Copy& copy);

@@ -30,6 +30,17 @@ const u8* SharedMemory::read(const Warp& warp, int lane, u32 address, u32 count)
   return bytes.data() + at;
 }
 
+// Wgmma sees only what was written before a fence.
+const u8* SharedMemory::read_products(const Warp& warp, u32 address, u32 count) {
+  const u8* from = read(warp, -1, address, count);
+  for (u32 n = (address - SHARED_BASE) / 2; n < (address - SHARED_BASE + count) / 2; ++n)
+    if (units[n].time > warp.fenced[units[n].warp])
+      fail(Kind::async_copy, -1,
+           "shared byte %u is read by wgmma, and warp %d wrote it without a fence.proxy.async after", 2 * n,
+           units[n].warp);
+  return from;
+}
+
 void SharedMemory::write(const Warp& warp, int lane, u32 address, u32 count, const void* from) {
   const u32 at = address - SHARED_BASE;
   for (u32 n = at / 2; n < (at + count + 1) / 2; ++n) {
