@@ -65,13 +65,11 @@ class Launch(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """A launch as it reaches libcuda: the kernel's PTX, the sizes, and pointers to the values of its parameters."""
+    """A launch as it reaches libcuda."""
 
-    ptx: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared: int  # bytes of dynamic shared memory
-    parameters: Any  # ctypes' pointer to an array of addresses, which ends with the call
+    ptx: str  # of the kernel
+    sizes: Any  # those of the grid and of a block in x, y and z, and the bytes of dynamic shared memory
+    parameters: Any  # an array of pointers to their values, for ctypes
     arguments: tuple[Any, ...]  # of the host code's call
 
 
@@ -128,7 +126,7 @@ def _executed_by(execute: Callable[[Execution], None]) -> Callable[..., Any]:
         def hand_over(image: int, sizes: Any, parameters: Any) -> int:
             try:
                 ptx = ctypes.string_at(image).decode()
-                execute(Execution(ptx, tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], parameters, arguments))
+                execute(Execution(ptx, sizes, parameters, arguments))
             except BaseException as error:  # C has no exceptions
                 failures.append(error)
             return len(failures)
@@ -137,8 +135,10 @@ def _executed_by(execute: Callable[[Execution], None]) -> Callable[..., Any]:
         _library().stub_execute_by(callback)
         try:
             return run(kernel, programs, arguments, options)
-        except RuntimeError as error:  # Triton's, of a launch that failed
-            raise failures[0] if failures else error
+        except RuntimeError:  # Triton's, of a launch that failed
+            if failures:
+                raise failures[0] from None
+            raise
         finally:
             _library().stub_execute_by(None)
 

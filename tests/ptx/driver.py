@@ -9,15 +9,10 @@ Needs a process in which Triton compiles: without TRITON_INTERPRET=1. worker.py 
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from amflow_kernels import dispatch
@@ -25,16 +20,8 @@ from amflow_kernels.impl.triton import Triton
 from amflow_kernels.problem import MatmulProblem, Problem
 from benchmarks.gpu import stub_driver
 from benchmarks.gpu.stub_driver import Execution
-from tests.ptx import machine
+from tests.ptx import launches
 from tests.ptx.memory import Memory, tensors_in
-
-
-class Launch(NamedTuple):
-    """One launch that was executed."""
-
-    name: str  # of the kernel
-    report: machine.Report
-    code: str  # a hash of its PTX
 
 
 class Gpu(Triton):
@@ -49,14 +36,15 @@ class Gpu(Triton):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.launches: list[Launch] = []
+        self.launches: list[launches.Launch] = []
         self.memory = Memory()
 
     def execute(self, execution: Execution) -> None:
         """What the stub of libcuda does with a launch."""
-        kernel = loaded(execution.ptx)
-        report = run(kernel, execution, self.memory.regions(tensors_in(execution.arguments)), self.seed)
-        self.launches.append(Launch(kernel.name, report, hashlib.sha256(execution.ptx.encode()).hexdigest()))
+        regions = self.memory.regions(tensors_in(execution.arguments))
+        self.launches.append(
+            launches.execute(execution.ptx, None, execution.sizes, execution.parameters, regions, self.seed)
+        )
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         with self.memory:
@@ -93,25 +81,8 @@ def gpu(architecture: int = 80, processors: int = 1, seed: int = 0) -> Iterator[
     `stub_driver.machine` raises.
     """
     executed = Gpu(seed)
-    with ExitStack() as stack:
-        stack.enter_context(stub_driver.machine(architecture, processors, execute=executed.execute))
-        stack.enter_context(mock.patch.dict(dispatch.IMPLEMENTATIONS, {"triton": executed}))
+    with (
+        stub_driver.machine(architecture, processors, execute=executed.execute),
+        mock.patch.dict(dispatch.IMPLEMENTATIONS, {"triton": executed}),
+    ):
         yield executed
-
-
-@cache
-def loaded(ptx: str, name: str | None = None) -> machine.Kernel:
-    """A kernel of a PTX text, read once."""
-    return machine.load(ptx, name)
-
-
-def run(kernel: machine.Kernel, execution: Any, regions: list[machine.Region], seed: int) -> machine.Report:
-    """Executes a launch whose parameters are given by pointers to their values."""
-    packed = bytearray(kernel.parameter_bytes)
-    for n, parameter in enumerate(kernel.parameters):
-        value = ctypes.string_at(execution.parameters[n], parameter.size)
-        packed[parameter.offset : parameter.offset + parameter.size] = value
-    return kernel.run(
-        grid=execution.grid, block=execution.block, parameters=bytes(packed), shared=execution.shared,
-        memory=regions, seed=seed,
-    )  # fmt: skip

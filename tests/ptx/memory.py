@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ ALLOCATORS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, a
 OVERWRITERS = (aten.copy_, aten.fill_, aten.zero_)  # in place, without reading what was there
 
 
+class Shadow(NamedTuple):
+    """A storage, and for each of its bytes whether it has been written."""
+
+    reference: StorageWeakRef  # keeps its address in `Memory` from being given to another storage
+    address: int
+    written: Tensor
+
+
 class Memory(TorchDispatchMode):
     """While it is entered, tensors that torch allocates without initialising them are unwritten.
 
@@ -26,8 +34,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # By address. The weak reference keeps the address from being given to another storage.
-        self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._shadows: dict[int, Shadow] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -36,8 +43,7 @@ class Memory(TorchDispatchMode):
             self.check_written(x, f"an operand of {func}")
         result = func(*args, **kwargs)
         if func.overloadpacket in ALLOCATORS and result.numel():
-            storage = result.untyped_storage()
-            self._shadows[storage._cdata] = (StorageWeakRef(storage), torch.zeros(storage.nbytes(), dtype=torch.uint8))
+            self.adopt(result, torch.zeros(result.untyped_storage().nbytes(), dtype=torch.uint8))
         for x in writes:
             if (shadow := self._shadow_of(x)) is not None:
                 shadow.fill_(1)
@@ -53,14 +59,22 @@ class Memory(TorchDispatchMode):
     def shadow(self, x: Tensor) -> Tensor | None:
         """For each byte of the storage of x whether it has been written; None if all have been from the beginning."""
         found = self._shadows.get(x.untyped_storage()._cdata)
-        return None if found is None else found[1]
+        return None if found is None else found.written
 
-    def adopt(self, x: Tensor, shadow: Tensor) -> None:
-        """Treats the bytes of x as `shadow` says."""
+    def adopt(self, x: Tensor, written: Tensor) -> None:
+        """From now on the bytes of the storage of x are treated as `written` says."""
         storage = x.untyped_storage()
-        self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)
+        self._shadows[storage._cdata] = Shadow(StorageWeakRef(storage), storage.data_ptr(), written)
 
-    def regions(self, tensors: Iterator[Tensor]) -> list[machine.Region]:
+    def allocated(self) -> list[machine.Region]:
+        """The storages with a shadow that still exist."""
+        known = [shadow for shadow in self._shadows.values() if not shadow.reference.expired()]
+        return [
+            machine.Region(shadow.address, shadow.written.numel(), f"allocation {n}", shadow.written)
+            for n, shadow in enumerate(known)
+        ]
+
+    def regions(self, tensors: Iterable[Tensor]) -> list[machine.Region]:
         """The storages of the tensors that a kernel is given: memory that it may touch."""
         regions: dict[int, machine.Region] = {}
         for n, x in enumerate(tensors):
