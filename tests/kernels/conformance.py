@@ -113,8 +113,6 @@ class Subject:
     Attributes:
         dtypes: those it takes.
         work: the cost of a row of a case table, and `most_work` the largest that is taken.
-        rounded_summands: it rounds the summands of 16-bit gradients: with fewer than 8 dimensions a few of them may
-            cancel past the budget. Such rows are left out in bf16.
         fast: it runs at full speed, so that rules with larger shapes apply.
         matmul: it has the motion operator.
         factors, matmul_factors: in place of those of the tables.
@@ -129,7 +127,6 @@ class Subject:
     work: Callable[[Row], float] = map_elements
     most_work: int = 4_200_000
     most_matmul_work: int = 4_200_000
-    rounded_summands: bool = False
     fast: bool = True
     matmul: bool = True
     factors: dict[str, list[Any]] = field(default_factory=dict)
@@ -145,8 +142,7 @@ class Subject:
 
     def takes_row(self, row: Row, most_work: int) -> bool:
         """Whether a row of a case table concerns it."""
-        cancels = self.rounded_summands and row.get("dtype") == BF16 and row.get("D", 8) < 8
-        return possible(row) and not cancels and self.work(row) <= most_work
+        return possible(row) and self.work(row) <= most_work
 
     def takes(self, parameters: Row) -> bool:
         """Whether a test with these parameters concerns it."""
@@ -177,7 +173,6 @@ SUBJECTS = {
             work=interpreted_tiles,
             most_work=120,
             most_matmul_work=24,
-            rounded_summands=True,
             fast=False,
             factors={
                 "tokens": [(1, 1), (17, 17), (65, 65), (33, 70), (70, 33)],
@@ -204,7 +199,6 @@ SUBJECTS = {
             "cuda",
             work=executed_and_interpreted,
             most_work=60,
-            rounded_summands=True,
             fast=False,
             matmul=False,
             factors={

@@ -64,7 +64,7 @@ class Kernel:
 def read(text: str) -> dict[str, Kernel]:
     """The kernels of a module, by name. Raises PtxError."""
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
-    headers = list(re.finditer(r"^(?:\.visible\s+)?\.entry\s+([\w$]+)\s*(?:\((.*?)\))?[^{;]*\{", text, re.M | re.S))
+    headers = list(re.finditer(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)\s*(?:\((.*?)\))?[^{;]*\{", text, re.M | re.S))
     variables = r"^\s*(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?;"
     shared = [match.groups() for match in re.finditer(variables, text, re.M)]
     kernels = {}

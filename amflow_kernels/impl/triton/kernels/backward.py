@@ -187,7 +187,7 @@ def _either(condition, a, b):
 
 
 @triton.jit
-def _add_gradient(out, f, p, m, A, dA, rho, tile, CONST: tl.constexpr, OWNS_KEYS: tl.constexpr):
+def _add_gradient(out, f, p, m, A, dA, rho, tile, CONST: tl.constexpr, TILING: tl.constexpr, OWNS_KEYS: tl.constexpr):
     """Adds a tile's share, dlogits k or dlogits^T q, to the gradient of the queries or keys of map m of one head.
 
     dA is the gradient of the map whose change is measured, A / temperature is the map of the head.
@@ -209,7 +209,8 @@ def _add_gradient(out, f, p, m, A, dA, rho, tile, CONST: tl.constexpr, OWNS_KEYS
         inside = (tile.owned[:, None] < tile.n_owned) & (col < CONST.D)
         acc = tl.load(out + col, mask=inside & tile.later, other=0.0)
         x = tl.load(base + col, mask=tile.new[:, None] & (col < CONST.D), other=0.0)
-        tl.store(out + col, product_with(dlogits, x, acc, CONST.PRECISION), mask=inside)
+        acc = product_with(dlogits, x, acc, not OWNS_KEYS or TILING.PARTIAL, CONST.PRECISION)
+        tl.store(out + col, acc, mask=inside)
 
 
 @triton.jit
@@ -223,7 +224,21 @@ def _add_rho(out, f, p, m, A, dA, tile):
 
 @triton.jit
 def _add_shares(
-    out, d, f, p, m, second, A, dA, i, j, tile, CONST: tl.constexpr, OWNS_KEYS: tl.constexpr, RHO: tl.constexpr
+    out,
+    d,
+    f,
+    p,
+    m,
+    second,
+    A,
+    dA,
+    i,
+    j,
+    tile,
+    CONST: tl.constexpr,
+    TILING: tl.constexpr,
+    OWNS_KEYS: tl.constexpr,
+    RHO: tl.constexpr,
 ):
     """Adds a tile's shares to the results for map m; for those of every head if A is the mean of their maps."""
     rho_ptr = _either(second, d.rho_b, d.rho)
@@ -236,23 +251,34 @@ def _add_shares(
                 _add_rho(out, f, p, m_h, A_h, dA, tile)
             else:
                 rho = tl.load(rho_ptr + map_number(f, p, m_h) * p.Nq + i)
-                _add_gradient(out, f, p, m_h, A_h, dA, rho, tile, CONST, OWNS_KEYS)
+                _add_gradient(out, f, p, m_h, A_h, dA, rho, tile, CONST, TILING, OWNS_KEYS)
     else:
         rho = tl.load(rho_ptr + map_number(f, p, m) * p.Nq + i)
-        _add_gradient(out, f, p, m, A, dA, rho, tile, CONST, OWNS_KEYS)
+        _add_gradient(out, f, p, m, A, dA, rho, tile, CONST, TILING, OWNS_KEYS)
 
 
 @triton.jit
-def product_with(dlogits, x, acc, PRECISION: tl.constexpr):
+def product_with(dlogits, x, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + dlogits x.
 
     Gradients can underflow float16 but not bfloat16 or float32, so float16 operands are multiplied as TF32, which holds
-    them exactly.
+    them exactly. EXACT: not only dlogits rounded to these types is multiplied, but also what rounding leaves. That is
+    needed for rows, which sum to 0: what all keys have in common cancels, but not if dlogits is rounded. And it is
+    needed for few summands, whose errors don't average out.
     """
     if x.dtype == tl.float16:
-        return tl.dot(round_to_tf32(dlogits), x.to(tl.float32), acc=acc, input_precision="tf32")
+        x = x.to(tl.float32)
+        rounded = round_to_tf32(dlogits)
+        if EXACT:
+            acc = tl.dot(dlogits - rounded, x, acc=acc, input_precision="tf32")
+        return tl.dot(rounded, x, acc=acc, input_precision="tf32")
+    elif x.dtype == tl.bfloat16:
+        rounded = dlogits.to(tl.bfloat16)
+        if EXACT:
+            acc = tl.dot((dlogits - rounded.to(tl.float32)).to(tl.bfloat16), x, acc=acc)
+        return tl.dot(rounded, x, acc=acc)
     else:
-        return matrix_product(dlogits.to(x.dtype), x, acc, PRECISION)
+        return matrix_product(dlogits, x, acc, PRECISION)
 
 
 @triton.jit
@@ -307,7 +333,7 @@ def _frames_backward(
                 if finished:
                     f, m = chain_map(frames, p, run, n - 1)
                     tile = Tile(owned, n_owned, inner, new, inner0 > 0)
-                    _add_shares(out, d, f, p, m, n > 1, A, carry + G, i, j, tile, CONST, OWNS_KEYS, RHO)
+                    _add_shares(out, d, f, p, m, n > 1, A, carry + G, i, j, tile, CONST, TILING, OWNS_KEYS, RHO)
                 A = B
                 carry = -G
             tl.debug_barrier()  # other threads of the program may read what this one wrote

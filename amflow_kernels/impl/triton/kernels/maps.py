@@ -231,8 +231,8 @@ def matrix_product(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def round_to_tf32(x):
     """The nearest TF32 number: matrix instructions drop the digits beyond, which biases every product toward 0."""
-    rounded = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)  # of NaN, it may be 0
-    return tl.where(x == x, rounded, x)
+    rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # of NaN, rounded may be 0
 
 
 @triton.jit

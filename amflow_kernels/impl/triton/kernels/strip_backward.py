@@ -115,7 +115,7 @@ def _finish_rows(f, p, m, row0, A, dA, out, CONST: tl.constexpr, TILING: tl.cons
         for c in tl.static_range(TILING.TILES):
             first_key = row_of(k, kn, tile_start(c, p.Nk, TILING.BLOCK_N, TILING), CONST)
             k_tile = tile(first_key, kn, j[:, None], d[None, :], CONST.D, MASK_D)
-            dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, CONST.PRECISION)
+            dq = product_with(A[c] * (dA[c] - rho[:, None]), k_tile, dq, True, CONST.PRECISION)
         for c in tl.static_range(TILING.TILES, TILING.TILES + TILING.REST):
             row_ptr = row_of(k, kn, TILING.TILES * (TILING.BLOCK_N - 1) + c, CONST)
             k_row = tile(row_ptr, 0, 0, d, CONST.D, MASK_D).to(tl.float32)
@@ -282,9 +282,8 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
                         dA = carry[c] + G
                         rho_ptr = d.rho + map_number(frames.first, p, own) * p.Nq
                         dlogits = A[c] * (dA - _row_values(rho_ptr, p, c, TILING))
-                        dk = product_with(
-                            dlogits, _queries(frames.first, p, own, c, CONST, TILING), dk, CONST.PRECISION
-                        )
+                        q_tile = _queries(frames.first, p, own, c, CONST, TILING)
+                        dk = product_with(dlogits, q_tile, dk, TILING.TILES == 1, CONST.PRECISION)
                     next_carry = next_carry + (-G,)
                 carry = next_carry
                 if dk_ptrs[0] is not None:
@@ -301,7 +300,9 @@ def am_flow_bwd_strip_k_kernel(frames, p, d, dk_ptrs, grid, CONST: tl.constexpr,
             for c in tl.static_range(TILING.TILES):
                 rho_ptr = d.rho_b + map_number(f, p, last) * p.Nq
                 dlogits = A[c] * (carry[c] - _row_values(rho_ptr, p, c, TILING))
-                dk = product_with(dlogits, _queries(f, p, last, c, CONST, TILING), dk, CONST.PRECISION)
+                dk = product_with(
+                    dlogits, _queries(f, p, last, c, CONST, TILING), dk, TILING.TILES == 1, CONST.PRECISION
+                )
             dk = _add_last_row(dk, d.last_b, f, p, last, j, CONST, TILING)
             ptrs = dk_ptrs[1] + (map_number(f, p, last) * p.Nk + key[:, None]) * CONST.D + col[None, :]
             tl.store(ptrs, dk.to(dk_ptrs[1].dtype.element_ty), mask=inside)
