@@ -1,4 +1,4 @@
-"""What the compiled Triton kernels execute for each element of a map, counted on the CPU by the machine in tests/ptx."""
+"""What the compiled Triton kernels execute for each element of a map, as the machine in tests/ptx counts it."""
 
 from __future__ import annotations
 
