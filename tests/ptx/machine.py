@@ -43,6 +43,7 @@ KINDS = {
 }
 SHARED_BASE = 1024  # address of a block's shared memory, as in csrc/machine.h
 WIDTH_BYTES = {"p": 4, "h": 64, "w": 128, "d": 256}  # of a register in the register file
+ADDRESS_WIDTHS = {"s": "w", "g": "d", "P": "d"}  # of the registers that hold addresses, by the signature's letter
 SPECIALS = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 
 
@@ -291,9 +292,8 @@ class Kernel:
             return operand.kind == "immediate" and not operand.address
         if letter == "L":
             return operand.value in self.text.labels
-        if letter == "P":
-            return operand.address and operand.value in self._parameter_offsets
-        return operand.address and (width == {"s": "w", "g": "d"}[letter] or operand.value in self.text.shared)
+        symbols = self._parameter_offsets if letter == "P" else self.text.shared
+        return operand.address and (width == ADDRESS_WIDTHS[letter] or operand.value in symbols)
 
     def _constant(self, operand: reader.Operand) -> int | None:
         """The value of an operand that is known now, or 0 for a special register."""
@@ -301,13 +301,13 @@ class Kernel:
             return int(operand.value)
         if operand.kind == "special":
             return 0 if operand.value in SPECIALS else None
-        return SHARED_BASE + self.text.shared[str(operand.value)] if operand.value in self.text.shared else None
+        if operand.value in self.text.shared:
+            return SHARED_BASE + self.text.shared[str(operand.value)]
+        return self._parameter_offsets.get(str(operand.value))
 
     def _operand(self, letter: str, operand: reader.Operand) -> _Operand:
         if letter == "L":
             return _Operand(0, 0, self.text.labels[str(operand.value)])
-        if letter == "P":
-            return _Operand(0, 0, self._parameter_offsets[str(operand.value)] + operand.displacement)
         if letter == "i":
             return _Operand(0, 0, int(operand.value))
         if operand.kind == "register":
@@ -322,9 +322,8 @@ class Kernel:
             return _Operand(self._specials[name], 0, 0)
         if operand.kind == "sink":
             return _Operand(self._place(letter), len(self.text.registers) + 1, 0)
-        width = {"s": "w", "g": "d"}.get(letter, letter)
-        bits = {"p": 32, "h": 16, "w": 32, "d": 64}[width]
-        value = (self._constant(operand) or 0) & ((1 << bits) - 1)
+        width = ADDRESS_WIDTHS.get(letter, letter)
+        value = (self._constant(operand) or 0) & ((1 << reader.BITS.get(width, 32)) - 1)
         if (width, value) not in self._constants:
             self._constants[width, value] = self._place(width)
         return _Operand(self._constants[width, value], 0, operand.displacement)

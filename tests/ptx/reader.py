@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 WIDTHS = {"pred": "p", "b16": "h", "u16": "h", "s16": "h", "f16": "h", "b32": "w", "u32": "w", "s32": "w", "f32": "w"}
 WIDTHS |= {"b64": "d", "u64": "d", "s64": "d", "f64": "d"}
+BITS = {"h": 16, "w": 32, "d": 64}
 BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -64,15 +65,24 @@ class Kernel:
 def read(text: str) -> dict[str, Kernel]:
     """The kernels of a module, by name. Raises PtxError."""
     text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
-    headers = list(re.finditer(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)\s*(?:\((.*?)\))?[^{;]*\{", text, re.M | re.S))
+    header = r"^\s*(?:\.visible\s+)?\.(entry|func)\s+([\w$]+)\s*(?:\(([^)]*)\))?[^{;(]*\{"
     variables = r"^\s*(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?;"
     shared = [match.groups() for match in re.finditer(variables, text, re.M)]
+    found = {match[2]: match for match in re.finditer(header, text, re.M)}
     kernels = {}
-    for header in headers:
-        kernel = Kernel(header[1], parameters=_parameters(header[2] or ""))
+    for name, entry in found.items():
+        if entry[1] == "func":
+            continue
+        kernel = kernels[name] = Kernel(name, parameters=_parameters(entry[3] or ""))
         _lay_out(kernel, shared)
-        _Body(kernel, text, header.end()).read()
-        kernels[kernel.name] = kernel
+        functions: dict[str, list[int]] = {}
+        _Body(kernel, text, entry.end(), functions).read()
+        for function, arguments in functions.items():
+            if function not in found:
+                raise PtxError(f"{name} calls {function}, which is not in this text")
+            body = _Body(kernel, text, found[function].end(), None)
+            body.define(function, found[function][3], arguments)
+            body.read()
     if not kernels:
         raise PtxError("there is no .entry in this text")
     return kernels
@@ -104,16 +114,30 @@ def _lay_out(kernel: Kernel, variables: list[tuple[str, ...]]) -> None:
 
 
 class _Body:
-    """Reads the statements between a kernel's braces."""
+    """Reads the statements between the braces of a kernel or of a function that it calls.
 
-    def __init__(self, kernel: Kernel, text: str, begin: int) -> None:
-        self.kernel, self.text, self.begin = kernel, text, begin
+    Functions come once, after the kernel. Their parameters are registers: a call becomes moves and a branch.
+    `functions`: those that are called, with the registers of their parameters; None within one.
+    """
+
+    def __init__(self, kernel: Kernel, text: str, begin: int, functions: dict[str, list[int]] | None) -> None:
+        self.kernel, self.text, self.begin, self.functions = kernel, text, begin, functions
+        self.parameters: set[int] = set()  # registers that are parameters of functions
         self.line = text.count("\n", 0, begin) + 1
         self.scopes: list[dict[str, tuple[int, int | None]]] = [{}]  # names, or prefixes and how many they are
         self.location = ""
 
     def error(self, message: str) -> PtxError:
         return PtxError(f"line {self.line}: {message}")
+
+    def define(self, name: str, parameters: str, registers: list[int]) -> None:
+        """Makes the body that of a function with these registers for its parameters."""
+        self.kernel.labels[name] = len(self.kernel.instructions)
+        names = [each.name for each in _parameters(parameters)]
+        if len(names) != len(registers):
+            raise self.error(f"{name} has {len(names)} parameters, and a call passes {len(registers)}")
+        self.scopes[0] = {each: (register, None) for each, register in zip(names, registers, strict=True)}
+        self.parameters = set(registers)
 
     def read(self) -> None:
         for statement in self._statements():
@@ -125,8 +149,10 @@ class _Body:
                     break
             elif statement.endswith(":"):
                 self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
-            elif statement.startswith(".reg"):
+            elif statement.startswith((".reg", ".param")):
                 self._declare(statement)
+            elif statement.startswith("call"):
+                self._call(statement)
             elif not statement.startswith("."):
                 self._instruction(statement)
         else:
@@ -136,7 +162,8 @@ class _Body:
         """Labels with their colon, braces of scopes, and the rest without semicolons. Keeps `line` and `location`."""
         parts: list[str] = []
         first = self.line
-        for number, full in enumerate(self.text[self.begin :].split("\n"), self.line):
+        lines = (match[0] for match in re.compile(r"[^\n]*\n?").finditer(self.text, self.begin))
+        for number, full in enumerate(lines, self.line):
             code, _, comment = full.partition("//")
             code = code.strip()
             if code.startswith(".loc"):
@@ -164,7 +191,7 @@ class _Body:
                     parts = []
 
     def _declare(self, statement: str) -> None:
-        _, kind, names = statement.split(None, 2)
+        space, kind, names = statement.split(None, 2)
         for name in names.split(","):
             several = re.fullmatch(r"([\w$%]+)<(\d+)>", name.strip())
             count = int(several[2]) if several else 1
@@ -174,6 +201,25 @@ class _Body:
             if letter is None:
                 raise self.error(f"unknown type of registers: {kind}")
             self.kernel.registers += [letter] * count
+            if space == ".param":
+                self.parameters.add(first)
+
+    def _call(self, statement: str) -> None:
+        match = re.fullmatch(r"call\.uni\s+([\w$]+)\s*,\s*\(([^)]*)\)", statement)
+        if not match or self.functions is None:
+            raise self.error(f"a call that returns something, is not uniform or stands in a function: {statement}")
+        passed = [self._register(name.strip()) for name in match[2].split(",")]
+        widths = [self.kernel.registers[number - 1] for number in passed]
+        if match[1] not in self.functions:
+            first = len(self.kernel.registers) + 1
+            self.functions[match[1]] = list(range(first, first + len(passed)))
+            self.kernel.registers += widths
+        for register, value, width in zip(self.functions[match[1]], passed, widths, strict=True):
+            self._add(f"mov.b{BITS[width]}", Operand("register", register), Operand("register", value))
+        self._add("call.uni", Operand("symbol", match[1]))
+
+    def _add(self, name: str, *operands: Operand, guard: int | None = None, negated: bool = False) -> None:
+        self.kernel.instructions.append(Instruction(name, operands, guard, negated, self.line, self.location))
 
     def _register(self, name: str) -> int | None:
         prefix = re.fullmatch(r"(.*?)(\d+)", name)
@@ -200,8 +246,11 @@ class _Body:
         operands = [
             self._operand(text.strip()) for text in re.split(r"[,|]", re.sub(r"[{}]", "", rest)) if text.strip()
         ]
-        instruction = Instruction(name, tuple(operands), number, bool(negated), self.line, self.location)
-        self.kernel.instructions.append(instruction)
+        if name.startswith(("ld.param", "st.param")) and any(
+            o.address and o.value in self.parameters for o in operands
+        ):
+            name, operands = "mov." + name.rsplit(".", 1)[1], [o._replace(address=False) for o in operands]
+        self._add(name, *operands, guard=number, negated=bool(negated))
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("["):

@@ -193,6 +193,7 @@ void add_conversions() {
   each("cvt.rn.f32.u32", [](u32 a) { return static_cast<float>(a); });
   each("cvt.s64.s32", [](i32 a) { return i64{a}; });
   each("cvt.s64.s32", [](u64 a) { return i64{static_cast<i32>(a)}; });  // of the low half of a register
+  each("cvta.to.global.u64", [](u64 a) { return a; });                  // generic addresses are those of global memory
   each("cvt.u64.u32", [](u32 a) { return u64{a}; });
   each("cvt.u32.u64", [](u64 a) { return static_cast<u32>(a); });
   each("cvt.u32.u16", [](u16 a) { return u32{a}; });

@@ -13,12 +13,25 @@ void bra(Warp& warp, const Operand* o, u32 lanes) {
     path.pc = target;
   } else {
     path.lanes &= ~lanes;
-    warp.paths.push_back({target, lanes});
+    warp.paths.push_back({target, lanes, path.caller});
   }
+}
+
+void call(Warp& warp, const Operand* o, u32 lanes) {
+  Path& path = warp.paths.back();
+  if (path.lanes != lanes) fail(Kind::barrier, -1, "call.uni by lanes %08x of %08x", lanes, path.lanes);
+  path.caller = path.pc;
+  path.pc = static_cast<u32>(o[0].value);
 }
 
 void ret(Warp& warp, const Operand*, u32 lanes) {
   Path& path = warp.paths.back();
+  if (path.caller && path.lanes == lanes) {
+    path.pc = path.caller;
+    path.caller = 0;
+    return;
+  }
+  if (path.caller) fail(Kind::barrier, -1, "a function returns by lanes %08x of %08x", lanes, path.lanes);
   path.lanes &= ~lanes;
   if (!path.lanes) warp.paths.pop_back();
 }
@@ -32,31 +45,42 @@ void wait_at_barrier(Warp& warp, u32 lanes, u32 barrier, u32 threads) {
 }
 
 // The lane that each lane reads: `CHOOSE(lane, b, first, last)` within its segment, or itself if that lies outside.
-template <u32 CHOOSE(u32, u32, u32)>
-void shfl(Warp& warp, const Operand* o, u32 lanes) {
+// With PREDICATE, a second result says which of the two.
+template <u32 CHOOSE(u32, u32, u32), bool PREDICATE>
+void shfl(Warp& warp, const Operand* to, u32 lanes) {
+  const Operand* o = to + PREDICATE;
   const u32 *a = warp.get<u32>(o[1]), *b = warp.get<u32>(o[2]), *c = warp.get<u32>(o[3]),
             *members = warp.get<u32>(o[4]);
-  u32 values[LANES];
+  u32 values[LANES], within = 0;
   for_lanes(lanes, [&](int l) {
     if ((members[l] & warp.started) != lanes)
       fail(Kind::barrier, l, "shfl.sync of lanes %08x by lanes %08x", members[l], lanes);
     const u32 segment = c[l] >> 8 & 31, first = l & segment, last = first | (c[l] & 31 & ~segment);
     u32 from = CHOOSE(l, b[l] & 31, first | (b[l] & 31 & ~segment));
     if (from > last) from = l;
+    else within |= 1u << l;
     if (!(lanes >> from & 1)) fail(Kind::uninitialised, l, "shfl.sync reads lane %u, which doesn't take part", from);
     values[l] = a[from];
   });
-  warp.set(o[0], values, lanes);
+  warp.set(to[0], values, lanes);
+  if (PREDICATE) warp.set_predicate(to[1], within, lanes);
 }
 
 u32 butterfly(u32 lane, u32 b, u32) { return lane ^ b; }
 u32 indexed(u32, u32, u32 within) { return within; }
+
+template <u32 CHOOSE(u32, u32, u32)>
+void add_shfl(const std::string& mode) {
+  whole("shfl.sync." + mode + ".b32", "w=wwww", shfl<CHOOSE, false>);
+  whole("shfl.sync." + mode + ".b32", "wp=wwww", shfl<CHOOSE, true>);
+}
 
 }  // namespace
 
 void add_control() {
   whole("bra", "=L", bra);
   whole("bra.uni", "=L", bra);
+  whole("call.uni", "=L", call);
   whole("ret", "=", ret);
   whole("bar.sync", "=w", [](Warp& warp, const Operand* o, u32 lanes) {
     wait_at_barrier(warp, lanes, *warp.get<u32>(o[0]), warp.block->warps.size() * LANES);
@@ -75,8 +99,8 @@ void add_control() {
     warp.fenced = warp.clock;
     warp.tick();
   });
-  whole("shfl.sync.bfly.b32", "w=wwww", shfl<butterfly>);
-  whole("shfl.sync.idx.b32", "w=wwww", shfl<indexed>);
+  add_shfl<butterfly>("bfly");
+  add_shfl<indexed>("idx");
 }
 
 }  // namespace ptx

@@ -163,7 +163,7 @@ struct Machine {
   static void reconverge(std::vector<Path>& paths) {
     std::sort(paths.begin(), paths.end(), [](const Path& a, const Path& b) { return a.pc > b.pc; });
     for (size_t n = paths.size() - 1; n > 0; --n) {
-      if (paths[n].pc == paths[n - 1].pc) {
+      if (paths[n].pc == paths[n - 1].pc && paths[n].caller == paths[n - 1].caller) {
         paths[n - 1].lanes |= paths[n].lanes;
         paths.erase(paths.begin() + n);
       }
@@ -176,7 +176,7 @@ struct Machine {
     for (Warp& w : block.warps) {
       const u32 left = threads - w.index * LANES;
       w.started = left >= LANES ? ~0u : (1u << left) - 1;
-      w.paths = {{0, w.started}};
+      w.paths = {{0, w.started, 0}};
       std::fill(w.ready.begin(), w.ready.end(), 0);
       w.ready[0] = ~0u;
       std::fill(w.busy.begin(), w.busy.end(), 0);

@@ -50,6 +50,7 @@ constexpr u32 NO_GUARD = ~0u;
 // Lanes of a warp that are at the same instruction.
 struct Path {
   u32 pc, lanes;
+  u32 caller;  // where to go on when the function returns; 0 in the kernel
 };
 
 struct Block;

@@ -239,8 +239,8 @@ void add_moves(const std::string& space, const std::string& vector) {
   const std::string registers(N, letter<T>()), address(1, Space::LETTER), width = std::to_string(sizeof(T) * 8);
   for (const char* type : {"b", "u", "s", "f"}) {
     if (*type == 'f' && sizeof(T) == 2) continue;
-    whole("ld." + space + vector + "." + type + width, registers + "=" + address, load<Space, T, N>);
-    whole("st." + space + vector + "." + type + width, "=" + address + registers, store<Space, T, N>);
+    whole("ld" + space + vector + "." + type + width, registers + "=" + address, load<Space, T, N>);
+    whole("st" + space + vector + "." + type + width, "=" + address + registers, store<Space, T, N>);
   }
 }
 
@@ -251,24 +251,28 @@ void add_moves(const std::string& space) {
   if constexpr (sizeof(T) < 8) add_moves<Space, T, 4>(space, ".v4");
 }
 
-template <class T, int N>
+// Parameters of T, into registers of R.
+template <class T, class R, int N>
 void load_parameter(Warp& warp, const Operand* o, u32 lanes) {
-  if (o[N].value + sizeof(T) * N > warp.block->parameter_bytes)
-    fail(Kind::bounds, -1, "a parameter that was not passed");
-  for (int n = 0; n < N; ++n) {
-    T one, values[LANES];
-    std::memcpy(&one, warp.block->parameters + o[N].value + n * sizeof(T), sizeof one);
-    std::fill(values, values + LANES, one);
-    warp.set(o[n], values, lanes);
-  }
+  const Addresses a = addresses<u64>(warp, o[N]);
+  R values[N][LANES];
+  for_lanes(lanes, [&](int l) {
+    if (a.at[l] % (sizeof(T) * N)) fail(Kind::misaligned, l, "byte %lu of the parameters", a.at[l]);
+    if (a.at[l] + sizeof(T) * N > warp.block->parameter_bytes)
+      fail(Kind::bounds, l, "byte %lu of %u bytes of parameters", a.at[l], warp.block->parameter_bytes);
+    T one[N];
+    std::memcpy(one, warp.block->parameters + a.at[l], sizeof one);
+    for (int n = 0; n < N; ++n) values[n][l] = one[n];
+  });
+  for (int n = 0; n < N; ++n) warp.set(o[n], values[n], lanes);
 }
 
 template <class T>
 void add_parameters() {
   for (const char* type : {"b", "u", "s", "f"}) {
     const std::string width = std::to_string(sizeof(T) * 8);
-    whole("ld.param." + (type + width), std::string(1, letter<T>()) + "=P", load_parameter<T, 1>);
-    whole("ld.param.v2." + (type + width), std::string(2, letter<T>()) + "=P", load_parameter<T, 2>);
+    whole("ld.param." + (type + width), std::string(1, letter<T>()) + "=P", load_parameter<T, T, 1>);
+    whole("ld.param.v2." + (type + width), std::string(2, letter<T>()) + "=P", load_parameter<T, T, 2>);
   }
 }
 
@@ -363,17 +367,21 @@ void add_matrices() {
 }  // namespace
 
 void add_memory() {
-  for (const char* space : {"shared", "shared::cta"}) {
+  for (const char* space : {".shared", ".shared::cta"}) {
     add_moves<Shared, u16>(space);
     add_moves<Shared, u32>(space);
     add_moves<Shared, u64>(space);
   }
-  add_moves<Global, u16>("global");
-  add_moves<Global, u32>("global");
-  add_moves<Global, u64>("global");
+  for (const char* space : {".global", ""}) {  // generic addresses, of which only those of global memory are used
+    add_moves<Global, u16>(space);
+    add_moves<Global, u32>(space);
+    add_moves<Global, u64>(space);
+  }
   add_parameters<u16>();
   add_parameters<u32>();
   add_parameters<u64>();
+  whole("ld.param.u8", "h=P", load_parameter<u8, u16, 1>);
+  whole("ld.param.s32", "d=P", load_parameter<i32, i64, 1>);
   add_copies();
   add_matrices<1>();
   add_matrices<2>();
