@@ -145,7 +145,11 @@ struct Machine {
         ++counts[pc];
         ++w.paths.back().pc;
         handlers[pc](w, o, lanes);
-        for (int n = 0; n < i.targets; ++n) w.ready[o[n].number] |= lanes;
+        ++w.step;
+        for (int n = 0; n < i.targets; ++n) {
+          w.ready[o[n].number] |= lanes;
+          w.modified[o[n].number] = w.step;
+        }
       } else {
         ++w.paths.back().pc;
       }
@@ -180,6 +184,7 @@ struct Machine {
       std::fill(w.ready.begin(), w.ready.end(), 0);
       w.ready[0] = ~0u;
       std::fill(w.busy.begin(), w.busy.end(), 0);
+      std::fill(w.modified.begin(), w.modified.end(), 0);
       w.clock = ends;
       w.copies.clear();
       std::fill(w.groups, w.groups + LANES, 0);
@@ -187,7 +192,7 @@ struct Machine {
       w.fenced = ends;
       w.products.clear();
       w.product_groups = 0;
-      w.registers_fenced = false;
+      w.step = w.fence_step = 0;
       set_specials(w, program);
     }
     for (Warp& w : block.warps) w.tick();
@@ -285,9 +290,8 @@ void ptx_run(const Program* program, const Launch* launch, u64* counts, Result* 
   GlobalMemory global;
   for (u32 n = 0; n < launch->region_count; ++n) {
     const Tensor& t = launch->regions[n];
-    const size_t units = t.size / 2 + 2;
-    u32* writers = reinterpret_cast<u32*>(zeros(4 * units));
-    global.regions.push_back({t.address, t.size, t.shadow, t.name, writers, reinterpret_cast<u32*>(zeros(4 * units))});
+    GlobalUnit* units = reinterpret_cast<GlobalUnit*>(zeros((t.size / 2 + 2) * sizeof(GlobalUnit)));
+    global.regions.push_back({t.address, t.size, t.shadow, t.name, units});
   }
 
   const u32 threads = launch->threads[0] * launch->threads[1] * launch->threads[2];
@@ -311,6 +315,7 @@ void ptx_run(const Program* program, const Launch* launch, u64* counts, Result* 
     w.file = zeros(program->file_bytes);
     w.ready.resize(program->registers + 2);  // constants, the registers, dropped results
     w.busy.resize(program->registers + 2);
+    w.modified.resize(program->registers + 2);
     set_constants(w, *program);
   }
 

@@ -86,8 +86,9 @@ struct Warp {
   u32 expected;             // warps that it waits for
   std::vector<u32> fenced;  // what of that was there when a fence.proxy.async in its past was executed
   std::vector<Product> products;
-  u32 product_groups;     // how many groups of products it has committed
-  bool registers_fenced;  // since the last wait for products
+  u32 product_groups;         // how many groups of products it has committed
+  u32 step, fence_step;       // instructions executed; when wgmma.fence was, 0 if not since the last wait for products
+  std::vector<u32> modified;  // by register: the step that wrote it
 
   template <class T>
   const T* get(const Operand& o) const {
@@ -116,6 +117,12 @@ struct Warp {
   }
 
   void tick() { ++clock[index]; }
+
+  // Whether what a thread did at its warp's `time` comes before what a lane of this warp does now: it is the same
+  // thread, or there was a barrier between.
+  bool knows(u32 time, int other_warp, int other_lane, int lane) const {
+    return other_warp == index ? other_lane == lane || time < clock[index] : time <= clock[other_warp];
+  }
 };
 
 // Shared memory is watched in units of two bytes.
@@ -142,24 +149,30 @@ struct SharedMemory {
 
 constexpr u32 SHARED_BASE = 1024;  // the address of a block's shared memory
 
-// Global memory: tensors, and nothing between them. Watched in units of two bytes.
+// Global memory is watched in units of two bytes. Blocks are numbered from 1; 0: none; SEVERAL: more than one.
+struct GlobalUnit {
+  u32 write_block, read_block;
+  u32 write_time, read_time;      // the own clock of the warp that did so last
+  u16 write_thread, read_thread;  // in their block
+};
+
+constexpr u32 SEVERAL = ~0u;
+
+// A tensor.
 struct Region {
   u64 address, size;
   u8* shadow;  // by byte: whether it has been written; null: all has
   const char* name;
-  u32* writers;  // by unit: the block that wrote it last, from 1
-  u32* readers;  // by unit: the block that read it, from 1, or SEVERAL
+  GlobalUnit* units;
 };
-
-constexpr u32 SEVERAL = ~0u;
 
 struct GlobalMemory {
   std::vector<Region> regions;
   size_t last = 0;
 
   Region& find(u64 address, u32 size, u32 alignment, int lane);
-  const u8* read(u32 block, int lane, u64 address, u32 size, u32 alignment);
-  void write(u32 block, int lane, u64 address, u32 size, u32 alignment, const void* from);
+  const u8* read(const Warp& warp, int lane, u64 address, u32 size, u32 alignment);
+  void write(const Warp& warp, int lane, u64 address, u32 size, u32 alignment, const void* from);
 };
 
 // Numbered as COUNTERS in machine.py.

@@ -22,7 +22,7 @@ const u8* SharedMemory::read(const Warp& warp, int lane, u32 address, u32 count)
     if (u.pending)
       fail(Kind::async_copy, lane, "shared byte %u is read before its cp.async has been waited for", 2 * n);
     if (!u.written) fail(Kind::uninitialised, lane, "shared byte %u has never been written", 2 * n);
-    if (u.warp == warp.index ? u.lane != lane && u.time == warp.clock[u.warp] : u.time > warp.clock[u.warp])
+    if (!warp.knows(u.time, u.warp, u.lane, lane))
       fail(Kind::race, lane, "shared byte %u is read, and warp %d lane %d wrote it, without a barrier between", 2 * n,
            u.warp, u.lane);
     reads[size_t{n} * warps + warp.index] = warp.clock[warp.index];
@@ -48,8 +48,7 @@ void SharedMemory::write(const Warp& warp, int lane, u32 address, u32 count, con
     const u32 begin = std::max(2 * n, at), end = std::min(2 * n + 2, at + count);
     if (u.pending)
       fail(Kind::async_copy, lane, "shared byte %u is written before its cp.async has been waited for", 2 * n);
-    const bool other =
-        u.warp == warp.index ? u.lane != lane && u.time == warp.clock[u.warp] : u.time > warp.clock[u.warp];
+    const bool other = !warp.knows(u.time, u.warp, u.lane, lane);
     if (u.written && other && std::memcmp(&bytes[begin], static_cast<const u8*>(from) + (begin - at), end - begin))
       fail(Kind::race, lane, "shared byte %u gets other bits than warp %d lane %d wrote, without a barrier between",
            2 * n, u.warp, u.lane);
@@ -97,36 +96,53 @@ Region& GlobalMemory::find(u64 address, u32 size, u32 alignment, int lane) {
        static_cast<i64>(address - near->address), near->name, near->size);
 }
 
-const u8* GlobalMemory::read(u32 block, int lane, u64 address, u32 size, u32 alignment) {
+const u8* GlobalMemory::read(const Warp& warp, int lane, u64 address, u32 size, u32 alignment) {
   Region& r = find(address, size, alignment, lane);
-  const u64 at = address - r.address;
+  const u64 at = address - r.address, base = r.address / 2;
+  const u32 block = warp.block->number + 1;
   if (r.shadow)
     for (u32 n = 0; n < size; ++n)
       if (!r.shadow[at + n]) fail(Kind::uninitialised, lane, "byte %lu of %s has never been written", at + n, r.name);
-  const u64 base = r.address / 2;
   for (u64 n = address / 2 - base; n <= (address + size - 1) / 2 - base; ++n) {
-    if (r.writers[n] && r.writers[n] != block + 1)
-      fail(Kind::race, lane, "byte %lu of %s is read, and block %u wrote it", at, r.name, r.writers[n] - 1);
-    r.readers[n] = r.readers[n] && r.readers[n] != block + 1 ? SEVERAL : block + 1;
+    GlobalUnit& u = r.units[n];
+    if (u.write_block && u.write_block != block)
+      fail(Kind::race, lane, "byte %lu of %s is read, and block %u wrote it", at, r.name, u.write_block - 1);
+    if (u.write_block && !warp.knows(u.write_time, u.write_thread / LANES, u.write_thread % LANES, lane))
+      fail(Kind::race, lane, "byte %lu of %s is read, and warp %d lane %d wrote it, without a barrier between", at,
+           r.name, u.write_thread / LANES, u.write_thread % LANES);
+    u.read_block = u.read_block && u.read_block != block ? SEVERAL : block;
+    u.read_time = warp.clock[warp.index];
+    u.read_thread = static_cast<u16>(warp.index * LANES + lane);
   }
   return reinterpret_cast<const u8*>(address);
 }
 
-void GlobalMemory::write(u32 block, int lane, u64 address, u32 size, u32 alignment, const void* from) {
+void GlobalMemory::write(const Warp& warp, int lane, u64 address, u32 size, u32 alignment, const void* from) {
   Region& r = find(address, size, alignment, lane);
   const u64 at = address - r.address, base = r.address / 2;
+  const u32 block = warp.block->number + 1;
   for (u64 n = address / 2 - base; n <= (address + size - 1) / 2 - base; ++n) {
+    GlobalUnit& u = r.units[n];
     const u64 begin = std::max(2 * (n + base), address), end = std::min(2 * (n + base) + 2, address + size);
-    const u8* now = reinterpret_cast<const u8*>(begin);
-    if (r.readers[n] && r.readers[n] != block + 1) {
-      const bool several = r.readers[n] == SEVERAL;
-      fail(Kind::race, lane, "byte %lu of %s is written, and block %s read it", at, r.name,
-           several ? "after block" : std::to_string(r.readers[n] - 1).c_str());
+    const bool changes =
+        std::memcmp(reinterpret_cast<u8*>(begin), static_cast<const u8*>(from) + (begin - address), end - begin);
+    if (u.read_block && u.read_block != block) {
+      const std::string reader = u.read_block == SEVERAL ? "several read" : std::to_string(u.read_block - 1) + " read";
+      fail(Kind::race, lane, "byte %lu of %s is written, and block %s it", at, r.name, reader.c_str());
     }
-    if (r.writers[n] && r.writers[n] != block + 1 &&
-        std::memcmp(now, static_cast<const u8*>(from) + (begin - address), end - begin))
-      fail(Kind::race, lane, "byte %lu of %s gets other bits than block %u wrote", at, r.name, r.writers[n] - 1);
-    r.writers[n] = block + 1;
+    if (u.write_block && u.write_block != block && changes)
+      fail(Kind::race, lane, "byte %lu of %s gets other bits than block %u wrote", at, r.name, u.write_block - 1);
+    if (u.write_block == block && changes &&
+        !warp.knows(u.write_time, u.write_thread / LANES, u.write_thread % LANES, lane))
+      fail(Kind::race, lane, "byte %lu of %s gets other bits than warp %d lane %d wrote, without a barrier between", at,
+           r.name, u.write_thread / LANES, u.write_thread % LANES);
+    if (u.read_block == block && changes &&
+        !warp.knows(u.read_time, u.read_thread / LANES, u.read_thread % LANES, lane))
+      fail(Kind::race, lane, "byte %lu of %s is written, and warp %d lane %d read it, without a barrier between", at,
+           r.name, u.read_thread / LANES, u.read_thread % LANES);
+    u.write_block = block;
+    u.write_time = warp.clock[warp.index];
+    u.write_thread = static_cast<u16>(warp.index * LANES + lane);
   }
   if (r.shadow) std::memset(r.shadow + at, 1, size);
   std::memcpy(reinterpret_cast<void*>(address), from, size);
@@ -200,10 +216,10 @@ struct Global {
   static constexpr char LETTER = 'g';
 
   static const u8* read(Warp& warp, int lane, u64 address, u32 size) {
-    return warp.block->global->read(warp.block->number, lane, address, size, size);
+    return warp.block->global->read(warp, lane, address, size, size);
   }
   static void write(Warp& warp, int lane, u64 address, u32 size, const void* from) {
-    warp.block->global->write(warp.block->number, lane, address, size, size, from);
+    warp.block->global->write(warp, lane, address, size, size, from);
   }
   static void count(const Warp& warp, const Addresses& a, u32 lanes, u32, bool writes) {
     count_sectors(warp, a, lanes, writes ? GLOBAL_SECTORS_WRITTEN : GLOBAL_SECTORS_READ);
@@ -287,7 +303,7 @@ void copy_async(Warp& warp, const Operand* o, u32 lanes, u32 bytes, const u32* g
     const u32 count = given ? given[l] : bytes;
     if (count > bytes) fail(Kind::bounds, l, "cp.async of %u bytes is to read %u", bytes, count);
     if (count) {
-      std::memcpy(copy.data, warp.block->global->read(warp.block->number, l, from.at[l], count, 1), count);
+      std::memcpy(copy.data, warp.block->global->read(warp, l, from.at[l], count, 1), count);
       if (from.at[l] % bytes) fail(Kind::misaligned, l, "global address %#lx, not a multiple of %u", from.at[l], bytes);
       reading |= 1u << l;
     }
