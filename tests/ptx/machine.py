@@ -373,7 +373,7 @@ class Kernel:
 
     def _fault(self, result: _Result) -> Fault:
         instruction = self.text.instructions[result.pc]
-        lane = "" if result.lane < 0 else f", lane {result.lane}"
+        lane = "" if not 0 <= result.lane < 32 else f", lane {result.lane}"
         where = f"{self.text.name}, line {instruction.line} ({instruction.location}) {instruction.name}"
         block = ", ".join(map(str, result.block))
         return Fault(

@@ -19,13 +19,14 @@ using i32 = int32_t;
 using i64 = int64_t;
 
 constexpr int LANES = 32;
+constexpr int ALL = 255;  // in place of a lane: the warp does it together
 
 // Numbered as FAULTS in machine.py.
 enum class Kind : i32 { race, uninitialised, bounds, misaligned, barrier, async_copy };
 
 struct Fault {
   Kind kind;
-  int lane;  // -1: the whole warp
+  int lane;  // -1 or ALL: the whole warp
   std::string message;
 };
 

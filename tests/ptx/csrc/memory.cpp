@@ -32,7 +32,7 @@ const u8* SharedMemory::read(const Warp& warp, int lane, u32 address, u32 count)
 
 // Wgmma sees only what was written before a fence.
 const u8* SharedMemory::read_products(const Warp& warp, u32 address, u32 count) {
-  const u8* from = read(warp, -1, address, count);
+  const u8* from = read(warp, ALL, address, count);
   for (u32 n = (address - SHARED_BASE) / 2; n < (address - SHARED_BASE + count) / 2; ++n)
     if (units[n].time > warp.fenced[units[n].warp])
       fail(Kind::async_copy, -1,
@@ -347,8 +347,7 @@ void ldmatrix(Warp& warp, const Operand* o, u32 lanes) {
   const Addresses a = addresses<u32>(warp, o[N]);
   for (int n = 0; n < N; ++n) {
     u16 rows[8][8], values[LANES][2];
-    for (int row = 0; row < 8; ++row)
-      std::memcpy(rows[row], Shared::read(warp, 8 * n + row, a.at[8 * n + row], 16), 16);
+    for (int row = 0; row < 8; ++row) std::memcpy(rows[row], Shared::read(warp, ALL, a.at[8 * n + row], 16), 16);
     for (int l = 0; l < LANES; ++l)
       for (int i = 0; i < 2; ++i) {
         const int row = l / 4, column = l % 4 * 2 + i;
@@ -367,7 +366,7 @@ void stmatrix(Warp& warp, const Operand* o, u32 lanes) {
     for (int row = 0; row < 8; ++row) {
       u32 values[4];
       std::copy_n(warp.get<u32>(o[1 + n]) + 4 * row, 4, values);
-      Shared::write(warp, 8 * n + row, a.at[8 * n + row], 16, values);
+      Shared::write(warp, ALL, a.at[8 * n + row], 16, values);
     }
   count_wavefronts(warp, a, N == 4 ? lanes : (1u << 8 * N) - 1, 16);
 }

@@ -36,35 +36,33 @@ struct TF32 {
 
 double cut_to_float(double x) { return bits<double>(bits<u64>(x) & ~((u64{1} << 29) - 1)); }
 
-// sum (N) += a (K) b (K, MOST_COLUMNS) for K from `begin` to `end`.
-void add_block(double* sum, const double* a, const double (*b)[MOST_COLUMNS], int begin, int end, int N, int extra) {
-  double largest[MOST_COLUMNS], total[MOST_COLUMNS], scale[MOST_COLUMNS];
-  for (int n = 0; n < N; ++n) largest[n] = std::fabs(sum[n]);
+constexpr int TOGETHER = 8;  // columns that are computed at once
+
+// sum (TOGETHER) += a (K) b (K, TOGETHER) for K from `begin` to `end`; rows of b lie MOST_COLUMNS apart.
+void add_block(double* sum, const double* a, const double* b, int begin, int end, int extra) {
+  double largest[TOGETHER], total[TOGETHER], scale[TOGETHER], back[TOGETHER];
+  for (int n = 0; n < TOGETHER; ++n) largest[n] = std::fabs(sum[n]);
   for (int k = begin; k < end; ++k)
-    for (int n = 0; n < N; ++n) {
-      const double x = std::fabs(a[k] * b[k][n]);
+    for (int n = 0; n < TOGETHER; ++n) {
+      const double x = std::fabs(a[k] * b[k * MOST_COLUMNS + n]);
       largest[n] = x > largest[n] || x != x ? x : largest[n];
     }
-  bool plain = true;
-  for (int n = 0; n < N; ++n) {
-    const u64 exponent = bits<u64>(largest[n]) >> 52;  // of a NaN or infinity: 2047
-    plain = plain && exponent < 2047;
-    scale[n] =
-        exponent < 64 ? 0 : bits<double>((2046 + 23 + extra - exponent) << 52);  // 0: all are 0, or as good as that
+  bool finite = true;
+  for (int n = 0; n < TOGETHER; ++n) {
+    u64 exponent = bits<u64>(largest[n]) >> 52;  // of a NaN or infinity: 2047
+    finite = finite && exponent < 2047;
+    exponent = exponent < 64 ? 64 : exponent;  // below it, all are 0 or as good as that
+    scale[n] = bits<double>((2046 + 23 + extra - exponent) << 52);
+    back[n] = bits<double>((exponent - 23 - extra) << 52);
     total[n] = std::trunc(sum[n] * scale[n]);
   }
   for (int k = begin; k < end; ++k)
-    for (int n = 0; n < N; ++n) total[n] += std::trunc(a[k] * b[k][n] * scale[n]);
-  if (plain) {
-    for (int n = 0; n < N; ++n) sum[n] = scale[n] > 0 ? cut_to_float(total[n] / scale[n]) : 0;
-    return;
-  }
-  for (int n = 0; n < N; ++n) {
-    if (std::isfinite(largest[n])) {
-      sum[n] = scale[n] > 0 ? cut_to_float(total[n] / scale[n]) : 0;
-      continue;
-    }
-    for (int k = begin; k < end; ++k) sum[n] += a[k] * b[k][n];
+    for (int n = 0; n < TOGETHER; ++n) total[n] += std::trunc(a[k] * b[k * MOST_COLUMNS + n] * scale[n]);
+  for (int n = 0; n < TOGETHER; ++n) {
+    double plain = sum[n];
+    if (!finite)
+      for (int k = begin; k < end; ++k) plain += a[k] * b[k * MOST_COLUMNS + n];
+    sum[n] = std::isfinite(largest[n]) ? cut_to_float(total[n] * back[n]) : plain;
   }
 }
 
@@ -86,7 +84,7 @@ void multiply(Warp& warp, const Operands& x, const Operand* d, const Operand* c,
     for (int n = 0; n < N; ++n) sum[n] = c ? warp.get<float>(c[at(n)])[lane(n)] : 0;
     for (int block = 0; block < blocks; ++block) {
       const int begin = length * (choice & 2 ? blocks - 1 - block : block);
-      add_block(sum, x.a[row], x.b, begin, begin + length, N, extra);
+      for (int n = 0; n < N; n += TOGETHER) add_block(sum + n, x.a[row], &x.b[0][n], begin, begin + length, extra);
     }
     for (int n = 0; n < N; ++n) results[at(n) * LANES + lane(n)] = static_cast<float>(sum[n]);
   }
@@ -153,7 +151,7 @@ void read_matrix(Warp& warp, u64 descriptor, u32 first, u32 rows, bool transpose
     for (u32 n = 0; n < inner; n += together) {
       const u32 address = transposed ? matrix.address(row, (first + n) * T::BYTES, true)
                                      : matrix.address(first + row, n * T::BYTES, false);
-      shared.check(address, 16, 16, -1);
+      shared.check(address, 16, 16, ALL);
       const u8* from = shared.read_products(warp, address, 16);
       product.reads.push_back({address, 16});
       for (u32 i = 0; i < together; ++i)
