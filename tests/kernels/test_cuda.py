@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -242,6 +243,21 @@ def test_chosen_by_device_it_has_the_same_gradients(monkeypatch: pytest.MonkeyPa
     explanation = explain(problem.q, problem.k)
     assert explanation.impl == "chunked"
     assert explanation.reason == "cuda: 'triton' makes them: Triton is not installed; triton: Triton is not installed"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda_compiled")
+def test_sm_90_has_the_ptx_that_the_tests_execute(tmp_path: Path) -> None:
+    """That of sm_80, but for the name of the architecture."""
+    texts = []
+    for architecture in ("80", "90a"):
+        file = tmp_path / f"{architecture}.ptx"
+        flags = [*_build._NVCC_FLAGS, f"-arch=compute_{architecture}", "-DAMFLOW_DTYPE=bf16", "-ptx", "-o", str(file)]
+        source = str(_build.source_dir() / "cuda" / "forward.cu")
+        subprocess.run([str(executed.nvcc()), *flags, source], check=True)
+        text = file.read_text().replace(f"sm_{architecture}", "sm_80")
+        texts.append(re.sub(r"_GLOBAL__N__\w+?am_flow", "am_flow", text))  # with the number of nvcc's process
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.build

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 SLOW = pytest.mark.slow
 DTYPES = [BF16, FP16, FP32]
+ARCHITECTURES = [80, pytest.param(90, marks=SLOW)]
 
 
 def executed(row: conformance.Row) -> float:
@@ -86,19 +87,23 @@ def names(gpu: worker.Remote) -> set[str]:
     return {launch.kernel.removeprefix("am_flow_").removesuffix("_kernel") for launch in gpu.launches}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", KERNELS)
-def test_flow_and_gradients_are_within_their_budgets(kind: str, sm_80: worker.Remote) -> None:
+def test_flow_and_gradients_are_within_their_budgets(kind: str, architecture: int) -> None:
     case, kernels = KERNELS[kind]
-    conformance.check_flow(case, "triton")
-    conformance.check_flow_gradients(case, "triton")
-    assert names(sm_80) == kernels
+    with worker.gpu(architecture) as gpu:
+        conformance.check_flow(case, "triton")
+        conformance.check_flow_gradients(case, "triton")
+    assert names(gpu) == kernels
 
 
-def test_products_and_gradients_are_within_their_budgets(sm_80: worker.Remote) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_and_gradients_are_within_their_budgets(architecture: int) -> None:
     case = matmul_case(dtype=FP16, temperature=1.0)
-    conformance.check_product(case, "triton")
-    conformance.check_product_gradients(case, "triton")
-    assert names(sm_80) == MATMUL_KERNELS
+    with worker.gpu(architecture) as gpu:
+        conformance.check_product(case, "triton")
+        conformance.check_product_gradients(case, "triton")
+    assert names(gpu) == MATMUL_KERNELS
 
 
 def test_the_plain_run_has_every_kernel() -> None:
@@ -155,20 +160,38 @@ def test_gradients_are_right_on_both_sides_of_every_switch(tokens: tuple[int, in
     conformance.check_flow_gradients(small_case(tokens=tokens, D=16, dtype=dtype, temperature=1.0), "triton")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [  # for which sm_90 has other strips, tiles or matrix instructions
+        *(((70, n), BF16) for n in (64, 129, 197, 256, 257, 262, 263, 400, 577, 700)),
+        ((257, 70), BF16), ((70, 257), FP16), ((70, 700), FP16), ((130, 140), FP32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_flow_and_gradients_of_sm_90_are_within_their_budgets(tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    case = small_case(tokens=tokens, D=64, dtype=dtype, temperature=1.0)
+    with worker.gpu(90):
+        conformance.check_flow(case, "triton")
+        conformance.check_flow_gradients(case, "triton")
+
+
 # ---------------------------------------------------------------------------------------------------- exactness
 
 
-def chunked(problem: Problem, **options: int) -> tuple[torch.Tensor, ...]:
-    with worker.gpu(80, **options):
+def results(problem: Problem, architecture: int, **options: int) -> tuple[torch.Tensor, ...]:
+    with worker.gpu(architecture, **options):
         return rules.flow_and_grads(problem, "triton")
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "head_reduction"),
+    ("architecture", "tokens", "dtype", "head_reduction"),
     [
-        ((20, 66), BF16, "none"),
+        (80, (20, 66), BF16, "none"),
+        *(pytest.param(90, (40, n), BF16, "none", marks=SLOW) for n in (129, 257)),
+        pytest.param(90, (40, 140), FP32, "mean_map", marks=SLOW),
         *(
-            pytest.param(tokens, dtype, head_reduction, marks=SLOW)
+            pytest.param(80, tokens, dtype, head_reduction, marks=SLOW)
             for dtype in DTYPES
             for tokens, head_reduction in (
                 ((17, 17), "none"), ((65, 65), "none"), ((33, 257), "none"), ((20, 400), "none"), ((30, 700), "none"),
@@ -179,7 +202,7 @@ def chunked(problem: Problem, **options: int) -> tuple[torch.Tensor, ...]:
     ids=str,
 )  # fmt: skip
 def test_chunks_and_what_hardware_leaves_open_change_no_exactness(
-    tokens: tuple[int, int], dtype: torch.dtype, head_reduction: str
+    architecture: int, tokens: tuple[int, int], dtype: torch.dtype, head_reduction: str
 ) -> None:
     """Equal frames give exactly Nq / Nk and no gradient, and chunks of pairs change no bit, whatever is fused."""
     q, k = tt.make_qk(1, 5, (2,), *tokens, 16, dtype=dtype)
@@ -188,13 +211,13 @@ def test_chunks_and_what_hardware_leaves_open_change_no_exactness(
     problem = Problem(q, k, head_reduction=head_reduction)
     still = torch.full_like(rules.flow_and_grads(problem, "reference")[0][:, 1], tokens[0] / tokens[1])
     for seed in range(3):
-        flow, *grads = chunked(problem, seed=seed, processors=1)
+        flow, *grads = results(problem, architecture, seed=seed, processors=1)
         assert torch.equal(flow[:, 1], still)
         assert torch.equal(flow[:, 3], still)
-        for x, y in zip((flow, *grads), chunked(problem, seed=seed, processors=10**6), strict=True):
+        for x, y in zip((flow, *grads), results(problem, architecture, seed=seed, processors=10**6), strict=True):
             assert torch.equal(x, y)
         pair = Problem(q[:, [1, 3]], k[:, [1, 3]], q_b=q[:, [2, 4]], k_b=k[:, [2, 4]], head_reduction=head_reduction)
-        with worker.gpu(80, seed=seed):
+        with worker.gpu(architecture, seed=seed):
             assert torch.count_nonzero(tt.run(replace(pair, center=True), "triton")) == 0
             inputs = [x.detach().requires_grad_() for x in tt.inputs_of(pair)]
             paired = tt.run(tt.with_inputs(pair, inputs), "triton")
