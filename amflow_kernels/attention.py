@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,14 +11,19 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from amflow_kernels.api import am_flow
-from amflow_kernels.dispatch import check_impl, uses_lse
-from amflow_kernels.problem import Problem, check_dense, check_same
+from amflow_kernels.dispatch import Impl, check_impl, uses_lse
+from amflow_kernels.problem import FlowOptions, Problem, check_dense, check_same, clips_of
+from amflow_kernels.shards import on_shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["am_flow_attention"]
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of q, k, v, scale: out, log-sum-exps
 
 
+@on_shards(like_q=(0,))
 def am_flow_attention(
     q: Tensor,
     k: Tensor,
@@ -29,27 +34,30 @@ def am_flow_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    impl: str | None = None,
-    **options: Any,
+    num_frames: int | None = None,
+    impl: Impl | None = None,
+    **options: Unpack[FlowOptions],
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention` of every frame, and the AM flow of the same attention maps.
 
-    A drop-in for the attention call of a video model whose frames lie side by side::
+    A drop-in for the attention call of an image model that sees the frames of a clip side by side in its batch::
 
-        out, flow = am_flow_attention(q.unflatten(0, (B, T)), k.unflatten(0, (B, T)), v.unflatten(0, (B, T)))
-        out = out.flatten(0, 1)
+        out, flow = am_flow_attention(q, k, v, num_frames=T)    # q, k, v, out (B * T, heads, N, D)
 
     Args:
-        q, k: queries (B, T, *G, Nq, D) and keys (B, T, *G, Nk, D) of T frames, as `am_flow` takes them.
+        q, k: queries (B, T, *G, Nq, D) and keys (B, T, *G, Nk, D) of T frames, as `am_flow` takes them; its docstring
+            shows layouts that look right and are not. DTensors, too.
         v: values, (B, T, *G, Nk, Dv), dtype and device of q.
         attn_mask, dropout_p, is_causal, enable_gqa: where `scaled_dot_product_attention` has them, so that calls can be
             exchanged. AM flow is defined for the plain softmax(q k^T): anything but the defaults raises.
+        num_frames: T, for q, k and v whose frames are folded into the batch, (B * T, *G, N, D).
         scale, impl: as in `am_flow`; `scale` is the attention's, too.
-        options: `lag`, `temperature`, `head_reduction` and `center`, as in `am_flow`.
+        options: `lag`, `temperature`, `head_reduction`, `center` and `out_dtype`, as in `am_flow`.
 
     Returns:
-        out: (B, T, *G, Nq, Dv) in the dtype of v, from PyTorch's own attention kernels, run on frames folded into the
-            batch and windows into the heads: memory layout and bits are those of such a call.
+        out: (B, T, *G, Nq, Dv), or (B * T, *G, Nq, Dv) with `num_frames`, in the dtype of v, from PyTorch's own
+            attention kernels, run on frames folded into the batch and windows into the heads: memory layout and bits
+            are those of such a call.
         flow: as `am_flow` returns it. Both are differentiable in q and k, `out` in v, too.
 
     Under autocast q, k and v are cast as `scaled_dot_product_attention` casts them, and both results are of the cast
@@ -62,11 +70,13 @@ def am_flow_attention(
     _check_plain(attn_mask, dropout_p, is_causal, enable_gqa)
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = autocast(q, k, v)
+    q, k, v = (clips_of(name, x, num_frames) for name, x in (("q", q), ("k", k), ("v", v)))
     problem = Problem(q, k, scale=scale, **options)
     check_impl(impl, problem)
     _check_values(problem, v)
     out, lse = attention(problem, v, impl)
-    return out, am_flow(q, k, scale=scale, lse=lse, impl=impl, **options)
+    flow = am_flow(q, k, scale=scale, lse=lse, impl=impl, **options)
+    return out if num_frames is None else out.flatten(0, 1), flow
 
 
 def _check_plain(attn_mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:

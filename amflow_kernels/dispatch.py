@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from amflow_kernels.impl.cpu import Cpu
 from amflow_kernels.impl.cuda import Cuda
 from amflow_kernels.impl.reference import Reference
 from amflow_kernels.impl.triton import Triton
-from amflow_kernels.problem import MapPairs, Problem
+from amflow_kernels.problem import MapPairs, Problem, clips_of
+
+Impl = Literal["reference", "chunked", "cpu", "triton", "cuda"]  # the names in IMPLEMENTATIONS
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Reference(),
@@ -92,17 +95,38 @@ _warned: set[str] = set()
 
 
 def implementation(problem: MapPairs, impl: str | None) -> Implementation:
-    """The implementation that runs for a problem. Warns if no fused kernel can run where one was expected."""
+    """The implementation that runs for a problem.
+
+    Warns if no fused kernel can run where one was expected, and if the layout of q and k looks like another one.
+    """
     choice = choose(problem, impl)
-    if choice.fallback and choice.reason not in _warned:
-        _warned.add(choice.reason)
-        warnings.warn(
-            f"amflow_kernels: no fused kernel runs here ({choice.reason}); plain PyTorch computes AM flow by blocks of "
-            f"query rows, slower than a kernel. impl={choice.name!r} asks for it without this warning.",
+    if choice.fallback:
+        _warn_once(
+            f"no fused kernel runs here ({choice.reason}); plain PyTorch computes AM flow by blocks of query rows, "
+            f"slower than a kernel. impl={choice.name!r} asks for it without this warning.",
             RuntimeWarning,
-            stacklevel=2,
         )
+    doubt = _doubt_of_layout(problem)
+    if doubt:
+        _warn_once(doubt, UserWarning)
     return IMPLEMENTATIONS[choice.name]
+
+
+def _warn_once(message: str, category: type[Warning]) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"amflow_kernels: {message}", category, stacklevel=3)
+
+
+def _doubt_of_layout(problem: MapPairs) -> str | None:
+    """Why q and k may be in another layout than they are read in, or None."""
+    tokens = max(problem.Nq, problem.Nk)
+    if tokens >= problem.heads:
+        return None
+    return (
+        f"q and k are read as {problem.heads} heads of {tokens} tokens, dimensions 2 and -2. Models have more tokens "
+        "than heads: if these are (B, T, N, heads, D), pass q.transpose(2, 3) and k.transpose(2, 3)"
+    )
 
 
 def backward(
@@ -147,21 +171,26 @@ class Explanation:
         return "\n".join(self.lines)
 
 
-def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | None = None) -> Explanation:
+def explain(
+    q: Tensor | None = None, k: Tensor | None = None, *, num_frames: int | None = None, impl: Impl | None = None
+) -> Explanation:
     """Which implementation runs for q and k, and why; without tensors, what is available on this machine.
 
-    Builds the native library if it was not built yet. Raises what `am_flow` would raise for such q and k, or if `impl`
-    can't run.
+    It also prints how the dimensions are read, "B=2, T=4, heads=12, N=257, D=64": other layouts of such a shape can't
+    be detected. Builds the native library if it was not built yet. Raises what `am_flow` would raise for such q, k and
+    `num_frames`, or if `impl` can't run.
     """
     check_impl(impl, None)
     lines: list[str] = []
     choice = None
     if q is not None:
-        problem = MapPairs(q, q if k is None else k)
+        problem = MapPairs(clips_of("q", q, num_frames), clips_of("k", q if k is None else k, num_frames))
         check_impl(impl, problem)
         choice = choose(problem, impl)
         lines.append(f"am_flow runs {choice.name!r}: {choice.reason}")
         lines.append(f"q {_describe(q)}" + (f", k {_describe(k)}" if k is not None else ""))
+        lines.append(f"read as {_reading(problem)}")
+        lines += filter(None, [_doubt_of_layout(problem)])
         chosen = IMPLEMENTATIONS[choice.name]
         lines += chosen.describe(problem)
         if chosen.backward_by is not None:
@@ -171,6 +200,15 @@ def explain(q: Tensor | None = None, k: Tensor | None = None, *, impl: str | Non
     for each in IMPLEMENTATIONS.values():
         lines += each.describe()
     return Explanation(choice.name if choice else None, choice.reason if choice else None, tuple(lines))
+
+
+def _reading(problem: MapPairs) -> str:
+    """The dimensions of q and k by name."""
+    windows = [("windows", problem.q.shape[3])] if problem.q.dim() == 6 else []
+    tokens = [("N", problem.Nq)] if problem.Nq == problem.Nk else [("Nq", problem.Nq), ("Nk", problem.Nk)]
+    frames = ("pairs" if problem.pair else "T", problem.T)
+    sizes = [("B", problem.B), frames, ("heads", problem.heads), *windows, *tokens, ("D", problem.D)]
+    return ", ".join(f"{name}={size}" for name, size in sizes)
 
 
 def _describe(x: Tensor) -> str:

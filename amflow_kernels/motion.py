@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amflow_kernels.api import am_flow_matmul
-from amflow_kernels.problem import MAX_FEATURES, MapPairs
+from amflow_kernels.dispatch import Impl
+from amflow_kernels.problem import MAX_FEATURES, MapPairs, clips_of
+from amflow_kernels.shards import on_shards
 
 __all__ = ["MotionPCA", "motion_maps", "motion_pca"]
 
@@ -28,43 +30,48 @@ class MotionPCA(NamedTuple):
     mean: Tensor  # (B, T - lag, *G, Nk): the mean row of M
 
 
+@on_shards()
 @torch.no_grad()
 def motion_maps(
     q: Tensor,
     k: Tensor,
     *,
+    num_frames: int | None = None,
     scale: float | None = None,
     lag: int = 1,
-    head_reduction: str = "none",
-    impl: str | None = None,
+    head_reduction: Literal["none", "mean"] = "none",
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How much attention from each query, and to each key, changes from frame t to frame t + lag.
 
     With ``M[t] = |A[t] - A[t + lag]|``, the L1 norms of its rows and of its columns.
 
     Args:
-        q, k, scale, lag, impl: as in `am_flow`.
+        q, k, num_frames, scale, lag, impl: as in `am_flow`; DTensors, too.
         head_reduction: ``"none"``, or ``"mean"`` for the mean of the heads' M.
 
     Returns:
         rows: (B, T - lag, *G, Nq), each at most 2, and columns: (B, T - lag, *G, Nk), float32 (float64 for float64
         inputs); a head reduction drops the heads. Neither has gradients: multiply ones by `am_flow_matmul` for those.
     """
+    q, k = clips_of("q", q, num_frames), clips_of("k", k, num_frames)
     M = _Change(q, k, scale, lag, head_reduction, impl)
     ones_k, ones_q = (q.new_ones((*M.lead, N, 1), dtype=torch.float32) for N in (k.shape[-2], q.shape[-2]))
     return M.times(ones_k).squeeze(-1), M.times(ones_q, transpose=True).squeeze(-1)
 
 
+@on_shards()
 @torch.no_grad()
 def motion_pca(
     q: Tensor,
     k: Tensor,
     *,
+    num_frames: int | None = None,
     rank: int = 3,
     scale: float | None = None,
     lag: int = 1,
-    head_reduction: str = "none",
-    impl: str | None = None,
+    head_reduction: Literal["none", "mean"] = "none",
+    impl: Impl | None = None,
     seed: int = 0,
 ) -> MotionPCA:
     """Principal components of the rows of M: of the changes of attention from each query. M is never formed.
@@ -78,7 +85,7 @@ def motion_pca(
     same input gives the same result. A component whose singular value is 1.25 times the next is found to 1e-3 rad.
 
     Args:
-        q, k, scale, lag, impl: as in `am_flow`.
+        q, k, num_frames, scale, lag, impl: as in `am_flow`; DTensors, too.
         head_reduction: ``"none"``, or ``"mean"`` for the mean of the heads' M.
         rank: components, at least 1; at most what Nq and Nk allow.
         seed: of the random directions to begin with.
@@ -90,6 +97,7 @@ def motion_pca(
     Raises:
         TypeError, ValueError: as `am_flow`, and for a rank that is too large.
     """
+    q, k = clips_of("q", q, num_frames), clips_of("k", k, num_frames)
     M = _Change(q, k, scale, lag, head_reduction, impl)
     Nq, Nk = q.shape[-2], k.shape[-2]
     if not isinstance(rank, int) or isinstance(rank, bool):
@@ -126,7 +134,7 @@ class _Change:
     """M of every pair of frames, as an operator."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, scale: float | None, lag: int, head_reduction: str, impl: str | None
+        self, q: Tensor, k: Tensor, scale: float | None, lag: int, head_reduction: str, impl: Impl | None
     ) -> None:
         MapPairs(q, k, scale=scale, lag=lag)  # makes the checks
         if head_reduction not in ("none", "mean"):

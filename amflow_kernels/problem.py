@@ -9,16 +9,31 @@ the only list of the options.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
-HEAD_REDUCTIONS = ("none", "mean", "mean_map")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+HeadReduction = Literal["none", "mean", "mean_map"]
+HEAD_REDUCTIONS = get_args(HeadReduction)
 MAX_HEAD_DIM = 256
 MAX_FEATURES = 256
 MIN_TEMPERATURE = 1 / 64
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FlowOptions(TypedDict, total=False):
+    """The options of `am_flow` but for `scale`, `lse` and `impl`, for functions that pass them on."""
+
+    lag: int
+    temperature: float
+    head_reduction: HeadReduction
+    center: bool
+    out_dtype: torch.dtype | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +163,14 @@ class Problem(MapPairs):
     Attributes besides those of `MapPairs`:
         head_reduction: "none", "mean" (mean of the heads' flows) or "mean_map" (flow of the head-averaged maps).
         center: the result is flow - Nq / Nk.
+        out_dtype: what the public functions convert the result to; None: nothing. Implementations ignore it.
         lse, lse_b: the rows' log-sum-exps of the maps of (q, k) and of (q_b, k_b), float32 (B, T, *G, Nq), or None.
     """
 
     _: KW_ONLY
     head_reduction: str = "none"
     center: bool = False
+    out_dtype: torch.dtype | None = None
     lse: Tensor | None = None
     lse_b: Tensor | None = None
 
@@ -162,6 +179,7 @@ class Problem(MapPairs):
         if self.head_reduction not in HEAD_REDUCTIONS:
             raise ValueError(f"head_reduction: expected one of {HEAD_REDUCTIONS}, got {self.head_reduction!r}")
         _check_bool("center", self.center)
+        _check_out_dtype(self.out_dtype, self.center)
         names = ("lse_a", "q_a") if self.pair else ("lse", "q")
         _check_lse(self.lse, self.q, *names)
         if self.q_b is not None:
@@ -239,21 +257,48 @@ class MatmulProblem(MapPairs):
         return (*self.x.shape[:-2], self.Nk if self.transpose else self.Nq, self.C)
 
 
-def check_options(
-    *,
-    scale: float | None = None,
-    lag: int = 1,
-    temperature: float = 1.0,
-    head_reduction: str = "none",
-    center: bool = False,
-) -> None:
+def check_options(scale: float | None = None, **options: Unpack[FlowOptions]) -> None:
     """Raises unless `am_flow` takes these options, for callers that have no frames yet.
 
     Raises:
         TypeError, ValueError: as `Problem`.
     """
+    lag = options.get("lag", 1)
     frames = torch.empty(0, lag + 1 if isinstance(lag, int) and lag > 0 else 2, 1, 1, 1, dtype=torch.float64)
-    Problem(frames, frames, scale=scale, lag=lag, temperature=temperature, head_reduction=head_reduction, center=center)
+    Problem(frames, frames, scale=scale, **options)
+
+
+def clips_of(name: str, images: Tensor | None, num_frames: int | None, *, dims: tuple[int, int] = (4, 5)) -> Any:
+    """A tensor of images, (B * T, ...), as one of clips, (B, T, ...): a view. Without `num_frames`, as it is.
+
+    Args:
+        name: of the argument, for messages.
+        images: the tensor; what is none is left to the checks of a problem.
+        num_frames: T.
+        dims: dimensions that the tensor may have, without and with windows.
+
+    Raises:
+        TypeError, ValueError: `num_frames` is no whole number of at least 1, or the images are not B * T.
+    """
+    if num_frames is None or not isinstance(images, Tensor):
+        return images
+    if not isinstance(num_frames, int) or isinstance(num_frames, bool):
+        raise TypeError(f"num_frames: expected None or an int, got {type(num_frames).__name__}")
+    if num_frames < 1:
+        raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
+    check_dense(name, images)
+    if images.dim() not in dims:
+        raise ValueError(
+            f"{name}: expected {dims[0]} dimensions with num_frames, (B * T, heads, ...), or {dims[1]}, "
+            f"(B * T, heads, windows, ...), got {images.dim()}: {tuple(images.shape)}"
+        )
+    if images.shape[0] % num_frames:
+        raise ValueError(
+            f"{name}: expected a multiple of num_frames = {num_frames} images (dimension 0), got {images.shape[0]}: "
+            f"{tuple(images.shape)}"
+        )
+    # torch 2.11 can't trace the method `unflatten` where a TorchFunctionMode is active (a recorder, a default device).
+    return torch.unflatten(images, 0, (images.shape[0] // num_frames, num_frames))
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -278,12 +323,15 @@ def check_frames(q: Tensor | None, k: Tensor | None, q_name: str, k_name: str) -
     assert q is not None  # for mypy
     assert k is not None
     check_same(k_name, k, q_name, q)
-    if q.dim() != k.dim():
-        raise ValueError(f"{k_name}: expected {q.dim()} dimensions as {q_name}, got {k.dim()}: {tuple(k.shape)}")
-    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+    q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != len(k_shape):
+        raise ValueError(
+            f"{k_name}: expected {len(q_shape)} dimensions as {q_name}, got {len(k_shape)}: {tuple(k_shape)}"
+        )
+    if q_shape[:-2] != k_shape[:-2] or q_shape[-1] != k_shape[-1]:
         raise ValueError(
             f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
-            f"{tuple(q.shape)}, got {tuple(k.shape)}"
+            f"{tuple(q_shape)}, got {tuple(k_shape)}"
         )
 
 
@@ -294,24 +342,34 @@ def _check_tokens(name: str, value: Tensor | None) -> None:
     check_dense(name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.dim() not in (5, 6):
+    shape = value.shape  # read once: each time PyTorch makes a new tuple
+    if len(shape) not in (5, 6):
         raise ValueError(
             f"{name}: expected (B, T, heads, N, D) or (B, T, heads, windows, N, D), "
-            f"got {value.dim()} dimensions: {tuple(value.shape)}"
+            f"got {len(shape)} dimensions: {tuple(shape)}{_cure_of_folded(name, value)}"
         )
-    if any(size == 0 for size in value.shape[2:-2]):
-        raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(value.shape)}")
-    if value.shape[-2] == 0:
-        raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(value.shape)}")
-    if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {value.shape[-1]}"
-        )
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    if 0 in shape[2:-2]:
+        raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(shape)}")
+    tokens, D = shape[-2:]
+    if tokens == 0:
+        raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(shape)}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {D}")
+    if D > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected a contiguous last dimension, got strides {tuple(value.stride())}; "
             "call .contiguous() on it"
         )
+
+
+def _cure_of_folded(name: str, value: Tensor) -> str:
+    """What to do if the frames are folded into the batch, which a tensor of four dimensions may be a sign of."""
+    if value.dim() != 4:
+        return ""
+    cures = f"pass num_frames=T, or {name}.unflatten(0, (B, T))"
+    if name not in ("q", "k"):
+        cures = f"pass {name}.unflatten(0, (B, P))"  # pairs have no num_frames
+    return f"; if it is (B * T, heads, N, D), frames folded into the batch, {cures}"
 
 
 def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
@@ -328,6 +386,20 @@ def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
         raise ValueError(
             f"{name}: expected one number for each row of {q_name}, without padding, {tuple(q.shape[:-1])}, "
             f"got {tuple(lse.shape)}"
+        )
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None, center: bool) -> None:
+    if out_dtype is None:
+        return
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype: expected None or a torch.dtype, got {type(out_dtype).__name__}")
+    if out_dtype not in _DTYPES:
+        raise TypeError(f"out_dtype: expected float32, bfloat16, float16 or float64, got {out_dtype}")
+    if out_dtype.itemsize < 4 and not center:
+        raise ValueError(
+            f"out_dtype: expected float32 or float64 without center=True, got {out_dtype}: the flow is Nq / Nk plus a "
+            "signal of 1e-4 to 1e-2, which 16 bits round away; centred, the signal keeps its relative precision"
         )
 
 

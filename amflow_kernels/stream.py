@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from amflow_kernels.api import am_flow_pair
-from amflow_kernels.dispatch import check_impl
-from amflow_kernels.problem import MapPairs, check_frames, check_options
+from amflow_kernels.dispatch import Impl, check_impl
+from amflow_kernels.problem import FlowOptions, MapPairs, check_frames, check_options
+from amflow_kernels.shards import check_plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["AMFlowStream"]
 
@@ -27,16 +31,15 @@ class AMFlowStream:
     Compiled code may call a stream, with ``fullgraph=True`` too, and its calls may alternate with eager ones.
 
     Args:
-        lag: distance in frames of the two maps that are compared, at least 1.
-        impl: as in `am_flow`.
-        options: `scale`, `temperature`, `head_reduction` and `center`, as in `am_flow`.
+        scale, impl: as in `am_flow`.
+        options: `lag`, `temperature`, `head_reduction`, `center` and `out_dtype`, as in `am_flow`.
     """
 
-    def __init__(self, *, lag: int = 1, impl: str | None = None, **options: Any) -> None:
-        check_options(lag=lag, **options)
+    def __init__(self, *, scale: float | None = None, impl: Impl | None = None, **options: Unpack[FlowOptions]) -> None:
+        check_options(scale, **options)
         check_impl(impl, None)
-        self._options: dict[str, Any] = {"impl": impl, **options}
-        self._lag = lag
+        self._lag = options.pop("lag", 1)
+        self._options: dict[str, Any] = {"scale": scale, "impl": impl, **options}
         self.reset()
 
     def reset(self) -> None:
@@ -54,7 +57,7 @@ class AMFlowStream:
             q, k: queries (B, *G, Nq, D) and keys (B, *G, Nk, D) of one frame, like `am_flow`'s without T.
 
         Returns:
-            float32 (float64 for float64 inputs): (B, *G, Nk), or (B, *G[1:], Nk) with a head reduction.
+            float32 (float64 for float64 inputs) or `out_dtype`: (B, *G, Nk), or (B, *G[1:], Nk) with a head reduction.
 
         Raises:
             TypeError, ValueError: as `am_flow`; also where shape, dtype or device change from frame to frame. The
@@ -76,6 +79,7 @@ class AMFlowStream:
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         for name, value in (("q", q), ("k", k)):
+            check_plain(name, value)
             if isinstance(value, Tensor) and value.dim() not in (4, 5):
                 raise ValueError(
                     f"{name}: expected one frame, (B, heads, N, D) or (B, heads, windows, N, D), "

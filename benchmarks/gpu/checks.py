@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from amflow_kernels import am_flow, explain
+from amflow_kernels import explain
 from amflow_kernels import testing as tt
 from amflow_kernels.impl import cuda
 from amflow_kernels.impl.triton import configs
@@ -186,7 +186,7 @@ def _exact(cases: Sequence[Case], machine: Gpu) -> dict[str, Any]:
 def flow_and_grads(q: Tensor, k: Tensor, impl: str) -> list[Tensor]:
     """Flow, dq and dk."""
     q, k = (x.detach().requires_grad_() for x in (q, k))
-    flow = am_flow(q, k, impl=impl)
+    flow = tt.run(Problem(q, k), impl)
     return [flow.detach(), *torch.autograd.grad(flow, (q, k), tt.make_dflow(flow.shape, device=q.device))]
 
 

@@ -8,7 +8,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from amflow_kernels.integrations.block_finder import find_blocks
-from amflow_models.insertion import AdapterReport, add_adapters, report_of
+from amflow_models.insertion import AdapterReport, add_adapters, check_options, report_of
 
 
 class VideoClassifier(nn.Module):
@@ -26,7 +26,8 @@ class VideoClassifier(nn.Module):
 
     Raises:
         TypeError: the backbone has no `num_features`, or for the reasons of `add_adapters`.
-        ValueError: num_classes is below 1, the backbone has a head of its own, or for the reasons of `add_adapters`.
+        ValueError: num_classes is below 1, an unknown option (the nearest known one is named), the backbone has a head
+            of its own, or for the reasons of `add_adapters`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class VideoClassifier(nn.Module):
             raise ValueError(
                 f"backbone: expected one without a head (num_classes=0), got {backbone.num_classes} classes"
             )
+        check_options(options, "adapters", "num_classes")
         if adapters:
             add_adapters(backbone, num_frames=num_frames, verbose=False, **options)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from inspect import signature
 from operator import index
 from typing import Any
 
@@ -104,8 +105,7 @@ def add_adapters(
         TypeError: the model has no list of blocks or several, or blocks without a LayerNorm or linear layers.
         ValueError: an unknown placement or option (the nearest known one is named), or the model has adapters already.
     """
-    for option in options:
-        check_known("option", option, [field.name for field in fields(AdapterOptions)])
+    check_options(options)
     settings = AdapterOptions(num_frames, **options)
     chosen = placement(model, blocks)
     path, block_list = find_blocks(model)
@@ -123,6 +123,18 @@ def add_adapters(
     if verbose:
         print(report)
     return report
+
+
+def check_options(options: Iterable[str], *others: str) -> None:
+    """Raises unless all names are those of options of `add_adapters`. Suggests the nearest, or one of `others`.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    own = [p.name for p in signature(add_adapters).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = dict.fromkeys([*own, *(field.name for field in fields(AdapterOptions)), *others])
+    for option in options:
+        check_known("option", option, known)
 
 
 def grow_am_flow(model: nn.Module, blocks: str | Iterable[int] = "all", *, verbose: bool = True) -> AdapterReport:

@@ -475,6 +475,8 @@ def test_backbones_are_created_by_name_and_from_files(tmp_path: Path) -> None:
         ({"bottleneck": 0}, "bottleneck: expected a whole number of at least 1, got 0"),
         ({"align": True, "gate": "constant"}, "align: the gate 'constant' takes no AM flow"),
         ({"bottelneck": 3}, r"option: expected one of .*did you mean 'bottleneck'"),
+        ({"blocsk": "all"}, r"option: expected one of .*did you mean 'blocks'"),
+        ({"verbos": False}, r"option: expected one of .*did you mean 'verbose'"),
     ],
 )
 def test_bad_options_are_named_and_change_nothing(options: dict[str, Any], message: str) -> None:
@@ -483,6 +485,16 @@ def test_bad_options_are_named_and_change_nothing(options: dict[str, Any], messa
     with pytest.raises(ValueError, match=message):
         add_adapters(model, **{"num_frames": T, **options})
     assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(("wrong", "right"), [("blocsk", "blocks"), ("adapter", "adapters"), ("unti", "unit")])
+def test_a_misspelt_keyword_of_the_classifier_is_told_with_the_right_one(
+    wrong: str, right: str, adapters: bool
+) -> None:
+    """Whosever it is: the classifier's own or one of `add_adapters`, and whether or not it would be used."""
+    with pytest.raises(ValueError, match=rf"option: expected one of .*got '{wrong}'; did you mean '{right}'"):
+        VideoClassifier(small("plain"), 3, T, adapters=adapters, **{wrong: "all"})
 
 
 def test_bad_models_and_inputs_are_refused() -> None:

@@ -1,5 +1,5 @@
-// A CUDA runtime that knows no GPU: it hands every launch to a function of Python's (cuda.py). It has the functions that
-// code from nvcc calls, for csrc/cuda, and replaces the runtime library in what it is linked into.
+// A CUDA runtime that knows no GPU: it hands every launch to a function of Python's (cuda.py). It has the functions
+// that code from nvcc calls, for csrc/cuda, and replaces the runtime library in what it is linked into.
 
 #include <cstddef>
 #include <map>

@@ -42,8 +42,9 @@ class Gpu(Triton):
     def execute(self, execution: Execution) -> None:
         """What the stub of libcuda does with a launch."""
         regions = self.memory.regions(tensors_in(execution.arguments))
+        sizes, parameters = execution.sizes, execution.parameters
         self.launches.append(
-            launches.execute(execution.ptx, None, execution.sizes, execution.parameters, regions, self.seed)
+            launches.execute(execution.ptx, None, sizes, parameters, regions, seed=self.seed, fp_fusion=True)
         )
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,23 @@ class Launch(NamedTuple):
 
 
 def execute(
-    ptx: str, name: str | None, sizes: Any, parameters: Any, regions: list[machine.Region], seed: int
+    ptx: str,
+    name: str | None,
+    sizes: Any,
+    parameters: Any,
+    regions: list[machine.Region],
+    *,
+    seed: int,
+    fp_fusion: bool,
 ) -> Launch:
     """Executes a kernel of a PTX text: the one with that name, or the only one.
 
     sizes: those of the grid and of a block in x, y and z, and the bytes of dynamic shared memory.
     parameters: ctypes' pointer to an array of pointers to their values.
     regions: the memory that it may touch.
+    fp_fusion: whether the assembler may fuse products into sums.
     """
-    kernel = _loaded(ptx, name)
+    kernel = _loaded(ptx, name, fp_fusion)
     packed = bytearray(kernel.parameter_bytes)
     for n, (_, offset, size) in enumerate(kernel.parameters):
         packed[offset : offset + size] = ctypes.string_at(parameters[n], size)
@@ -37,5 +45,5 @@ def execute(
 
 
 @cache
-def _loaded(ptx: str, name: str | None) -> machine.Kernel:
-    return machine.load(ptx, name)
+def _loaded(ptx: str, name: str | None, fp_fusion: bool) -> machine.Kernel:
+    return machine.load(ptx, name, fp_fusion=fp_fusion)
