@@ -137,8 +137,11 @@ def _library() -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / "machine.so"
-            files = [source for source in sources if source.suffix == ".cpp"]
-            subprocess.run(["g++", *FLAGS, "-shared", "-o", built, *files], check=True)
+            files = [(source, Path(scratch) / f"{source.stem}.o") for source in sources if source.suffix == ".cpp"]
+            compilers = [subprocess.Popen(["g++", *FLAGS, "-c", "-o", to, source]) for source, to in files]
+            statuses = [compiler.wait() for compiler in compilers]
+            assert not any(statuses), "compiling csrc failed"
+            subprocess.run(["g++", "-shared", "-o", built, *(to for _, to in files)], check=True)
             shutil.move(built, path)
     library = ctypes.CDLL(str(path))
     library.ptx_opcodes.restype = ctypes.c_char_p
@@ -227,34 +230,20 @@ class Kernel:
         """
         if len(parameters) != self.parameter_bytes:
             raise ValueError(f"parameters has {len(parameters)} bytes, expected {self.parameter_bytes}")
-        ordered = sorted(memory, key=lambda region: region.address)
-        for a, b in pairwise(ordered):
-            if a.address + a.size > b.address:
-                raise ValueError(f"memory: {a.name} and {b.name} overlap")
-        for region in memory:
-            if region.shadow is not None and (
-                region.shadow.numel() != region.size or region.shadow.element_size() != 1
-            ):
-                raise ValueError(f"memory: the shadow of {region.name} is not {region.size} bytes")
+        _check(memory)
         code, names = self._fused(seed)
         specials = [_Special(SPECIALS.index(name), offset) for name, offset in self._specials.items()]
         constants = [_Constant(offset, ord(c), value) for (c, value), offset in self._constants.items()]
-        arrays = [
-            code,
-            self._operands,
-            (_Special * len(specials))(*specials),
-            (_Constant * len(constants))(*constants),
-        ]
-        pointers = [ctypes.cast(array, ctypes.c_void_p) for array in arrays]
+        tables = [(_Special * len(specials))(*specials), (_Constant * len(constants))(*constants)]
+        pointers = [ctypes.cast(array, ctypes.c_void_p) for array in (code, self._operands, *tables)]
         sizes = (len(code), len(specials), len(constants), len(self.text.registers), self._end)
         program = _Program(*pointers, *sizes)
         regions = (_Tensor * len(memory))()
         for n, (address, size, name, shadow) in enumerate(memory):
             regions[n] = (address, size, None if shadow is None else shadow.data_ptr(), name.encode())
         launch = _Launch((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block))
-        launch.shared_bytes = (
-            max((*self.text.shared.values(), self.text.static_shared)) + shared if self.text.shared else 0
-        )
+        launch.shared_bytes = max(self.text.shared.values(), default=0) + shared
+        launch.shared_bytes = max(launch.shared_bytes, self.text.static_shared)
         launch.parameter_bytes, launch.parameters = len(parameters), parameters
         launch.region_count, launch.regions = len(memory), ctypes.cast(regions, ctypes.c_void_p)
         launch.seed = seed
@@ -379,6 +368,15 @@ class Kernel:
         return Fault(
             FAULTS[result.kind], f"{result.message.decode()}; in {where}, block ({block}), warp {result.warp}{lane}"
         )
+
+
+def _check(memory: list[Region]) -> None:
+    for a, b in pairwise(sorted(memory, key=lambda region: region.address)):
+        if a.address + a.size > b.address:
+            raise ValueError(f"memory: {a.name} and {b.name} overlap")
+    for _, size, name, shadow in memory:
+        if shadow is not None and (shadow.numel() != size or shadow.element_size() != 1):
+            raise ValueError(f"memory: the shadow of {name} is not {size} bytes")
 
 
 @dataclass

@@ -122,6 +122,14 @@ def test_conversions_round_to_nearest_even(dtype: torch.dtype) -> None:
     assert wide_again.view(torch.float32).equal(rounded.float())
 
 
+def test_prmt_picks_bytes_and_signs() -> None:
+    x = torch.tensor([0x0F8E2C3D, -0x2], dtype=torch.int32)
+    expected = torch.tensor(
+        [0x3D0FFF44, 0xFEFFFF44 - 2**32], dtype=torch.int32
+    )  # bytes 0 and 3 of a, the sign of 2, byte 4
+    assert unary("prmt.b32 %r5, %r4, 0x11223344, 0x03a4;", x).equal(expected)
+
+
 def test_tf32_rounds_ties_away_from_zero() -> None:
     x = torch.tensor([1.0, 1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-12, 3.14159274])
     expected = torch.tensor([1.0, 1 + 2.0**-10, -1 - 2.0**-10, 1.0, 3.140625])

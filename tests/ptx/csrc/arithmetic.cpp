@@ -90,6 +90,17 @@ u32 extract(u32 a, u32 position, u32 length, bool is_signed) {
   return static_cast<u32>(negative && length < 32 ? field | ~u64{0} << length : field);
 }
 
+// Each byte of the result is one of the 8 of a and b, or 8 times its sign, as the 4 bits of the selector say.
+u32 permute(u32 a, u32 b, u32 selector) {
+  u32 result = 0;
+  for (int n = 0; n < 4; ++n) {
+    const u32 choice = selector >> 4 * n & 15;
+    const u32 byte = (u64{b} << 32 | a) >> 8 * (choice & 7) & 255;
+    result |= (choice & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * n;
+  }
+  return result;
+}
+
 u16 to_bf16(float x) {
   const u32 b = bits<u32>(x);
   if (x != x) return 0x7fff;
@@ -215,6 +226,7 @@ void add_arithmetic() {
   each("mul.hi.u32", [](u32 a, u32 b) { return static_cast<u32>(u64{a} * b >> 32); });
   each("bfe.u32", [](u32 a, u32 position, u32 length) { return extract(a, position, length, false); });
   each("bfe.s32", [](u32 a, u32 position, u32 length) { return extract(a, position, length, true); });
+  each("prmt.b32", [](u32 a, u32 b, u32 selector) { return permute(a, b, selector); });
   whole("mov.b32", "w=hh", [](Warp& warp, const Operand* o, u32 lanes) {
     u32 values[LANES];
     for (int l = 0; l < LANES; ++l) values[l] = warp.get<u16>(o[1])[l] | u32{warp.get<u16>(o[2])[l]} << 16;

@@ -132,6 +132,7 @@ struct Matrix {
   // The address of 16 bytes: of a row at byte `at`, or with `transposed` of column `row` at byte `at`.
   u32 address(u32 row, u32 at, bool transposed) const {
     u32 result = begin;
+    if (width == 16 && transposed) fail(Kind::bounds, -1, "a transposed matrix without swizzle: not implemented");
     if (width == 16)  // 8 rows of 16 bytes lie together
       result += row % 8 * 16 + row / 8 * stride + at / 16 * leading;
     else if (transposed) result += row % 8 * width + row / 8 * stride + at % width + at / width * leading;
