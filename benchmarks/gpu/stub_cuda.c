@@ -1,8 +1,8 @@
 // A libcuda that loads nothing, and runs nothing by itself: a launch is handed to a function of Python's, if there is
 // one. Triton's driver and launcher link against it (stub_driver.py).
 //
-// A device is numbered by its architecture, and only Python knows its properties. A function is the image of its module,
-// which holds one kernel.
+// A device is numbered by its architecture, and only Python knows its properties. A function is the image of its
+// module, which holds one kernel.
 
 #include <cuda.h>
 
