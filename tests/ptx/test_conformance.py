@@ -38,8 +38,8 @@ def executed(row: conformance.Row) -> float:
 TRITON = Subject(
     "triton",
     work=executed,
-    most_work=400_000,
-    most_matmul_work=100_000,
+    most_work=150_000,
+    most_matmul_work=30_000,
     fast=False,
     factors={
         "tokens": [(17, 17), (33, 70), (65, 65), (20, 257), (257, 20), (197, 197), (24, 330), (330, 24), (30, 700)],
@@ -59,7 +59,7 @@ TRITON = Subject(
         "needs": ["all", "q and x"],
     },
 )
-SLOW_ROWS = 24  # of each case table
+SLOW_ROWS = 10  # of each case table
 KERNELS: dict[str, tuple[Case, set[str]]] = {  # cases that together run every kernel
     "strips": (
         small_case(tokens=(20, 66), D=16, dtype=BF16, temperature=1.0, frames=(3, 1)),
@@ -142,21 +142,27 @@ def test_every_row_of_the_operators_table_is_within_its_budgets(case: MatmulCase
 # Keys, or queries, on both sides of every switch: of strips, of their tiles and single keys, and to tiles.
 FORWARD_SWITCHES = [15, 16, 17, 18, 33, 63, 64, 65, 66, 128, 129, 130, 192, 193, 224, 225, 255, 256, 257, 258, 262, 263]
 FORWARD_SWITCHES += [320, 321, 512, 513, 577, 640, 641]
-BACKWARD_SWITCHES = [32, 33, 64, 65, 66, 128, 129, 192, 193, 256, 257, 320, 321]
+BACKWARD_SWITCHES = [18, 32, 33, 64, 65, 66, 128, 129, 192, 193, 256, 257, 320]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("sm_80")
 @pytest.mark.parametrize("keys", FORWARD_SWITCHES)
 def test_flows_are_right_on_both_sides_of_every_switch(keys: int) -> None:
-    conformance.check_flow(small_case(tokens=(18, keys), D=16, dtype=BF16, temperature=1.0), "triton")
+    case = small_case(tokens=(18, keys), D=16, dtype=BF16, temperature=1.0)
+    problem = replace(case.problem(), center=True)
+    exact = conformance.centred_oracle(case)
+    tt.assert_centred(tt.run(problem, "triton"), exact, 18, frame_step=case.frame_step)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("sm_80")
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("tokens", [t for n in BACKWARD_SWITCHES for t in ((18, n), (n, 18))], ids=str)
+@pytest.mark.parametrize(
+    "tokens", [*zip(BACKWARD_SWITCHES, reversed(BACKWARD_SWITCHES), strict=True), (321, 18), (18, 321)], ids=str
+)
 def test_gradients_are_right_on_both_sides_of_every_switch(tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    """One kernel depends on the number of queries, the other on that of keys."""
     conformance.check_flow_gradients(small_case(tokens=tokens, D=16, dtype=dtype, temperature=1.0), "triton")
 
 
@@ -164,7 +170,7 @@ def test_gradients_are_right_on_both_sides_of_every_switch(tokens: tuple[int, in
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
     [  # for which sm_90 has other strips, tiles or matrix instructions
-        *(((70, n), BF16) for n in (64, 129, 197, 256, 257, 262, 263, 400, 577, 700)),
+        *(((70, n), BF16) for n in (129, 197, 256, 262, 577, 700)),
         ((257, 70), BF16), ((70, 257), FP16), ((70, 700), FP16), ((130, 140), FP32),
     ],
     ids=str,
@@ -192,10 +198,10 @@ def results(problem: Problem, architecture: int, **options: int) -> tuple[torch.
         pytest.param(90, (40, 140), FP32, "mean_map", marks=SLOW),
         *(
             pytest.param(80, tokens, dtype, head_reduction, marks=SLOW)
-            for dtype in DTYPES
-            for tokens, head_reduction in (
-                ((17, 17), "none"), ((65, 65), "none"), ((33, 257), "none"), ((20, 400), "none"), ((30, 700), "none"),
-                ((20, 70), "mean_map"),
+            for tokens, dtype, head_reduction in (
+                ((17, 17), BF16, "none"), ((65, 65), BF16, "none"), ((33, 257), BF16, "none"),
+                ((20, 400), BF16, "none"), ((30, 700), BF16, "none"), ((20, 70), BF16, "mean_map"), ((33, 257), FP16, "none"),
+                ((30, 700), FP16, "none"), ((33, 70), FP32, "none"), ((20, 70), FP32, "mean_map"),
             )
         ),
     ],
@@ -244,9 +250,12 @@ def test_equal_frames_have_no_motion(dtype: torch.dtype, operator: str) -> None:
 # ---------------------------------------------------------------------------------------------------- other rules
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("sm_80")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [*(pytest.param(dtype, marks=SLOW) for dtype in (BF16, FP32)), pytest.param(FP16, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 class TestRules:
     """Rules of the flow, each at one size."""
 
