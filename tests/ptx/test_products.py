@@ -75,6 +75,15 @@ def test_sums_of_products_are_cut_off_and_not_rounded() -> None:
     assert mma("f16", a, b).eq(1 - 2.0**-11 + 3 * 2.0**-24).all()  # 7 * 2^-25, of which the last bit is lost
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_products_of_values_that_are_not_finite(value: float) -> None:
+    a, b = matrices(torch.bfloat16, (16, 16), (16, 8))
+    a[3, 5], b[5, 2] = value, 0
+    for seed in range(3):
+        result, exact = mma("bf16", a, b, seed=seed), a.float() @ b.float()
+        torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_ldmatrix(trans: str) -> None:
     x = torch.arange(4 * 64, dtype=torch.int16).view(4, 8, 8)
@@ -167,6 +176,18 @@ def wgmma(
 
 
 WAIT = "wgmma.wait_group.sync.aligned 0;"
+SECOND = """wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16
+{%r40, %r41, %r42, %r43, %r44, %r45, %r46, %r47}, %d10, %d11,
+0, 1, 1, 0, 0; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; mov.b32 %r4, %r30;"""
+
+
+def test_a_wait_for_the_group_before() -> None:
+    a, b = matrices(torch.float16, (64, 16), (16, 16))
+    wgmma("f16", a, b, 32, False, change=(WAIT, SECOND + WAIT))
+    with pytest.raises(machine.Fault, match="async copy"):
+        wgmma("f16", a, b, 32, False, change=(WAIT, SECOND.replace("%r4, %r30", "%r4, %r40") + WAIT))
+
+
 WGMMA_FAULTS = {
     "no proxy fence": ("async copy", "fence.proxy.async.shared::cta;", ""),
     "no fence": ("async copy", "wgmma.fence.sync.aligned;", ""),

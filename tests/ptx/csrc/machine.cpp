@@ -205,11 +205,13 @@ struct Machine {
       if (w.barrier == barrier) ++waiting, expected = w.expected;
     if (waiting != expected) return false;
     std::vector<u32> known(warps.size()), fenced(warps.size());
-    for (const Warp& w : warps)
-      for (size_t n = 0; n < warps.size() && w.barrier == barrier; ++n) {
+    for (const Warp& w : warps) {
+      if (w.barrier != barrier) continue;
+      for (size_t n = 0; n < warps.size(); ++n) {
         known[n] = std::max(known[n], w.clock[n]);
         fenced[n] = std::max(fenced[n], w.fenced[n]);
       }
+    }
     for (Warp& w : warps) {
       if (w.barrier != barrier) continue;
       w.clock = known;

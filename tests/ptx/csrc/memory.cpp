@@ -36,7 +36,7 @@ const u8* SharedMemory::read_products(const Warp& warp, u32 address, u32 count) 
   for (u32 n = (address - SHARED_BASE) / 2; n < (address - SHARED_BASE + count) / 2; ++n)
     if (units[n].time > warp.fenced[units[n].warp])
       fail(Kind::async_copy, -1,
-           "shared byte %u is read by wgmma, and warp %d wrote it without a fence.proxy.async after", 2 * n,
+           "shared byte %u is read by wgmma, and warp %d wrote it, without a fence.proxy.async between", 2 * n,
            units[n].warp);
   return from;
 }
