@@ -5,7 +5,7 @@
 
 csrc/ executes; its table of instructions is the only list of them. Blocks run one after the other, the warps of a block
 up to their next barrier, the lanes of a warp together. Not seen: what blocks do at the same time (they may not exchange
-anything: that is a race), time, and in shared memory a lane's write to what another lane of its warp has just read.
+anything: that is a race), and time.
 """
 
 from __future__ import annotations
