@@ -3,7 +3,9 @@
     kernel = load(ptx)
     report = kernel.run(grid=(2, 1, 1), block=(128, 1, 1), parameters=packed, shared=0, memory=[Region(...)], seed=1)
 
-csrc/ executes; its table of instructions is the only list of them.
+csrc/ executes; its table of instructions is the only list of them. Blocks run one after the other, the warps of a block
+up to their next barrier, the lanes of a warp together. Not seen: what blocks do at the same time (they may not exchange
+anything: that is a race), and time.
 """
 
 from __future__ import annotations

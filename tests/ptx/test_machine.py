@@ -57,6 +57,12 @@ FAULTS = {
         "st.shared.b32 [%r3], %r1; xor.b32 %r4, %r3, 4; ld.shared.b32 %r5, [%r4];",
         ("xor", "bar.warp.sync -1; xor"),
     ),
+    "write to what another lane reads": (
+        "race",
+        """st.shared.b32 [%r3], 1; bar.warp.sync -1; xor.b32 %r4, %r3, 4; ld.shared.b32 %r5, [%r4];
+        st.shared.b32 [%r3], 2;""",
+        ("[%r4];", "[%r4]; bar.warp.sync -1;"),
+    ),
     "ldmatrix without bar.warp.sync": (
         "race",
         """shl.b32 %r4, %r1, 4; mov.b32 %r5, shared; add.s32 %r4, %r4, %r5; st.shared.v4.b32 [%r4], {0, 0, 0, 0};

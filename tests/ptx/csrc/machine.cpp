@@ -177,6 +177,10 @@ struct Machine {
   void start(Block& block) {
     const u32 threads = launch.threads[0] * launch.threads[1] * launch.threads[2];
     std::fill(block.shared.units.begin(), block.shared.units.end(), Unit{});
+    if (*std::max_element(ends.begin(), ends.end()) > LAST_TIME) {  // clocks begin anew
+      std::fill(ends.begin(), ends.end(), 0);
+      std::fill(block.shared.reads.begin(), block.shared.reads.end(), 0);
+    }
     for (Warp& w : block.warps) {
       const u32 left = threads - w.index * LANES;
       w.started = left >= LANES ? ~0u : (1u << left) - 1;

@@ -19,7 +19,9 @@ using i32 = int32_t;
 using i64 = int64_t;
 
 constexpr int LANES = 32;
-constexpr int ALL = 255;  // in place of a lane: the warp does it together
+constexpr int ALL = 255;         // in place of a lane: several, or the warp together
+constexpr u32 LANE_CODES = 256;  // a clock times this, and a lane, make one number
+constexpr u32 LAST_TIME = (1u << 24) - (1u << 20);
 
 // Numbered as FAULTS in machine.py.
 enum class Kind : i32 { race, uninitialised, bounds, misaligned, barrier, async_copy };
@@ -122,7 +124,7 @@ struct Warp {
   // Whether what a thread did at its warp's `time` comes before what a lane of this warp does now: it is the same
   // thread, or there was a barrier between.
   bool knows(u32 time, int other_warp, int other_lane, int lane) const {
-    return other_warp == index ? other_lane == lane || time < clock[index] : time <= clock[other_warp];
+    return other_warp == index ? (other_lane == lane && lane != ALL) || time < clock[index] : time <= clock[other_warp];
   }
 };
 
@@ -138,12 +140,13 @@ struct SharedMemory {
   int warps;
   std::vector<u8> bytes;
   std::vector<Unit> units;
-  std::vector<u32> reads;  // by unit and warp: that warp's own clock when it last read it
+  std::vector<u32> reads;  // by unit and warp: that warp's own clock when it last read it, and the lane, by LANE_CODES
 
   void check(u32 address, u32 size, u32 alignment, int lane) const;
   const u8* read(const Warp& warp, int lane, u32 address, u32 size);
   const u8* read_products(const Warp& warp, u32 address, u32 size);  // by wgmma
   void write(const Warp& warp, int lane, u32 address, u32 size, const void* from);
+  void check_reads(const Warp& warp, int lane, u32 unit, bool changes) const;
   void begin_copy(const Warp& warp, int lane, u32 address, u32 size);
   void end_copy(const Warp& warp, const Copy& copy);
 };

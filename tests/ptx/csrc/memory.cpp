@@ -25,7 +25,10 @@ const u8* SharedMemory::read(const Warp& warp, int lane, u32 address, u32 count)
     if (!warp.knows(u.time, u.warp, u.lane, lane))
       fail(Kind::race, lane, "shared byte %u is read, and warp %d lane %d wrote it, without a barrier between", 2 * n,
            u.warp, u.lane);
-    reads[size_t{n} * warps + warp.index] = warp.clock[warp.index];
+    u32& last = reads[size_t{n} * warps + warp.index];
+    const u32 time = warp.clock[warp.index];
+    const bool also = last / LANE_CODES == time && last % LANE_CODES != static_cast<u32>(lane);
+    last = time * LANE_CODES + (also ? ALL : lane);
   }
   return bytes.data() + at;
 }
@@ -41,6 +44,15 @@ const u8* SharedMemory::read_products(const Warp& warp, u32 address, u32 count) 
   return from;
 }
 
+// Before a write to unit n that changes it or not.
+void SharedMemory::check_reads(const Warp& warp, int lane, u32 n, bool changes) const {
+  for (int w = 0; w < warps; ++w) {
+    const u32 last = reads[size_t{n} * warps + w];
+    if ((changes || w != warp.index) && !warp.knows(last / LANE_CODES, w, last % LANE_CODES, lane))
+      fail(Kind::race, lane, "shared byte %u is written, and warp %d read it, without a barrier between", 2 * n, w);
+  }
+}
+
 void SharedMemory::write(const Warp& warp, int lane, u32 address, u32 count, const void* from) {
   const u32 at = address - SHARED_BASE;
   for (u32 n = at / 2; n < (at + count + 1) / 2; ++n) {
@@ -52,9 +64,8 @@ void SharedMemory::write(const Warp& warp, int lane, u32 address, u32 count, con
     if (u.written && other && std::memcmp(&bytes[begin], static_cast<const u8*>(from) + (begin - at), end - begin))
       fail(Kind::race, lane, "shared byte %u gets other bits than warp %d lane %d wrote, without a barrier between",
            2 * n, u.warp, u.lane);
-    for (int w = 0; w < warps; ++w)
-      if (w != warp.index && reads[size_t{n} * warps + w] > warp.clock[w])
-        fail(Kind::race, lane, "shared byte %u is written, and warp %d read it, without a barrier between", 2 * n, w);
+    const void* now = static_cast<const u8*>(from) + (begin - at);
+    check_reads(warp, lane, n, u.written && std::memcmp(&bytes[begin], now, end - begin));
     u = {warp.clock[warp.index], static_cast<u8>(warp.index), static_cast<u8>(lane), true, false};
   }
   std::memcpy(bytes.data() + at, from, count);
@@ -65,9 +76,7 @@ void SharedMemory::begin_copy(const Warp& warp, int lane, u32 address, u32 count
   for (u32 n = at / 2; n < (at + count + 1) / 2; ++n) {
     Unit& u = units[n];
     if (u.pending) fail(Kind::async_copy, lane, "shared byte %u has a cp.async that has not been waited for", 2 * n);
-    for (int w = 0; w < warps; ++w)
-      if (w != warp.index && reads[size_t{n} * warps + w] > warp.clock[w])
-        fail(Kind::race, lane, "shared byte %u is copied to, and warp %d read it, without a barrier between", 2 * n, w);
+    check_reads(warp, lane, n, true);
     u.pending = true;
   }
 }
