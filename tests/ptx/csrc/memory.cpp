@@ -367,16 +367,19 @@ void ldmatrix(Warp& warp, const Operand* o, u32 lanes) {
   count_wavefronts(warp, a, N == 4 ? lanes : (1u << 8 * N) - 1, 16);
 }
 
-template <int N>
+template <int N, bool TRANSPOSED>
 void stmatrix(Warp& warp, const Operand* o, u32 lanes) {
   warp.require_all(lanes, "stmatrix");
   const Addresses a = addresses<u32>(warp, o[0]);
-  for (int n = 0; n < N; ++n)
+  for (int n = 0; n < N; ++n) {
+    u16 held[8][8];  // 16 bytes of each row are in four lanes
+    std::memcpy(held, warp.get<u32>(o[1 + n]), sizeof(held));
     for (int row = 0; row < 8; ++row) {
-      u32 values[4];
-      std::copy_n(warp.get<u32>(o[1 + n]) + 4 * row, 4, values);
+      u16 values[8];
+      for (int column = 0; column < 8; ++column) values[column] = TRANSPOSED ? held[column][row] : held[row][column];
       Shared::write(warp, ALL, a.at[8 * n + row], 16, values);
     }
+  }
   count_wavefronts(warp, a, N == 4 ? lanes : (1u << 8 * N) - 1, 16);
 }
 
@@ -385,7 +388,8 @@ void add_matrices() {
   const std::string shape = "sync.aligned.m8n8.x" + std::to_string(N), registers(N, 'w');
   whole("ldmatrix." + shape + ".shared.b16", registers + "=s", ldmatrix<N, false>);
   whole("ldmatrix." + shape + ".trans.shared.b16", registers + "=s", ldmatrix<N, true>);
-  whole("stmatrix." + shape + ".shared.b16", "=s" + registers, stmatrix<N>);
+  whole("stmatrix." + shape + ".shared.b16", "=s" + registers, stmatrix<N, false>);
+  whole("stmatrix." + shape + ".trans.shared.b16", "=s" + registers, stmatrix<N, true>);
 }
 
 }  // namespace
