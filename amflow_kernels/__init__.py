@@ -2,6 +2,7 @@
 
 from amflow_kernels.api import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair, explain
 from amflow_kernels.attention import am_flow_attention
+from amflow_kernels.integrations.recording import record_am_flow, record_qk
 from amflow_kernels.motion import MotionPCA, motion_maps, motion_pca
 from amflow_kernels.stream import AMFlowStream
 
@@ -16,5 +17,7 @@ __all__ = [
     "explain",
     "motion_maps",
     "motion_pca",
+    "record_am_flow",
+    "record_qk",
 ]
 __version__ = "0.1.0"

@@ -11,12 +11,22 @@ NAMES = ("blocks", "layers", "layer", "resblocks")  # what timm, transformers, t
 # What torch.compile, the wrappers for data parallelism and averaging, FSDP and checkpointing call the model inside.
 WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+HOLDERS = ("base_model", "model")  # what peft and timm's FeatureGetterNet call the model inside
+
 
 def unwrap(model: nn.Module) -> Any:
     """The model inside of `torch.compile`, `DistributedDataParallel` and other wrappers, whose only child it is."""
     inner: Any = model
     while isinstance(inner, nn.Module) and len(inner._modules) == 1 and next(iter(inner._modules)) in WRAPPED:
         (inner,) = inner._modules.values()
+    return inner
+
+
+def look_through(model: nn.Module) -> Any:
+    """The model inside of what `unwrap` looks through, and of wrappers of peft and timm's feature extraction."""
+    inner: Any = unwrap(model)
+    while isinstance(inner, nn.Module) and len(inner._modules) == 1 and next(iter(inner._modules)) in HOLDERS:
+        inner = unwrap(*inner.children())
     return inner
 
 

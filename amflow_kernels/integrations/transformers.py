@@ -13,35 +13,21 @@ It is the library's own "sdpa", which says that flows may be recorded where a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from amflow_kernels.integrations.block_finder import find_blocks, select_blocks, unwrap
-from amflow_kernels.integrations.recording import (
-    BlockFlow,
-    FlowRecorder,
-    OnAttention,
-    reading_attention,
-    wrapped_forwards,
-)
+from amflow_kernels.integrations.block_finder import find_blocks, look_through, select_blocks
+from amflow_kernels.integrations.grids import TRANSFORMERS_PREFIX, grid_of
+from amflow_kernels.integrations.layers import Layer, check_recordable
+from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, recording_flows
 
 __all__ = ["BlockFlow", "record_am_flow"]
-
-# Number of tokens before the image tokens, by the `model_type` of the configuration.
-_PREFIX: dict[str, Callable[[Any], int]] = {
-    "vit": lambda config: 1,
-    "dinov2": lambda config: 1,
-    "dinov2_with_registers": lambda config: 1 + int(config.num_register_tokens),
-    "dinov3_vit": lambda config: 1 + int(config.num_register_tokens),
-    "clip_vision_model": lambda config: 1,
-}
 
 
 @contextmanager
@@ -75,72 +61,37 @@ def record_am_flow(
             in its thread.
     """
     recorder = FlowRecorder(num_frames, replace_attention=True, **options)
-    vision = unwrap(model)
-    prefix = _prefix_tokens(vision)
+    check_recordable(model)
+    vision: Any = look_through(model)
+    _check_model(vision)
     layers = _attention_layers(vision)
     selected = {index: layers[index] for index in select_blocks(blocks, len(layers))}
-    grid = _Grid(prefix, vision.config.patch_size)
-
-    def recording(index: int, name: str) -> OnAttention:
-        def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            grid.check(name, k)
-            return recorder.record(index, q, k, v, lambda flow, _: grid.block_flow(flow))
-
-        return record
-
-    readers = [(layer, reading_attention(name, recording(index, name))) for index, (name, layer) in selected.items()]
-    with wrapped_forwards([*readers, (vision, grid.observe)]):
+    grid: Any = grid_of(vision)
+    with recording_flows(vision, selected, recorder, dict.fromkeys(selected, grid)):
         yield recorder.flows
-    recorder.check_complete({index: name for index, (name, _) in selected.items()})
 
 
-class _Grid:
-    """The layout of a model's tokens on the image."""
-
-    def __init__(self, prefix: int, patch_size: Any) -> None:
-        self.prefix = prefix
-        self.patch_size: tuple[int, int] = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        self.size = (0, 0)  # rows and columns of image tokens
-
-    def observe(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward of the model, and notes the size of its images."""
-        pixels = kwargs.get("pixel_values", args[0] if args else None)
-        if isinstance(pixels, Tensor):
-            height, width = self.patch_size
-            self.size = (pixels.shape[-2] // height, pixels.shape[-1] // width)
-        return forward(*args, **kwargs)
-
-    def check(self, name: str, k: Tensor) -> None:
-        """Raises RuntimeError unless k holds all tokens of each image."""
-        if k.shape[-2] != self.prefix + self.size[0] * self.size[1]:
-            raise RuntimeError(
-                f"{name}: expected {self.prefix} tokens and a grid of {self.size[0]} x {self.size[1]}, "
-                f"got k {tuple(k.shape)}"
-            )
-
-    def block_flow(self, flow: Tensor) -> BlockFlow:
-        return BlockFlow(torch.unflatten(flow[..., self.prefix :], -1, self.size), flow[..., : self.prefix], 1)
-
-
-def _prefix_tokens(model: Any) -> int:
-    """Number of tokens before the image tokens. Raises TypeError or RuntimeError unless the model can be recorded."""
+def _check_model(model: Any) -> None:
+    """Raises TypeError or RuntimeError unless the model can be recorded."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    if config is None or kind not in _PREFIX:
-        raise TypeError(f"model: expected a transformers vision model of type {', '.join(_PREFIX)}, got {kind!r}")
+    if config is None or kind not in TRANSFORMERS_PREFIX:
+        inner = "; record its `.vision_model`" if hasattr(model, "vision_model") else ""
+        raise TypeError(
+            f"model: expected a transformers vision model of type {', '.join(TRANSFORMERS_PREFIX)}, got {kind!r}{inner}"
+        )
     if config._attn_implementation != "am_flow":
         raise RuntimeError(
             f"model: its attention is {config._attn_implementation!r}; load it with attn_implementation='am_flow' or "
             "call model.set_attn_implementation('am_flow')"
         )
-    return _PREFIX[kind](config)
 
 
-def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of each block's attention."""
+def _attention_layers(model: nn.Module) -> list[Layer]:
+    """The attention layer of each block."""
     path, blocks = find_blocks(model)
     return [
-        (f"{path}.{index}.{name}", layer)
+        Layer(f"{path}.{index}.{name}", layer)
         for index, block in enumerate(blocks)
         for name, layer in block.named_modules()
         if _calls_attention(layer)

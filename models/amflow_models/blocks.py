@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from amflow_kernels import am_flow, am_flow_attention, am_flow_pair
-from amflow_kernels.integrations.recording import AttentionReader
+from amflow_kernels.integrations.reading import AttentionReader
 from amflow_models.adapters import FORMS, Adapter, in_clips, pool
 from amflow_models.alignment import AligningEncoder
 from amflow_models.gates import GATES, Gate
@@ -20,8 +20,8 @@ from amflow_models.suggestions import check_known
 from amflow_models.temporal import UNITS, TemporalUnit
 
 NOT_READ = (
-    "AM flow is read where a block calls scaled_dot_product_attention, and this one did not (fused attention switched "
-    "off, an eager implementation, nn.MultiheadAttention)"
+    "AM flow is read where a block calls scaled_dot_product_attention or nn.MultiheadAttention, and this one did not "
+    "(fused attention switched off, or an eager implementation)"
 )
 
 
@@ -75,10 +75,11 @@ class AdaptedBlock(nn.Module):
     Parallel forms compute ``block(x) + branch(x)``, the serial form ``y + branch(y)`` with ``y = block(x)``.
 
     AM flow is computed from q and k of the block's own attention call. `am_flow_attention` replaces that call, so q and
-    k are computed once. Where attention runs in windows (Hiera) the call stays, and each window has its own flow.
+    k are computed once (twice where an `nn.MultiheadAttention` returns its weights, which then keeps its own call).
+    Where attention runs in windows (Hiera) the call stays, and each window has its own flow.
 
     Args:
-        block: maps tokens (B * T, N, C) to (B * T, N', C'); other arguments are passed through.
+        block: maps tokens (B * T, N, C) to (B * T, N', C'), or lists of them; other arguments are passed through.
         options: the adapter's options.
         temporal: whether the adapter is a temporal processing adapter.
         name: the block's name, for messages.
@@ -131,7 +132,10 @@ class AdaptedBlock(nn.Module):
         if options.align:
             self.align = AligningEncoder(widths(self.block)[0]).to(like)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, list):  # DINOv3's blocks take a list of tensors, one for each size of crop
+            crops = [[part[i] if isinstance(part, list) else part for part in args] for i in range(len(x))]
+            return [self.forward(crop, *rest, **kwargs) for crop, rest in zip(x, crops, strict=True)]
         if self.temporal and len(x) % self.options.num_frames:
             raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
         block: Any = self.block
@@ -175,7 +179,7 @@ class AdaptedBlock(nn.Module):
             aligned_tokens = self.align(tokens[:, :-1], tokens[:, 1:]).flatten(0, 1)
             aligned = read_qk(self.block, self.name, aligned_tokens, *args, **kwargs)
 
-        def on_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        def on_attention(q: Tensor, k: Tensor, v: Tensor, keep: str) -> Tensor | None:
             if len(q) != len(x):
                 raise RuntimeError(f"{self.name}: expected q and k of {len(x)} images, got q {tuple(q.shape)}")
             q, k, v = (in_clips(part, frames) for part in (q, k, v))
@@ -183,15 +187,14 @@ class AdaptedBlock(nn.Module):
                 q_next, k_next = (in_clips(part, frames - 1) for part in aligned)
                 flows.append(am_flow_pair(q[:, :-1], k[:, :-1], q_next, k_next, **flow_options))
                 return None
-            if q.dim() > 5 or reader.dropout_p:  # keep the block's own call: for its bits in windows, for its dropout
+            if q.dim() > 5 or keep:  # in windows the block's own call gives the same bits
                 flows.append(am_flow(q, k, **flow_options))
                 return None
             out, flow = am_flow_attention(q, k, v, **flow_options)
             flows.append(flow)
             return out.flatten(0, 1)
 
-        reader = AttentionReader(self.name, on_attention)
-        with reader:
+        with AttentionReader(self.name, on_attention):
             result = self.block(x, *args, **kwargs)
         if not flows:
             raise RuntimeError(f"{self.name}: {NOT_READ}")
@@ -223,7 +226,7 @@ def read_qk(block: Callable[..., Any], name: str, x: Tensor, *args: Any, **kwarg
     """
     qk: list[Tensor] = []
 
-    def on_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    def on_attention(q: Tensor, k: Tensor, v: Tensor, keep: str) -> None:
         qk.extend((q, k))
         raise _AttentionReachedError
 

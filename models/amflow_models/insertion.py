@@ -86,12 +86,13 @@ def add_adapters(
 ) -> AdapterReport:
     """Freezes a model and puts an adapter into each of its transformer blocks, in place.
 
-    Until the adapters are trained, not a bit of the model's output changes. The model takes frames folded into the
-    batch, (B * T, ...), the frames of a clip side by side.
+    Until the adapters are trained, not a bit of the model's output changes; but in blocks with AM flow an
+    `nn.MultiheadAttention` in eval mode does not run in PyTorch's fused inference kernel, which may differ in the last
+    digits. The model takes frames folded into the batch, (B * T, ...), the frames of a clip side by side.
 
     Args:
         model: any model with a list of transformer blocks (called blocks, layers, layer or resblocks). Blocks with AM
-            flow must call ``scaled_dot_product_attention`` once, without a mask.
+            flow must call ``scaled_dot_product_attention`` or an `nn.MultiheadAttention` once, without a mask.
         num_frames: T, frames of a clip.
         blocks: the blocks that get AM flow and a temporal unit, see `placement`.
         others: whether the other blocks get an ordinary adapter.

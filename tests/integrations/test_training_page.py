@@ -12,8 +12,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", PAGE.read_text(), re.M | re.S))
 
 
-@pytest.mark.parametrize("title", ["Plain PyTorch", "timm", "transformers", "Live video"])
+@pytest.mark.parametrize("title", ["Plain PyTorch", "timm", "torchvision", "open_clip", "transformers", "Live video"])
 def test_the_example_runs_and_all_that_it_trains_gets_a_gradient(title: str) -> None:
+    if title == "open_clip":
+        pytest.importorskip("open_clip", reason="needs open_clip_torch (the extra families)")
     torch.manual_seed(0)
     names: dict[str, object] = {}
     exec(compile(EXAMPLES[title], f"{PAGE.name}: {title}", "exec"), names)
