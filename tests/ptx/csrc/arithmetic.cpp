@@ -18,6 +18,12 @@ double deviation(u64 function, float x, float y = 0) {
   return static_cast<double>(random >> 11) * 0x1p-52 - 1;
 }
 
+// Reciprocals and quotients are made of significands: exponents don't change their relative errors.
+float significand(float x) {
+  int exponent;
+  return std::frexp(std::fabs(x), &exponent);
+}
+
 float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x; }
 
 // Maximum relative error 2^-22. The manual promises exactly 1 only for 0 and subnormal numbers; all arguments that no
@@ -32,7 +38,7 @@ float ex2(float x) {
 float rcp(float x) {
   const double exact = 1 / static_cast<double>(x);
   if (x == 0 || !std::isfinite(x)) return static_cast<float>(exact);
-  return static_cast<float>(exact * (1 + 0x1p-24 * deviation(RCP, x)));
+  return static_cast<float>(exact * (1 + 0x1p-24 * deviation(RCP, significand(x))));
 }
 
 // Maximum error of 2 units in the last place, hence relative 2^-23 at least, where the divisor's magnitude lies within
@@ -40,7 +46,7 @@ float rcp(float x) {
 float div_full(float a, float b) {
   const double exact = static_cast<double>(a) / b;
   if (!std::isfinite(exact) || exact == 0) return static_cast<float>(exact);
-  return static_cast<float>(exact * (1 + 0x1.8p-24 * deviation(DIV, a, b)));
+  return static_cast<float>(exact * (1 + 0x1.8p-24 * deviation(DIV, significand(a), significand(b))));
 }
 
 // As the instructions: a NaN operand is ignored, and -0 is less than +0.
