@@ -83,7 +83,7 @@ class MapPairs:
         if self.lag < 1:
             raise ValueError(f"lag: expected at least 1, got {self.lag}")
         if self.lag >= self.T:
-            raise ValueError(f"q: expected more frames (dimension 1) than lag = {self.lag}, got T = {self.T}")
+            raise ValueError(f"q: expected more frames (T) than lag = {self.lag}, got T = {self.T}")
 
     def _check_pair_form(self) -> None:
         check_frames(self.q, self.k, "q_a", "k_a")
