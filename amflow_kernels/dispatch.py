@@ -120,11 +120,11 @@ def _warn_once(message: str, category: type[Warning]) -> None:
 
 def _doubt_of_layout(problem: MapPairs) -> str | None:
     """Why q and k may be in another layout than they are read in, or None."""
-    tokens = max(problem.Nq, problem.Nk)
-    if tokens >= problem.heads:
+    _, _, heads, *_, tokens, _ = problem.q.shape
+    if tokens >= heads or problem.Nk >= heads:
         return None
     return (
-        f"q and k are read as {problem.heads} heads of {tokens} tokens, dimensions 2 and -2. Models have more tokens "
+        f"q and k are read as {heads} heads of {tokens} tokens, dimensions 2 and -2. Models have more tokens "
         "than heads: if these are (B, T, N, heads, D), pass q.transpose(2, 3) and k.transpose(2, 3)"
     )
 

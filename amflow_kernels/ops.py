@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
-from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -25,12 +24,12 @@ _LIBRARY = library.Library("amflow", "FRAGMENT")
 def _op(function: Callable[..., Any]) -> OpOverload:
     """Makes a function the op ``amflow::<its name>``; the function's types are its schema.
 
-    `torch.library.custom_op` does the same, and lets each call pass more Python, a fifth of its time.
+    `torch.library.custom_op` does the same, and lets each call pass more Python, a fifth of its time. Like it, this one
+    keeps torch.compile out of the kernels, which it would trace where a graph break leaves a call to Python.
     """
     name = function.__name__
     schema = library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # torch.compile may leave a call to Python, after a graph break, and would go on to trace the function.
     _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     op: OpOverload = getattr(torch.ops.amflow, name).default
     return op
@@ -275,6 +274,9 @@ def _no_saved(problem: Problem, size: int) -> Tensor:
     return problem.q.new_zeros(size, dtype=torch.float32)
 
 
+# Of the autograd functions: their first argument is the dispatcher's, the others are those of the op.
+
+
 def _setup_am_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, q_b, k_b, _, _, ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
@@ -282,7 +284,7 @@ def _setup_am_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate_am_flow(ctx: Any, dflow: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
+    needs = list(ctx.needs_input_grad[1:5])
     *frames, saved = ctx.saved_tensors
     options = (ctx.scale, ctx.lag, ctx.temperature, ctx.head_reduction)
     grads = am_flow_backward(dflow, *frames, *options, needs, ctx.impl, saved)
@@ -295,7 +297,7 @@ def _setup_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_matmul(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:5])
+    needs = list(ctx.needs_input_grad[1:6])
     options = (ctx.scale, ctx.lag, ctx.temperature, ctx.transpose, ctx.softmax)
     grads = am_flow_matmul_backward(dy, *ctx.saved_tensors, *options, needs, ctx.impl)
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 6)
@@ -349,30 +351,47 @@ def _register_autograd(
     setup_context: Callable[..., None] | None = None,
     arguments: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
-    """Registers a backward, as `torch.library.register_autograd` does, that is the only kind of differentiation.
+    """Registers a backward, which is the only kind of differentiation.
 
     The op raises in forward mode, where it would return zero tangents, and in the transforms of torch.func. Where an
     input needs a gradient, `arguments` checks the op's arguments before the forward, and may replace them. All this is
     a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
-    """
-    kernel = make_autograd_impl(op, Info(differentiate, setup_context))
 
-    def checked(keyset: Any, *args: Any) -> Any:
+    `torch.library.register_autograd` does the rest as well, but reads the schema in every call that needs gradients,
+    which takes longer than all else that the call does before its kernels.
+    """
+
+    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        result = below_autograd(keyset, args)
+        if setup_context is not None:
+            setup_context(ctx, args, result)
+        return result
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (None, *differentiate(ctx, *grads))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(op._opname, (torch.autograd.Function,), methods)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
         needs_gradients = False
         for x in args:
             if isinstance(x, Tensor):
                 if forward_ad.unpack_dual(x).tangent is not None:
                     raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
                 needs_gradients = needs_gradients or x.requires_grad
-        if needs_gradients and torch.is_grad_enabled():
-            transform = torch._C._functorch.peek_interpreter_stack()
-            if transform is not None:
-                raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
-            if arguments is not None:
-                args = arguments(*args)
-        return kernel(keyset, *args)
+        if not (needs_gradients and torch.is_grad_enabled()):
+            return below_autograd(keyset, args)
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None:
+            raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
+        return function.apply(keyset, *(args if arguments is None else arguments(*args)))
 
-    _LIBRARY.impl(op._opname, checked, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op._opname, torch._disable_dynamo(kernel), "Autograd", with_keyset=True)
 
 
 _GRADIENTS = (

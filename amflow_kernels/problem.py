@@ -83,7 +83,7 @@ class MapPairs:
         if self.lag < 1:
             raise ValueError(f"lag: expected at least 1, got {self.lag}")
         if self.lag >= self.T:
-            raise ValueError(f"q: expected more frames (dimension 1) than lag = {self.lag}, got T = {self.T}")
+            raise ValueError(f"q: expected more frames (T) than lag = {self.lag}, got T = {self.T}")
 
     def _check_pair_form(self) -> None:
         check_frames(self.q, self.k, "q_a", "k_a")
@@ -328,7 +328,9 @@ def check_frames(q: Tensor | None, k: Tensor | None, q_name: str, k_name: str) -
         raise ValueError(
             f"{k_name}: expected {len(q_shape)} dimensions as {q_name}, got {len(k_shape)}: {tuple(k_shape)}"
         )
-    if q_shape[:-2] != k_shape[:-2] or q_shape[-1] != k_shape[-1]:
+    *q_lead, _, q_width = q_shape
+    *k_lead, _, k_width = k_shape
+    if q_lead != k_lead or q_width != k_width:
         raise ValueError(
             f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
             f"{tuple(q_shape)}, got {tuple(k_shape)}"
@@ -348,10 +350,10 @@ def _check_tokens(name: str, value: Tensor | None) -> None:
             f"{name}: expected (B, T, heads, N, D) or (B, T, heads, windows, N, D), "
             f"got {len(shape)} dimensions: {tuple(shape)}{_cure_of_folded(name, value)}"
         )
-    if 0 in shape[2:-2]:
+    _, _, heads, *windows, N, D = shape
+    if heads == 0 or 0 in windows:
         raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(shape)}")
-    tokens, D = shape[-2:]
-    if tokens == 0:
+    if N == 0:
         raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(shape)}")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: expected a head dimension (the last) from 1 to {MAX_HEAD_DIM}, got {D}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
 from math import prod
@@ -33,7 +33,7 @@ def on_shards(
 
         @wraps(function)
         def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            if not any(map(_is_dtensor, (*args, *kwargs.values()))):
+            if not _has_dtensor((*args, *kwargs.values())):
                 return function(*args, **kwargs)
             return _on_local_parts(function, {**dict(zip(names, args, strict=False)), **kwargs}, like_q)
 
@@ -44,13 +44,13 @@ def on_shards(
 
 def check_plain(name: str, value: object) -> None:
     """Raises if a tensor is a DTensor."""
-    if _is_dtensor(value):
+    if _has_dtensor((value,)):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name}.to_local()")
 
 
-def _is_dtensor(value: object) -> bool:
+def _has_dtensor(values: Iterable[object]) -> bool:
     module = getattr(torch.distributed, "tensor", None)  # imported wherever there is a DTensor
-    return module is not None and isinstance(value, module.DTensor)
+    return module is not None and any(isinstance(value, module.DTensor) for value in values)
 
 
 def _on_local_parts(function: Callable[..., Any], arguments: dict[str, Any], like_q: tuple[int, ...]) -> Any:
@@ -88,7 +88,7 @@ def _on_local_parts(function: Callable[..., Any], arguments: dict[str, Any], lik
 
 def _kinds(name: str, x: Any, heads: int) -> list[str]:
     """How each dimension of the mesh splits a tensor: by "batch" or "heads", or not, "all"."""
-    if not _is_dtensor(x):
+    if not _has_dtensor((x,)):
         raise TypeError(f"{name}: {_EXPECTED}, got a plain tensor beside DTensors")
     kinds = []
     for placement in x.placements:

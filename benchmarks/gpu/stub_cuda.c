@@ -1,12 +1,21 @@
-// A libcuda that loads nothing and runs nothing. Triton's driver and launcher link against it (stub_driver.py).
+// A libcuda that loads nothing, and runs nothing by itself: a launch is handed to a function of Python's, if there is
+// one. Triton's driver and launcher link against it (stub_driver.py).
 //
-// A device is numbered by its architecture, and only Python knows its properties.
+// A device is numbered by its architecture, and only Python knows its properties. A function is the image of its
+// module, which holds one kernel.
 
 #include <cuda.h>
 
 static unsigned long long launches = 0;
 
 unsigned long long stub_launches(void) { return launches; }
+
+// The sizes of a launch: those of its grid and of a block in x, y and z, and the bytes of dynamic shared memory.
+typedef CUresult (*Execute)(const char* image, const unsigned sizes[7], void** parameters);
+
+static Execute execute = 0;
+
+void stub_execute_by(Execute function) { execute = function; }
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int* version) {
@@ -81,7 +90,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   launches++;
-  return CUDA_SUCCESS;
+  if (!execute) return CUDA_SUCCESS;
+  const unsigned sizes[7] = {config->gridDimX,  config->gridDimY,  config->gridDimZ,      config->blockDimX,
+                             config->blockDimY, config->blockDimZ, config->sharedMemBytes};
+  return execute((const char*)function, sizes, parameters);
 }
 
 CUresult cuGetErrorString(CUresult error, const char** text) {

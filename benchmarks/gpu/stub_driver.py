@@ -1,10 +1,11 @@
-"""Triton's JIT, binder, compiler and launcher without a GPU: over a libcuda that runs nothing (stub_cuda.c).
+"""Triton's JIT, binder, compiler and launcher without a GPU: over a stub of libcuda (stub_cuda.c).
 
     with stub_driver.machine(90) as launches:
         launch.am_flow(problem)  # q, k ... are CPU tensors, or on device "meta", without storage
     launches[0].compiled.metadata.shared
 
-Kernels compute nothing: results are uninitialised. AMD's GPUs ("gfx942") have no stub: kernels are only compiled.
+Kernels compute nothing, and results are uninitialised, unless a function is passed that executes them (tests/ptx has
+one). AMD's GPUs ("gfx942") have no stub: kernels are only compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ctypes
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -63,19 +64,33 @@ class Launch(NamedTuple):
         return str(self.kernel.__name__).removeprefix("am_flow_").removesuffix("_kernel")
 
 
+class Execution(NamedTuple):
+    """A launch as it reaches libcuda."""
+
+    ptx: str  # of the kernel
+    sizes: Any  # those of the grid and of a block in x, y and z, and the bytes of dynamic shared memory
+    parameters: Any  # an array of pointers to their values, for ctypes
+    arguments: tuple[Any, ...]  # of the host code's call
+
+
 @contextmanager
 def machine(
-    architecture: Architecture, processors: int = PROCESSORS, *, compiles: bool = True
+    architecture: Architecture,
+    processors: int = PROCESSORS,
+    *,
+    compiles: bool = True,
+    execute: Callable[[Execution], None] | None = None,
 ) -> Iterator[list[Launch]]:
     """A machine with one GPU of that architecture, and the list of the launches on it.
 
-    Unless it `compiles`, launches are only recorded, and `compiled_for` compiles one.
+    Unless it `compiles`, launches are only recorded, and `compiled_for` compiles one. With `execute`, kernels are
+    compiled to PTX and no further, and every launch ends in a call of it, whose exceptions the launch raises.
     impl="triton" then takes CPU tensors. A kernel that needs more shared memory than the GPU has raises
     triton.runtime.errors.OutOfResources. Raises RuntimeError where there is a GPU, or with Triton's interpreter.
     """
     driver = _driver()
     launches: list[Launch] = []
-    run = launch.run
+    run = launch.run if execute is None else _executed_by(execute)
 
     def record(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         begin = perf_counter()
@@ -93,11 +108,56 @@ def machine(
     device = configs.Device(column, SHARED[architecture], processors)
     with (
         mock.patch.object(driver, "architecture", architecture),
+        mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _stop_at_ptx if execute else None),
         mock.patch.object(configs.Device, "of", staticmethod(lambda _: device)),
         mock.patch.object(Triton, "devices", ("cuda", "cpu", "meta")),
         mock.patch.object(launch, "run", record),
     ):
         yield launches
+
+
+def _executed_by(execute: Callable[[Execution], None]) -> Callable[..., Any]:
+    """`launch.run`, whose launches end in calls of `execute`."""
+    run = launch.run
+
+    def run_and_execute(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        failures: list[BaseException] = []
+
+        def hand_over(image: int, sizes: Any, parameters: Any) -> int:
+            try:
+                ptx = ctypes.string_at(image).decode()
+                execute(Execution(ptx, sizes, parameters, arguments))
+            except BaseException as error:  # C has no exceptions
+                failures.append(error)
+            return len(failures)
+
+        callback = _EXECUTE(hand_over)
+        _library().stub_execute_by(callback)
+        try:
+            return run(kernel, programs, arguments, options)
+        except RuntimeError:  # Triton's, of a launch that failed
+            if failures:
+                raise failures[0] from None
+            raise
+        finally:
+            _library().stub_execute_by(None)
+
+    return run_and_execute
+
+
+_EXECUTE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+def _stop_at_ptx(
+    backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
+) -> tuple[str, str] | None:
+    """Triton's hook on the stages of a compilation. Without arguments: what sets such kernels apart in its cache."""
+    if stages is None:
+        return "only PTX", "only PTX"
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()
+    return None
 
 
 def launches_of_the_library() -> int:

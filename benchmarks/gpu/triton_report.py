@@ -1,4 +1,5 @@
-"""Figures of the compiled Triton kernels, without a GPU: registers, spills, instructions of the main loops.
+"""Figures of the compiled Triton kernels, without a GPU: registers, spills, instructions of the main loops, and what is
+executed for each element of a map.
 
 python -m benchmarks.gpu.triton_report           writes docs/triton_report.md and results/triton_report.json
 python -m benchmarks.gpu.triton_report --check   compiles only for sm_90; fails if a figure got worse than committed,
@@ -32,7 +33,7 @@ from triton.compiler import ASTSource
 from amflow_kernels.impl.triton import configs, launch
 from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MatmulProblem, Problem
-from benchmarks.gpu import layouts, offsets
+from benchmarks.gpu import executed, layouts, offsets
 from benchmarks.result_files import RESULTS, dumps
 from benchmarks.tables import Table
 
@@ -48,7 +49,7 @@ TOLERANCE = 1.05  # factor on the committed figures, which are compared if the v
 
 # An H100: multiprocessors, clock in Hz; per multiprocessor and cycle, thread instructions issued and exponentials.
 PROCESSORS, CLOCK, ISSUED, EXPONENTIALS = 132, 1.7e9, 128, 16
-L2_RATE = 5.5e12  # bytes a second from its L2 to all multiprocessors: assumed
+L2_RATE, SECTOR = 5.5e12, 32  # bytes a second between its L2 and all multiprocessors, assumed; bytes of an access
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a program can have, by architecture
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KINDS = {
@@ -210,13 +211,17 @@ def main_loop(code: str, innermost: bool = True) -> list[str]:
     return [name for at, name, _ in instructions if begin <= at <= end]
 
 
-def rows(architectures: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row for every kernel, dtype and architecture."""
+def rows(architectures: tuple[int, ...], *, execute: bool) -> list[dict[str, Any]]:
+    """One row for every kernel, dtype and architecture; with its executed counts if asked for and known."""
     table = []
     for architecture, dtype, N in itertools.product(architectures, DTYPES, (*STRIPS, TILED[0])):
         key = {"sm": architecture, "dtype": str(dtype).removeprefix("torch.")}
-        for kernel, args, options in shown_launches(dtype, N, architecture):
+        shown = shown_launches(dtype, N, architecture)
+        counted = execute and shown and architecture in executed.ARCHITECTURES
+        counts = executed.counts(dtype, N, D, architecture) if counted else {}
+        for kernel, args, options in shown:
             table.append({**key, **compile_launch(kernel, args, options, N, architecture)})
+            table[-1]["executed"] = counts.get(name(kernel))
             print(*table[-1].values(), file=sys.stderr)
     return table
 
@@ -275,30 +280,25 @@ def increases(row: dict[str, Any], old: dict[str, Any], *figures: str) -> list[s
 
 
 def cost(kernel: str, o: dict[str, Any], row: dict[str, Any], N: int) -> tuple[float, float, float]:
-    """Modelled seconds of a launch by its instructions or exponentials and by its reads of q and k, and its padding."""
-    o, blocks, maps = flat(o), 1, B * T * H
+    """Modelled seconds of a launch by what its multiprocessors do and by its accesses to global memory; its padding."""
+    o, maps = flat(o), B * T * H
     M, K = o["BLOCK_M"], o["BLOCK_N"]
     if "strip" in kernel:
         owned = M * o["ROW_TILES"] if kernel != "bwd_strip_k" else K
-        blocks = -(-N // owned)
-        lines = blocks * owned - (owned - 16 if o.get("TAIL") else 0)
+        lines = -(-N // owned) * owned - (owned - 16 if o.get("TAIL") else 0)
         across = o["TILES"] * (M if kernel == "bwd_strip_k" else K) + o["REST"]
         work = lines * N  # the figures of strips count only elements of the map, no padding
-        read = lines + blocks * across * (1 if kernel == "strip" else 2)
     else:
         owned, inner = (K, M) if kernel in ("fwd", "bwd_dk") else (M, K)
-        blocks, tiles = -(-N // owned), -(-N // inner)
-        lines, across = blocks * owned, N // inner * inner + o["TAIL"] if "TAIL" in o else tiles * inner
+        lines = -(-N // owned) * owned
+        across = N // inner * inner + o["TAIL"] if "TAIL" in o else -(-N // inner) * inner
         work = lines * across
-        # The first pass keeps its queries, the others go through frames tile by tile. The last two read what is inside
-        # twice, and read and write float32 sums; they take two rounds more for each chunk than there are pairs.
-        each = inner if kernel == "rows" else M + K
-        if kernel in ("bwd_dq", "bwd_dk"):
-            each += inner + 4 * owned
+        if kernel in ("bwd_dq", "bwd_dk"):  # two rounds more for each chunk than there are pairs
             maps = B * H * (T - 1 + 2 * -(-(T - 1) // o["CHUNK"]))
-        read = blocks * (tiles * each + (owned if kernel == "rows" else 0))
-    busy = max(row["all"] / ISSUED, row["ex2"] / EXPONENTIALS) / (PROCESSORS * CLOCK)
-    return maps * work * busy, maps * read * D * 2 / L2_RATE, lines * across / N**2 - 1
+    counts = row["executed"]
+    cycles = max(work * row["all"] / ISSUED, N**2 * max(counts["ex2"] / EXPONENTIALS, counts["wavefronts"]))
+    accesses = N**2 * counts["sectors"] * SECTOR
+    return maps * cycles / (PROCESSORS * CLOCK), maps * accesses / L2_RATE, lines * across / N**2 - 1
 
 
 def model(table: list[dict[str, Any]]) -> list[list[str]]:
@@ -324,11 +324,19 @@ def model(table: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def beside(row: dict[str, Any], kind: str) -> str:
+    """An executed figure, after the compiled one if there is that."""
+    figure = f"{row['executed'][kind]:.3g}"
+    return f"{row[kind]:.3g} / {figure}" if kind in row else figure
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/triton_report.md from the data."""
     table = results["rows"]
     heads = ["sm", "dtype", "kernel", "registers", "stack", "shared bytes", "programs", "all", *KINDS]
     cells = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in table]
+    kinds = ["all", *executed.KINDS, *executed.ACCESSES]
+    counted = [[*(str(r[h]) for h in heads[:3]), *(beside(r, kind) for kind in kinds)] for r in table if r["executed"]]
     return f"""# Compile report of the Triton kernels
 
 Written by `python -m benchmarks.gpu.triton_report` with Triton {results["triton"]}. Nothing here was measured, and the
@@ -341,16 +349,23 @@ does many multiply-adds for many threads), exponentials, float32 arithmetic, shu
 (spills), float64 arithmetic (a mistake). Where a loop has branches, all of them are counted.
 
 {Table("Kernels", heads, cells, []).markdown()}
+The same instructions as a machine for PTX executes them on the CPU ([ptx_machine.md](ptx_machine.md)), which counts
+what runs and not what stands in a loop: for each element of a map, without padding, in a round of the loop over frames.
+Where a column is above, its figure comes first. The assembler makes other instructions of PTX, so that the sum of all
+and those of float32 differ. Then accesses of warps for each element: wavefronts of shared memory, those of them that
+bank conflicts cause, and sectors of {SECTOR} bytes of global memory.
+
+{Table("Executed", [*heads[:3], *kinds], counted, []).markdown()}
 Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds, by a model that
 counts instructions and leaves latency out. The forward is one pass by strips up to N = 640 and three by tiles beyond,
 the backward two by strips up to N = 320 and three by tiles beyond.
 
 - *Padded*: the work on padding, relative to that on the maps.
-- *Issue*: each pass takes as long as its instructions or its exponentials, whichever is longer ({PROCESSORS}
-  multiprocessors, {CLOCK / 1e9:g} GHz, {ISSUED} thread instructions and {EXPONENTIALS} exponentials per cycle).
+- *Issue*: each pass takes as long as its instructions, its executed exponentials or its executed wavefronts of shared
+  memory, whichever is longest ({PROCESSORS} multiprocessors, {CLOCK / 1e9:g} GHz; {ISSUED} thread instructions,
+  {EXPONENTIALS} exponentials and one wavefront per cycle).
 - *lse given*: the same without the pass that the log-sum-exps of an attention call save.
-- *L2*: what the programs read of q and k, and read and write of sums, at {L2_RATE / 1e12:g} TB/s (assumed; hits in the
-  first-level cache are not subtracted).
+- *L2*: the executed sectors at {L2_RATE / 1e12:g} TB/s (assumed; hits in the first-level cache are not subtracted).
 - *Bound*: two exponentials for each element of each map, all in the special-function units; *bound / model* divides it
   by the larger of issue and L2. The longest rows are computed three times, with five exponentials for each element, so
   three passes reach at most 40% of the bound.
@@ -372,11 +387,11 @@ def main() -> int:
         help="fail if a figure of sm_90 is worse than committed, or a sum has several orders",
     )
     if not parser.parse_args().check:
-        results = {"triton": triton.__version__, "rows": rows(ARCHITECTURES)}
+        results = {"triton": triton.__version__, "rows": rows(ARCHITECTURES, execute=True)}
         RESULT.write_text(dumps(results))
         REPORT.write_text(page(results))
         return 0
-    reasons = regressions(rows((90,)), json.loads(RESULT.read_text())) + several_orders(90)
+    reasons = regressions(rows((90,), execute=False), json.loads(RESULT.read_text())) + several_orders(90)
     reasons += narrow_offsets(90)
     print(
         "\n".join(reasons)

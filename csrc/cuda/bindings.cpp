@@ -56,11 +56,7 @@ void throw_on_error(const char* error) {
 
 Tensor scratch(const Tensor& like, int64_t floats) {
   const int64_t sizes[1] = {floats};
-  Tensor x = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Float);
-#ifdef AMFLOW_SIMT
-  torch::stable::fill_(x, NAN);  // reading what was not written gives NaN
-#endif
-  return x;
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 1), ScalarType::Float);
 }
 
 std::string describe(int64_t Nq, int64_t Nk, int64_t D, int64_t bytes, bool mean_map, double temperature,
@@ -106,25 +102,13 @@ void forward(Tensor flow, Tensor q, Tensor k, OptionalTensor q_b, OptionalTensor
 
 }  // namespace
 
-#ifdef AMFLOW_SIMT
-#define AMFLOW_LIBRARY amflow_simt
-#define AMFLOW_KEY CPU
-#else
-#define AMFLOW_LIBRARY amflow_cuda
-#define AMFLOW_KEY CUDA
-#endif
-
-// A second macro, so that AMFLOW_LIBRARY is expanded before STABLE_TORCH_LIBRARY makes a string of it.
-#define AMFLOW_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
-#define AMFLOW_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
-
-AMFLOW_DEFINE(AMFLOW_LIBRARY, m) {
+STABLE_TORCH_LIBRARY(amflow_cuda, m) {
   m.def(
       "forward(Tensor(a!) flow, Tensor q, Tensor k, Tensor? q_b, Tensor? k_b, float scale, int lag, float temperature, "
       "int reduction, bool center, int multiprocessors, int shared_bytes, int stream) -> ()");
   m.def("describe(int Nq, int Nk, int D, int bytes, bool mean_map, float temperature, int shared_bytes) -> str");
 }
 
-AMFLOW_IMPLEMENT(AMFLOW_LIBRARY, CompositeExplicitAutograd, m) { m.impl("describe", TORCH_BOX(&describe)); }
+STABLE_TORCH_LIBRARY_IMPL(amflow_cuda, CompositeExplicitAutograd, m) { m.impl("describe", TORCH_BOX(&describe)); }
 
-AMFLOW_IMPLEMENT(AMFLOW_LIBRARY, AMFLOW_KEY, m) { m.impl("forward", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(amflow_cuda, CUDA, m) { m.impl("forward", TORCH_BOX(&forward)); }

@@ -1,10 +1,5 @@
-// Every GPU operation that the kernels use: warps, shared memory by address, asynchronous copies, matrix products.
-// tests/simt/simt.h implements the same functions for a host compiler, which runs them lane by lane.
+// The instructions that C++ has no names for: shared memory by address, asynchronous copies, matrix products.
 #pragma once
-
-#ifdef AMFLOW_SIMT
-#include "simt.h"
-#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -170,4 +165,3 @@ const char* launch(const Device& device, Kernel* kernel, int64_t blocks, int thr
 }
 
 }  // namespace amflow_cuda
-#endif

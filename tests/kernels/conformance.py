@@ -84,18 +84,18 @@ def interpreted_tiles(row: Row) -> int:
     return T * math.prod(groups) * heads * math.ceil(Nq / 32) * math.ceil(Nk / 32) * steps
 
 
-def emulated_and_interpreted(row: Row) -> float:
-    """Work of the emulated GPU, which takes 64 and more multiplications for each element of a map, in tiles of Triton's
-    interpreter; or of the interpreter, which makes the gradients."""
+def executed_and_interpreted(row: Row) -> float:
+    """Work of the executed kernels, which takes 64 and more multiplications for each element of a map, in tiles of
+    Triton's interpreter; or of the interpreter, which makes the gradients."""
     heads = row.get("groups", (1,))[0] if row.get("head_reduction") == "mean_map" else 1
     return max(map_elements(row) * heads * max(64, row.get("D", 1)) / 25_000, interpreted_tiles(row))
 
 
-def simulated_gpu() -> AbstractContextManager[None]:
-    """impl="cuda" takes CPU tensors and runs lane by lane on the host."""
-    from tests import simt
+def executed_cuda() -> AbstractContextManager[object]:
+    """impl="cuda" takes CPU tensors, and its kernels are executed as compiled to PTX."""
+    from tests.ptx import cuda
 
-    return simt.machine()
+    return cuda.gpu()
 
 
 @contextmanager
@@ -135,7 +135,7 @@ class Subject:
     plain_rows: int = 32
     all_rows: int | None = None
     plain_combinations: int | None = None
-    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __str__(self) -> str:
         return self.name
@@ -197,7 +197,7 @@ SUBJECTS = {
         ),
         Subject(
             "cuda",
-            work=emulated_and_interpreted,
+            work=executed_and_interpreted,
             most_work=60,
             fast=False,
             matmul=False,
@@ -207,10 +207,10 @@ SUBJECTS = {
                 "frames": [(2, 1), (5, 2), (18, 1), (16, 3), (4, 0)],
                 "groups": [(1,), (3,), (2, 2)],
             },
-            fixtures=("emulated", "quick_interpreter", "hardware_products"),
+            fixtures=("cuda_compiled", "quick_interpreter", "hardware_products"),
             plain_rows=12,
             plain_combinations=2,
-            context=simulated_gpu,
+            context=executed_cuda,
         ),
     )
 }

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from tests import simt
 from tests.kernels import conformance
 from tests.kernels.conformance import SUBJECTS, Subject
+from tests.ptx import cuda
 
 NUMPY_WARNINGS = "ignore:.* encountered:RuntimeWarning"  # of infinities, in Triton's interpreter
 
@@ -92,6 +91,8 @@ def impl(subject: Subject) -> str:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> None:
-    """The CUDA kernels as the host compiler makes them."""
-    torch.ops.load_library(str(simt.build()))
+def cuda_compiled() -> None:
+    """The CUDA kernels as nvcc compiles them, to be executed (tests/ptx)."""
+    if cuda.nvcc() is None:
+        pytest.skip("nvcc was not found: pip install nvidia-cuda-nvcc nvidia-cuda-cccl")
+    cuda.load()

@@ -24,10 +24,10 @@ from amflow_kernels.dispatch import IMPLEMENTATIONS
 from amflow_kernels.impl import cuda
 from amflow_kernels.problem import MapPairs, Problem
 from benchmarks.gpu import cuda_report
-from tests import simt
 from tests.kernels import conformance
 from tests.kernels.conformance import small_case
 from tests.kernels.op_calls import call_flow_op
+from tests.ptx import cuda as executed
 
 SLOW = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,9 +35,9 @@ BF16_FIRST = [torch.bfloat16, *(pytest.param(dtype, marks=SLOW) for dtype in (to
 
 
 @pytest.fixture
-def machine(emulated: None, quick_interpreter: None, hardware_products: None) -> Iterator[None]:
+def machine(cuda_compiled: None, quick_interpreter: None, hardware_products: None) -> Iterator[None]:
     """CPU tensors for impl="cuda"."""
-    with simt.machine():
+    with executed.gpu():
         yield
 
 
@@ -61,7 +61,7 @@ def test_the_longest_rows_and_widest_heads_are_within_budgets(dtype: torch.dtype
     """640 tokens of 128 columns, also where shared memory has room for one slice of them only."""
     case = small_case(tokens=(17, 640), D=128, dtype=dtype, temperature=1.0, head_reduction=head_reduction)
     for shared in (232448, 150 << 10):
-        with simt.machine(shared=shared):
+        with executed.gpu(shared=shared):
             conformance.check_flow(case, "cuda")
 
 
@@ -89,7 +89,7 @@ def test_chunks_and_pipeline_stages_change_no_bit(dtype: torch.dtype) -> None:
         (1, 132 << 10, "2 stages, 1 buffers"),
         (1, 84 << 10, "1 stages, 1 buffers"),
     ):
-        with simt.machine(processors, shared):
+        with executed.gpu(processors, shared):
             assert plan in IMPLEMENTATIONS["cuda"].describe(MapPairs(q, k))[0]
             assert torch.equal(am_flow(q, k, lag=2, impl="cuda"), expected)
 
@@ -107,7 +107,7 @@ def test_sizes_beyond_the_limits_raise_before_any_work() -> None:
     with pytest.raises(ValueError, match="impl='cuda': the CUDA kernels have no products"):
         am_flow_matmul(q, q, torch.zeros(1, 1, 1, 8, 3), impl="cuda")
     q = torch.zeros(1, 2, 1, 640, 128)
-    with simt.machine(shared=48 << 10), pytest.raises(RuntimeError, match="more shared memory than a block can have"):
+    with executed.gpu(shared=48 << 10), pytest.raises(RuntimeError, match="more shared memory than a block can have"):
         am_flow(q, q, impl="cuda")
 
 
@@ -115,7 +115,7 @@ def test_sizes_beyond_the_limits_raise_before_any_work() -> None:
 def test_small_shared_memory_has_room_for_512_tokens() -> None:
     """99 KB have room for 512 tokens, in any mode, and not for 577."""
     small = 99 << 10
-    with simt.machine(shared=small):
+    with executed.gpu(shared=small):
         for bytes_, mean_map, temperature, N in product((2, 4), (False, True), (0.1, 1), (257, 400, 512, 577)):
             message = cuda._ops().describe(N, N, 64, bytes_, mean_map, temperature, small)
             assert (int(message.split(" buffers, ")[1].split()[0]) <= small) == (N <= 512), message
@@ -245,63 +245,19 @@ def test_chosen_by_device_it_has_the_same_gradients(monkeypatch: pytest.MonkeyPa
     assert explanation.reason == "cuda: 'triton' makes them: Triton is not installed; triton: Triton is not installed"
 
 
-WRONG = {
-    "at 'barrier 0'": "if (threadIdx.x < 32) sync_block();",
-    "1 at 'shuffle 1'": "if (threadIdx.x == 3) shuffle_xor(1, 1);",
-    "31 at 'shuffle 1' 1 at 'shuffle 2'": "shuffle_xor(1, threadIdx.x == 3 ? 2 : 1);",
-    "do not agree on how many": "sync_some(1, threadIdx.x < 32 ? 32 : 64);",
-    "address 1024 of 1024": "store_shared(1024, 1.f);",
-    "address 4 is read before it was written": "store_shared(threadIdx.x / 32 * 8, 1.f); load_shared(4);",
-    "4 bytes at 2": "store_shared(2, 1.f);",
-    "is read before its copy was waited for": "copy_async(0, data); load_shared(0);",
-    "a misaligned source": "copy_async(0, data + 1);",
-}
-
-
-RIGHT = """
-  copy_async(threadIdx.x * 16, data);
-  wait_copies();
-  sync_block();
-  const float x = load_shared((threadIdx.x ^ 33) * 16), y = load_shared((threadIdx.x ^ 33) * 16 + 8);
-  if (x != 1 || y != 1) simt::fail("wrong numbers");
-  if (shuffle_xor(float(threadIdx.x), 5) != (threadIdx.x ^ 5)) simt::fail("wrong shuffle");
-"""
-
-
-def test_the_emulated_machine_reports_faults(tmp_path: Path) -> None:
-    """Barriers that some lanes miss, lanes that diverge, and misuse of shared memory; correct kernels pass."""
-    kernels = {**WRONG, "": RIGHT}
-    bodies = "\n".join(f"void kernel{n}() {{ {body} }}" for n, body in enumerate(kernels.values()))
-    names = ", ".join(f"kernel{n}" for n in range(len(kernels)))
-    (tmp_path / "machine.cpp").write_text(f"""
-#include "simt.h"
-namespace amflow_cuda {{
-alignas(16) float data[8] = {{1, 1, 1, 1, 1, 1, 1, 1}};
-{bodies}
-}}
-int main() {{
-  using namespace amflow_cuda;
-  for (auto* kernel : {{{names}}}) {{
-    const char* wrong = launch(0, kernel, 1, 64, 1024, nullptr);
-    std::puts(wrong ? wrong : "");
-  }}
-}}
-""")
-    program = str(tmp_path / "machine")
-    flags = [
-        "-std=c++20",
-        "-Wall",
-        "-Wno-unused-result",
-        f"-I{simt.HERE}",
-        str(tmp_path / "machine.cpp"),
-        "-o",
-        program,
-    ]
-    subprocess.run([_build.compiler(), *flags], check=True)
-    message = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")
-    for expected, found in zip(kernels, message, strict=False):
-        assert expected in found, found
-        assert expected or not found
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda_compiled")
+def test_sm_90_has_the_ptx_that_the_tests_execute(tmp_path: Path) -> None:
+    """That of sm_80, but for the name of the architecture."""
+    texts = []
+    for architecture in ("80", "90a"):
+        file = tmp_path / f"{architecture}.ptx"
+        flags = [*_build._NVCC_FLAGS, f"-arch=compute_{architecture}", "-DAMFLOW_DTYPE=bf16", "-ptx", "-o", str(file)]
+        source = str(_build.source_dir() / "cuda" / "forward.cu")
+        subprocess.run([str(executed.nvcc()), *flags, source], check=True)
+        text = file.read_text().replace(f"sm_{architecture}", "sm_80")
+        texts.append(re.sub(r"_GLOBAL__N__\w+?am_flow", "am_flow", text))  # with the number of nvcc's process
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.build

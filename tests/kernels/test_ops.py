@@ -14,6 +14,7 @@ from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import MatmulProblem, Problem
 from tests.kernels.conformance import BF16, FP16, FP32, OPERATORS, Subject
+from tests.kernels.op_calls import call_flow_op, clip_and_features
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +206,22 @@ def test_bad_input_raises_in_compiled_code() -> None:
     q, k = tt.make_qk(1, 3, (2,), 5, 7, 6)
     with pytest.raises(Exception, match="temperature: expected at least 1/64"):
         compiled(q, k, 0.001)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_inside_of_an_op_is_not_traced(requires_grad: bool) -> None:
+    """Where a graph break leaves its call to Python, from which torch.compile traces what is called next."""
+
+    def traced_frames(function: Callable[[Tensor, Tensor], Tensor]) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        left_to_python = torch.compiler.disable(function, recursive=False)
+        compiled = torch.compile(lambda q, k: left_to_python(q, k) * 2, backend="eager")
+        q, k, _ = clip_and_features()
+        compiled(q.requires_grad_(requires_grad), k)
+        return counters["frames"]["total"]
+
+    assert traced_frames(call_flow_op) == traced_frames(lambda q, k: torch.add(q[..., :5, :], k[..., :5, :]))
 
 
 @pytest.mark.cpu

@@ -94,6 +94,18 @@ def test_programs_read_tensors_of_other_strides_than_their_example(program: str)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_have_gradients(program: str) -> None:
+    """Those of the functions, though their example needed none."""
+    run, inputs = PROGRAMS[program](), [x.requires_grad_() for x in clip_and_features()]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator) for y in FlowAndProduct()(*inputs)]
+    found, expected = (torch.autograd.grad(f(*inputs), inputs, weights) for f in (run, FlowAndProduct()))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_traced_program_refuses_what_the_public_functions_refuse() -> None:
     """torch.jit.trace keeps no check but that of the ops."""
     run, (q, k, x) = traced(), clip_and_features()

@@ -179,7 +179,7 @@ class _Launch(_Layout):
         """Three passes over tiles; the first is skipped for frames whose log-sum-exps are given."""
         self.row_statistics(lse, lse_b)
         w = self.weights(growth)
-        mean = self.of_rows(w * self.e_sum).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
+        mean = (self.of_rows(w) * self.of_rows(self.e_sum)).sum(-1).div_(self.Nk)  # sum_i w_i ebar_i, to be subtracted
         config = self.config("fwd")
         arguments = (w, mean.neg_().add_(base), flow)
         constants, tail = self.map_constants(GROWTH=growth), configs.tail(self.Nq, config.BLOCK_M)

@@ -194,7 +194,11 @@ def decoded(frames, p, CONST: tl.constexpr):
 
 @triton.jit
 def product(x, y):
-    """x * y, never fused with a following sum: a map must have the same bits wherever it is computed."""
+    """x * y, never fused with a following sum.
+
+    A map must have the same bits wherever it is computed. And a sum across lanes must have the same bits in all of
+    them: where each lane has a single product, a lane would add its own before it is rounded, and others' after.
+    """
     return tl.fma(x, y, 0.0)
 
 
