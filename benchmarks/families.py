@@ -95,7 +95,7 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "mobilevit_xxs": (128, {}),
     "naflexvit_base_patch16_gap": (64, {"depth": 2}),
     "nest_tiny": (64, {"img_size": 64}),
-    "nextvit_small": (128, {}),
+    "nextvit_small": (64, {}),
     "pit_ti_224": (64, {"img_size": 64}),
     "pvt_v2_b0": (64, {}),
     "qwen3_vit_88m": (64, {"depth": 2}),
