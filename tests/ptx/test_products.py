@@ -204,11 +204,6 @@ def test_a_wait_for_the_group_before() -> None:
 WGMMA_FAULTS = {
     "no proxy fence": ("async copy", "fence.proxy.async.shared::cta;", ""),
     "no fence": ("async copy", "wgmma.fence.sync.aligned;", ""),
-    "no fence after a write to its registers": (
-        "async copy",
-        "wgmma.fence.sync.aligned;",
-        "wgmma.fence.sync.aligned; mov.b32 %r30, 0;",
-    ),
     "no wait": ("async copy", WAIT, ""),
     "overwritten before the wait": ("race", WAIT, f"bar.sync 0; st.shared.b32 [%r3], 1; {WAIT}"),
     "no barrier": ("uninitialised|race", "bar.sync 0;", ""),

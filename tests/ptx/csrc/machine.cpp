@@ -145,11 +145,7 @@ struct Machine {
         ++counts[pc];
         ++w.paths.back().pc;
         handlers[pc](w, o, lanes);
-        ++w.step;
-        for (int n = 0; n < i.targets; ++n) {
-          w.ready[o[n].number] |= lanes;
-          w.modified[o[n].number] = w.step;
-        }
+        for (int n = 0; n < i.targets; ++n) w.ready[o[n].number] |= lanes;
       } else {
         ++w.paths.back().pc;
       }
@@ -188,7 +184,6 @@ struct Machine {
       std::fill(w.ready.begin(), w.ready.end(), 0);
       w.ready[0] = ~0u;
       std::fill(w.busy.begin(), w.busy.end(), 0);
-      std::fill(w.modified.begin(), w.modified.end(), 0);
       w.clock = ends;
       w.copies.clear();
       std::fill(w.groups, w.groups + LANES, 0);
@@ -196,7 +191,7 @@ struct Machine {
       w.fenced = ends;
       w.products.clear();
       w.product_groups = 0;
-      w.step = w.fence_step = 0;
+      w.registers_fenced = false;
       set_specials(w, program);
     }
     for (Warp& w : block.warps) w.tick();
@@ -321,7 +316,6 @@ void ptx_run(const Program* program, const Launch* launch, u64* counts, Result* 
     w.file = zeros(program->file_bytes);
     w.ready.resize(program->registers + 2);  // constants, the registers, dropped results
     w.busy.resize(program->registers + 2);
-    w.modified.resize(program->registers + 2);
     set_constants(w, *program);
   }
 

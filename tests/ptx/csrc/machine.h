@@ -89,9 +89,8 @@ struct Warp {
   u32 expected;             // warps that it waits for
   std::vector<u32> fenced;  // what of that was there when a fence.proxy.async in its past was executed
   std::vector<Product> products;
-  u32 product_groups;         // how many groups of products it has committed
-  u32 step, fence_step;       // instructions executed; when wgmma.fence was, 0 if not since the last wait for products
-  std::vector<u32> modified;  // by register: the step that wrote it
+  u32 product_groups;     // how many groups of products it has committed
+  bool registers_fenced;  // by wgmma.fence since the last wait for products
 
   template <class T>
   const T* get(const Operand& o) const {
