@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from amflow_kernels.impl.triton import configs, launch
 from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MatmulProblem, Problem
-from benchmarks.gpu import executed, layouts, offsets
+from benchmarks.gpu import compile_matrix, executed, layouts, offsets
 from benchmarks.result_files import RESULTS, dumps
 from benchmarks.tables import Table
 
@@ -337,6 +337,7 @@ def page(results: dict[str, Any]) -> str:
     cells = [[f"{r[h]:.3g}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in table]
     kinds = ["all", *executed.KINDS, *executed.ACCESSES]
     counted = [[*(str(r[h]) for h in heads[:3]), *(beside(r, kind) for kind in kinds)] for r in table if r["executed"]]
+    spills = [[*map(str, key), str(allowed)] for key, allowed in compile_matrix.SPILLS.items()]
     return f"""# Compile report of the Triton kernels
 
 Written by `python -m benchmarks.gpu.triton_report` with Triton {results["triton"]}. Nothing here was measured, and the
@@ -356,6 +357,10 @@ and those of float32 differ. Then accesses of warps for each element: wavefronts
 bank conflicts cause, and sectors of {SECTOR} bytes of global memory.
 
 {Table("Executed", [*heads[:3], *kinds], counted, []).markdown()}
+For other widths of heads and for the motion operator, `python -m benchmarks.gpu.compile_matrix` compiles every kernel.
+These are the most bytes of stack that it allows on any architecture; nothing else may spill.
+
+{Table("Spills", ["kernel", "dtype", "D", "bytes"], spills, []).markdown()}
 Forward and backward in bfloat16 at B = {B}, T = {T}, {H} heads, D = {D} on an H100, in microseconds, by a model that
 counts instructions and leaves latency out. The forward is one pass by strips up to N = 640 and three by tiles beyond,
 the backward two by strips up to N = 320 and three by tiles beyond.
