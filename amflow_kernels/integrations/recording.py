@@ -91,6 +91,7 @@ class FlowRecorder:
         self.options, self.lag, self.impl = options, lag, impl
         self.flows: dict[Any, BlockFlow] = {}
         self.input: tuple[int, ...] | None = None  # shape of what the model is given, while it runs
+        self.ran: set[Any] = set()  # keys of the layers that ran in this forward of the model
 
     def observing(self, layer: str) -> Around:
         """A wrapper that notes the shape of what a part of the model is given; the outermost one counts.
@@ -102,6 +103,7 @@ class FlowRecorder:
         def observe(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             outermost = self.input is None
             if outermost:
+                self.ran = set()
                 self.input = _shape_of_input(args, kwargs)
                 if self.input is not None and len(self.input) == 5:
                     shape, self.input = self.input, None
@@ -129,6 +131,11 @@ class FlowRecorder:
         Returns:
             The attention's output, (B * T, heads, N, D), if it is to be replaced, else None.
         """
+        if self.input is not None and name in self.ran:
+            raise RuntimeError(
+                f"{label}: runs several times in one forward of the model; which q and k to take is unclear"
+            )
+        self.ran.add(name)
         folded = self._windows_in_batch(label, q)
         images = len(q) // folded
         if images % self.num_frames:
@@ -241,8 +248,9 @@ def record_am_flow(
         TypeError: the model has no attention layer or can't be recorded, or an argument is unknown or of a wrong type.
         ValueError: `layers` chooses none, an option is out of range, or the images are not whole clips.
         RuntimeError: the model is given videos; a layer adds a mask or bias to its logits, uses a scale other than
-            D ** -0.5, calls the attention more than once or not at all, or sees other things than all tokens of one
-            image; or (at the end of the ``with`` block) a layer did not run in its thread.
+            D ** -0.5, calls the attention more than once or not at all, runs several times in one forward, or sees
+            other things than all tokens of one image; or (at the end of the ``with`` block) a layer did not run in its
+            thread.
 
     However the ``with`` block ends, the model is left as it was.
     """

@@ -532,6 +532,21 @@ def test_attention_that_is_not_that_of_images_is_refused(name: str) -> None:
     assert is_untouched(model)
 
 
+def test_a_layer_that_runs_several_times_in_one_forward_is_refused() -> None:
+    """As layers with shared weights do; several forwards are no such case."""
+    layer = Attend(heads)
+    model, x = Model(layer, layer), images()
+    with pytest.raises(RuntimeError, match=r"^layers\.0: runs several times in one forward"):  # noqa: SIM117
+        with record_am_flow(model, num_frames=T):
+            model(x)
+    model = Model(layer)
+    with record_am_flow(model, num_frames=T) as flows:
+        model(x)
+        first = flows["layers.0"]
+        model(images(seed=2))
+    assert not torch.equal(flows["layers.0"].flow, first.flow)
+
+
 def test_videos_are_refused_and_the_model_of_images_inside_is_recorded() -> None:
     model, clips = Folding(), images().unflatten(0, (2, T))
     message = r"^vit\.layers\.0: the model was given \(2, 3, 3, 32, 32\), a batch of videos"
