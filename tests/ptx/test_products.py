@@ -103,10 +103,10 @@ def test_stmatrix(trans: str) -> None:
     x = torch.arange(4 * 64, dtype=torch.int16).view(4, 8, 8)  # as registers: lane l has 2 elements of row l / 4
     out = torch.zeros_like(x)
     loads = "".join(f"ld.global.b32 %r{10 + n}, [%d3+{128 * n}];" for n in range(4))
-    body = f"""shl.b32 %r5, %r1, 4; cvt.u64.u32 %d5, %r5; add.s64 %d5, %d2, %d5; mov.b32 %r4, shared;
-    add.s32 %r4, %r4, %r5; stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r4], {{%r10, %r11, %r12, %r13}};
-    bar.warp.sync -1; ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r4];
-    st.global.v4.b32 [%d5], {{%r10, %r11, %r12, %r13}};"""
+    body = f"""shl.b32 %r5, %r1, 4; cvt.u64.u32 %d5, %r5; add.s64 %d5, %d2, %d5;
+    mov.b32 %r4, shared; add.s32 %r4, %r4, %r5;
+    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r4], {{%r10, %r11, %r12, %r13}}; bar.warp.sync -1;
+    ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r4]; st.global.v4.b32 [%d5], {{%r10, %r11, %r12, %r13}};"""
     run(loads + body, x, out, threads=32)
     assert out.equal(x.mT if trans else x)
 
