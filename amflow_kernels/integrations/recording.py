@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from amflow_kernels.api import am_flow
 from amflow_kernels.attention import attention, autocast
-from amflow_kernels.dispatch import check_impl
+from amflow_kernels.dispatch import Impl, check_impl
 from amflow_kernels.integrations.block_finder import unwrap
 from amflow_kernels.integrations.grids import PatchGrid, Place, find_grids, told_grid
 from amflow_kernels.integrations.layers import Layer, Layers, check_recordable, choose_layers, parts_around, switch_of
@@ -25,13 +25,25 @@ from amflow_kernels.integrations.reading import (
 from amflow_kernels.integrations.wrapping import Around, wrapped_forwards
 from amflow_kernels.problem import FlowOptions, Problem, check_options
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
 
 NOT_RUN = (
     "the model did not run in the `with` block and its thread, or it ran without these layers; where it stops early, "
     "choose layers"
 )
-OPTIONS = (*FlowOptions.__annotations__, "impl")  # of am_flow; the scale is the model's own
+Windows = Literal["batch"]
+
+
+class RecordOptions(FlowOptions, total=False):
+    """The options of `am_flow`, but for its scale, which is the model's own."""
+
+    impl: Impl | None
+
+
+OPTIONS = tuple(RecordOptions.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,19 @@ class FlowRecorder:
     """
 
     def __init__(
-        self, num_frames: int, *, replace_attention: bool = False, windows: str | None = None, **options: Any
+        self,
+        num_frames: int,
+        *,
+        replace_attention: bool = False,
+        windows: Windows | None = None,
+        **options: Unpack[RecordOptions],
     ) -> None:
         for name in options:
             if name not in OPTIONS:
                 raise TypeError(f"record_am_flow() got an unexpected keyword argument {name!r}")
         impl = options.get("impl")
-        check_options(**{name: value for name, value in options.items() if name != "impl"})
+        of_flow: Any = {name: value for name, value in options.items() if name != "impl"}
+        check_options(**of_flow)
         check_impl(impl, None)
         if not isinstance(num_frames, int) or isinstance(num_frames, bool):
             raise TypeError(f"num_frames: expected an int, got {type(num_frames).__name__}")
@@ -195,9 +213,9 @@ def record_am_flow(
     num_frames: int,
     layers: Layers = None,
     grid: Any = None,
-    windows: str | None = None,
+    windows: Windows | None = None,
     replace_attention: bool = False,
-    **options: Any,
+    **options: Unpack[RecordOptions],
 ) -> Iterator[dict[str, BlockFlow]]:
     """Records the AM flow of a model's attention layers while it runs inside the ``with`` block.
 

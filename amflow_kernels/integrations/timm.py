@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.models.xcit import XCA
 from torch import Tensor, nn
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from amflow_kernels.integrations.block_finder import block_lists, look_through, select_blocks, unwrap
 from amflow_kernels.integrations.grids import grid_of
 from amflow_kernels.integrations.layers import Layer, check_recordable
-from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, no_call, recording_flows, recording_qk
+from amflow_kernels.integrations.recording import (
+    BlockFlow,
+    FlowRecorder,
+    RecordOptions,
+    no_call,
+    recording_flows,
+    recording_qk,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BlockFlow", "record_am_flow", "record_qk"]
 
@@ -24,7 +34,7 @@ def record_am_flow(
     num_frames: int,
     blocks: Iterable[int] | None = None,
     replace_attention: bool = False,
-    **options: Any,
+    **options: Unpack[RecordOptions],
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a timm vision transformer while the model runs inside the ``with`` block.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import AttentionInterface
@@ -25,7 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from amflow_kernels.integrations.block_finder import find_blocks, look_through, select_blocks
 from amflow_kernels.integrations.grids import TRANSFORMERS_PREFIX, grid_of
 from amflow_kernels.integrations.layers import Layer, check_recordable
-from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, recording_flows
+from amflow_kernels.integrations.recording import BlockFlow, FlowRecorder, RecordOptions, recording_flows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BlockFlow", "record_am_flow"]
 
@@ -36,7 +39,7 @@ def record_am_flow(
     *,
     num_frames: int,
     blocks: Iterable[int] | None = None,
-    **options: Any,
+    **options: Unpack[RecordOptions],
 ) -> Iterator[dict[int, BlockFlow]]:
     """Records the AM flow of every block of a vision model while it runs inside the ``with`` block.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from amflow_models.gates import Gate
 from amflow_models.temporal import TemporalUnit
 
-FORMS = ("serial", "parallel", "scaled_parallel")
+Form = Literal["serial", "parallel", "scaled_parallel"]
+FORMS = get_args(Form)
 INITIAL_SCALE = 1.0  # of s in the scaled form; with 0, neither s nor W_up would get a gradient
 
 

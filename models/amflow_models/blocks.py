@@ -12,12 +12,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from amflow_kernels import am_flow, am_flow_attention, am_flow_pair
+from amflow_kernels.dispatch import Impl
 from amflow_kernels.integrations.reading import AttentionReader
-from amflow_models.adapters import FORMS, Adapter, in_clips, pool
+from amflow_models.adapters import FORMS, Adapter, Form, in_clips, pool
 from amflow_models.alignment import AligningEncoder
-from amflow_models.gates import GATES, Gate
+from amflow_models.gates import GATES, Gate, GateKind
 from amflow_models.suggestions import check_known
-from amflow_models.temporal import UNITS, TemporalUnit
+from amflow_models.temporal import UNITS, TemporalUnit, UnitKind
 
 NOT_READ = (
     "AM flow is read where a block calls scaled_dot_product_attention or nn.MultiheadAttention, and this one did not "
@@ -46,15 +47,15 @@ class AdapterOptions:
     """
 
     num_frames: int
-    form: str = "scaled_parallel"
+    form: Form = "scaled_parallel"
     bottleneck: int = 64
     activation: type[nn.Module] = nn.ReLU
-    unit: str = "conv"
+    unit: UnitKind = "conv"
     pooled: bool = False
     centred: bool = True
-    gate: str = "am_flow"
+    gate: GateKind = "am_flow"
     align: bool = False
-    impl: str | None = None
+    impl: Impl | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "bottleneck"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
 from amflow_models.suggestions import check_known
 
-GATES = ("am_flow", "raw", "frame_difference", "constant")
+GateKind = Literal["am_flow", "raw", "frame_difference", "constant"]
+GATES = get_args(GateKind)
 EPS = 1e-12  # added to a standard deviation; that of AM flow is 1e-4 to 1e-2
 
 
@@ -30,7 +33,7 @@ class Gate(nn.Module):
         ValueError: an unknown kind.
     """
 
-    def __init__(self, kind: str = "am_flow") -> None:
+    def __init__(self, kind: GateKind = "am_flow") -> None:
         super().__init__()
         check_known("gate", kind, GATES)
         self.kind = kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange, reduce
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from amflow_models.suggestions import check_known
 
-UNITS = ("conv", "lstm", "gru", "transformer", "set")
+UnitKind = Literal["conv", "lstm", "gru", "transformer", "set"]
+UNITS = get_args(UnitKind)
 
 
 class TemporalUnit(nn.Module):
@@ -28,7 +30,7 @@ class TemporalUnit(nn.Module):
         ValueError: an unknown kind.
     """
 
-    def __init__(self, kind: str, width: int, *, pooled: bool = False) -> None:
+    def __init__(self, kind: UnitKind, width: int, *, pooled: bool = False) -> None:
         super().__init__()
         check_known("unit", kind, UNITS)
         self.kind = kind

@@ -10,8 +10,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from amflow_models.adapters import Form
 from amflow_models.blocks import AdapterOptions
+from amflow_models.gates import GateKind
 from amflow_models.suggestions import check_known, nearest
+from amflow_models.temporal import UnitKind
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Blocks = str | list[int]
@@ -49,12 +52,12 @@ class Model(_Section):
     depth: PositiveInt | None = None
     pool: Literal["avg", "token"] | None = None
     blocks: Blocks = "all"
-    form: str = AdapterOptions.form
+    form: Form = AdapterOptions.form
     bottleneck: PositiveInt = AdapterOptions.bottleneck
-    unit: str = AdapterOptions.unit
+    unit: UnitKind = AdapterOptions.unit
     pooled: bool = AdapterOptions.pooled
     centred: bool = AdapterOptions.centred
-    gate: str = AdapterOptions.gate
+    gate: GateKind = AdapterOptions.gate
     align: bool = AdapterOptions.align
     start: Start | None = None
 
