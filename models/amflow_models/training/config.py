@@ -10,11 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from amflow_models.adapters import Form
 from amflow_models.blocks import AdapterOptions
-from amflow_models.gates import GateKind
 from amflow_models.suggestions import check_known, nearest
-from amflow_models.temporal import UnitKind
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Blocks = str | list[int]
@@ -52,19 +49,20 @@ class Model(_Section):
     depth: PositiveInt | None = None
     pool: Literal["avg", "token"] | None = None
     blocks: Blocks = "all"
-    form: Form = AdapterOptions.form
+    form: str = AdapterOptions.form
     bottleneck: PositiveInt = AdapterOptions.bottleneck
-    unit: UnitKind = AdapterOptions.unit
+    unit: str = AdapterOptions.unit
     pooled: bool = AdapterOptions.pooled
     centred: bool = AdapterOptions.centred
-    gate: GateKind = AdapterOptions.gate
+    gate: str = AdapterOptions.gate
     align: bool = AdapterOptions.align
     start: Start | None = None
 
     @model_validator(mode="after")
     def _adapters(self) -> Model:
         """Checks the names before a backbone is downloaded."""
-        AdapterOptions(2, self.form, unit=self.unit, gate=self.gate, align=self.align)
+        words: Any = {"form": self.form, "unit": self.unit, "gate": self.gate}
+        AdapterOptions(2, **words, align=self.align)
         return self
 
 
