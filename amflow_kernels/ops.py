@@ -24,8 +24,8 @@ _LIBRARY = library.Library("amflow", "FRAGMENT")
 def _op(function: Callable[..., Any]) -> OpOverload:
     """Makes a function the op ``amflow::<its name>``; the function's types are its schema.
 
-    `torch.library.custom_op` does the same, and lets each call pass more Python, a fifth of its time. Like it, this one
-    keeps torch.compile out of the kernels, which it would trace where a graph break leaves a call to Python.
+    PyTorch's `custom_op` does the same, and lets each call pass through more Python. Like it, this one keeps
+    torch.compile out of the kernels, which it would trace where a graph break leaves a call to Python.
     """
     name = function.__name__
     schema = library.infer_schema(function, mutates_args=())
@@ -357,8 +357,7 @@ def _register_autograd(
     input needs a gradient, `arguments` checks the op's arguments before the forward, and may replace them. All this is
     a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
 
-    `torch.library.register_autograd` does the rest as well, but reads the schema in every call that needs gradients,
-    which takes longer than all else that the call does before its kernels.
+    PyTorch's `register_autograd` does the rest as well, but reads the schema in every call that needs gradients.
     """
 
     def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:

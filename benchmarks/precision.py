@@ -121,9 +121,9 @@ Numbers near 1 are spaced by 6e-8 in float32 and by 4e-3 or 8e-3 in bfloat16. He
   kernel can undo it.
 - **Gradients of 16-bit q and k on a GPU** multiply gradients of the logits that are rounded to bfloat16, or for float16
   to TF32. Those of a query sum to 0 over the keys, so that what all keys have in common cancels in dq; in the first
-  block of DINOv2 it is seven times what tells the keys apart. Rounded, they would no longer sum to 0, and bfloat16 dq
-  would miss its budget twofold there. So dq has a second product, with what rounding leaves, and so has dk of few
-  tokens.
+  block of DINOv2 it is several times what tells the keys apart. Rounded, they would no longer sum to 0, and bfloat16 dq
+  would miss its budget there (`tests/kernels/test_real_clip.py`). So dq has a second product, with what rounding
+  leaves, and so has dk of few tokens.
 
 {table("Real clips, DINOv2 ViT-S/14", results["clips"]).markdown()}
 

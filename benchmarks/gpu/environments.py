@@ -8,8 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 from torch.nn.attention import SDPBackend
 
 from amflow_kernels import am_flow, am_flow_attention
@@ -136,7 +135,7 @@ def _checked(machine: Gpu, op: Any, arguments: tuple[Any, ...]) -> dict[str, Any
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not machine.dry:  # it compares results
         tests.append("test_aot_dispatch_static")
-    return {"passed": opcheck(op.default, arguments, test_utils=tests)}
+    return {"passed": library.opcheck(op.default, arguments, test_utils=tests)}
 
 
 def log_sum_exps(machine: Gpu, impls: Sequence[str]) -> Iterator[Step]:

@@ -98,7 +98,7 @@ def test_equal_rows_do_not_add_up_their_rounding_errors(
 def test_what_all_keys_have_in_common_cancels_in_the_gradient(
     head_reduction: str, dtype: torch.dtype, impl: str
 ) -> None:
-    """In DINOv2's first block it is seven times as large as what tells the keys apart. Gradients of logits rounded to
+    """In DINOv2's first block it is several times as large as what tells the keys apart. Gradients of logits rounded to
     16 bits no longer sum to 0 over the keys, so it would not cancel in dq.
     """
     q, k = tt.make_qk(1, 2, (1,), 40, 70, 16)

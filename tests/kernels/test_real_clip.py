@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from amflow_kernels import am_flow
+from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_am_flow, record_qk
 
 pytestmark = pytest.mark.demo
@@ -80,6 +81,23 @@ def test_the_recorded_flow_of_every_block_is_within_the_budget() -> None:
         assert flow.grid.shape == (1, 2, 6, 16, 16)
         assert (flow.grid - oracle[..., 1:].unflatten(-1, (16, 16))).abs().max() <= BUDGET
         assert (flow.prefix - oracle[..., :1]).abs().max() <= BUDGET
+
+
+def test_rounded_gradients_of_logits_would_break_the_budget_of_dq() -> None:
+    """In block 0 the keys have much in common, which cancels in dq only if the gradients of the logits sum to 0."""
+    q, k = (x.bfloat16().double() for x in queries_and_keys("bikes", 224, 3, 0)[0])
+    mean = k.mean(-2, keepdim=True)
+    assert mean.norm(dim=-1).mean() > 5 * (k - mean).norm(dim=-1).mean()
+    A = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).requires_grad_()
+    flow = (A[:, :-1] - A[:, 1:]).abs().softmax(-1).sum(-2)
+    (dA,) = torch.autograd.grad(flow, A, tt.make_dflow(flow.shape).double())
+    dlogits = A.detach() * (dA - (A.detach() * dA).sum(-1, keepdim=True))
+    exact = dlogits @ k
+    budget = tt.grad_budget(exact, torch.zeros(()), torch.bfloat16)
+    high = dlogits.bfloat16()
+    low = (dlogits - high).bfloat16()
+    assert (high.double() @ k - exact).norm() > budget
+    assert ((high.double() + low.double()) @ k - exact).norm() < 0.1 * budget
 
 
 @torch.inference_mode()
