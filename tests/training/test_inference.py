@@ -187,11 +187,11 @@ def test_the_average_of_the_weights_is_another_classifier(run: Path, long_video:
 
 def test_weights_of_no_run_are_refused(run: Path, classifier: TrainedClassifier, tmp_path: Path) -> None:
     save_trained(classifier.model, tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="bare.safetensors: expected weights that `amflow train` wrote"):
+    with pytest.raises(ValueError, match=r"bare\.safetensors: expected weights that `amflow train` wrote"):
         load_classifier(tmp_path / "bare.safetensors")
     (checkpoint,) = Checkpoints(run / "run", 2).all()
     save_file(load_file(checkpoint / "model.safetensors"), tmp_path / "odd.safetensors", {"classifier": "[]"})
-    with pytest.raises(ValueError, match="odd.safetensors: its metadata 'classifier' can't be read"):
+    with pytest.raises(ValueError, match=r"odd\.safetensors: its metadata 'classifier' can't be read"):
         load_classifier(tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"nowhere: expected a run, a checkpoint or a file"):
         load_classifier(tmp_path / "nowhere")
