@@ -69,11 +69,13 @@ class VideoList:
         videos: the videos in the list's order.
         classes: class names by label; the labels as strings if the classes have no names.
         source: the file or folder that the list was read from.
+        missing: paths of videos that were left out, as they do not exist.
     """
 
     videos: tuple[Video, ...]
     classes: tuple[str, ...]
     source: str
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,14 @@ def _line_reader(
             path = given.root / (name.strip(quote) if quote else name)
             videos.append(Video(path, label, frames, given.template, given.start_index))
         highest = max((video.label for video in videos), default=-1)
-        names = tuple(map(str, range(highest + 1))) if given.classes is None else _read_classes(given.classes)
+        names = tuple(map(str, range(highest + 1))) if given.classes is None else read_classes(given.classes)
         return VideoList(tuple(videos), names, str(given.path))
 
     return read
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The class names of a file with one in each line. Raises ValueError for an empty line between them."""
     names = [line.strip() for line in _text(path).rstrip().split("\n")]
     for number, name in enumerate(names, 1):
         if not name:

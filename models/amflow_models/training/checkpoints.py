@@ -28,8 +28,8 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Keys of the config that may differ in a resumed run: any other difference would make it another run.
 RESUMABLE_CHANGES = {
     "output", "evaluation", "data.root", "data.train", "data.validation", "data.test", "data.classes", "data.labels",
-    "data.workers", "data.strict", "training.keep", "training.save_every", "training.compile", "training.recompute",
-    "training.parallel",
+    "data.workers", "data.strict", "data.missing", "data.subset", "training.keep", "training.save_every",
+    "training.compile", "training.recompute", "training.parallel",
 }  # fmt: skip
 
 
