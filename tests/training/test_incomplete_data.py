@@ -66,12 +66,16 @@ def test_a_subset_trains_with_all_classes(config_file: Path, capsys: pytest.Capt
 def test_a_checkpoint_brings_its_config_to_its_test(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Changes come on top of it."""
+    """Changes come on top of it, and scores are written to the run, also where it was moved."""
     assert train.main(["--config", str(config_file), "training.epochs=1", "data.frames=2"]) == 0
     words = ["--checkpoint", str(tmp_path / "run"), "--output"]
     assert evaluate.main([*words, str(tmp_path / "tested"), "evaluation.crops=1"]) == 0
     assert json.loads((tmp_path / "tested" / "test.json").read_text())["videos"] == 5
     assert evaluate.main([*words, str(tmp_path / "other"), "data.frames=3"]) == 1
     assert "of other options: num_frames 2, expected 3" in capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert evaluate.main(["--checkpoint", str(tmp_path / "moved")]) == 0
+    assert (tmp_path / "moved" / "test.json").exists()
+    assert not (tmp_path / "run").exists()
     assert evaluate.main([]) == 1
     assert "expected --config, or --checkpoint" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from amflow_models.files import flush
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config, parse_config
-from amflow_models.weights import read_metadata, save_trained, trained_state
+from amflow_models.weights import read_described, save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
-_ABOUT = "classifier"  # in the metadata of both files of weights: JSON of what `About` holds
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Keys of the config that may differ in a resumed run: any other difference would make it another run.
 RESUMABLE_CHANGES = {
@@ -100,7 +98,8 @@ class Checkpoints:
             "clips": clips,
         }
         if accelerator.is_main_process:
-            about = {_ABOUT: json.dumps({"config": state["config"], "classes": classes})}
+            # Equal runs write equal files, wherever they write them.
+            about = {"config": config.model_dump(mode="json", exclude={"output"}), "classes": classes}
             self._write(self.folder / f"step_{step:08d}", model, trained, averaged, about, state)
         accelerator.wait_for_everyone()
 
@@ -153,7 +152,7 @@ class About:
     """What a file of trained weights says about its classifier.
 
     Attributes:
-        config: the config that it was trained by.
+        config: the config that it was trained by; `output` is the run that the file is in, or the file's folder.
         classes: names of its classes; None if they have none.
     """
 
@@ -175,16 +174,17 @@ def read_about(trained: Path) -> About | None:
     Raises:
         ValueError: the file can't be read, or has options that this version does not know.
     """
-    content = read_metadata(trained).get(_ABOUT)
-    if content is not None:
+    inside = trained.parent.parent.name == "checkpoints"
+    output = trained.parent.parent.parent if inside else trained.parent
+    described = read_described(trained)
+    if described is not None:
         try:
-            about = json.loads(content)
-            config, classes = about["config"], about["classes"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{trained}: its metadata {_ABOUT!r} can't be read ({error})") from error
+            config, classes = {**described["config"], "output": str(output)}, described["classes"]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{trained}: what it says about its classifier can't be read ({error!r})") from error
         return About(parse_config(config, trained), classes)
     if (trained.parent / STATE).is_file():
-        return About(_read_state(trained.parent)["config"], None)
+        return About(_read_state(trained.parent)["config"].model_copy(update={"output": output}), None)
     return None
 
 
