@@ -90,6 +90,11 @@ class VideoDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.videos.videos)
 
+    @property
+    def views(self) -> int:
+        """Number of views of each item."""
+        return self.clips * self.crops
+
     def name(self, index: int) -> str:
         """The path of a video, for messages."""
         return str(self.videos.videos[index].path)
@@ -110,7 +115,7 @@ class VideoDataset(Dataset[Item]):
                 error = error or str(problem)
         if self.train:
             raise ValueError(f"none of the {len(self)} videos of {self.videos.source} can be read; first: {error}")
-        clips = torch.zeros(self.clips * self.crops, self.frames, 3, self.size, self.size, dtype=torch.uint8)
+        clips = torch.zeros(self.views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
         return {"clips": clips, "label": video.label, "index": index, "error": error, "valid": False}
 
     def _train_clip(self, video: Video, epoch: int, index: int) -> Tensor:
