@@ -35,6 +35,7 @@ from amflow_models.training.parallel import (
     broadcast_from_main,
     choose_precision,
     clip_gradients,
+    cpu_has_bf16,
     distribute,
     exit_process,
     make_accelerator,
@@ -42,6 +43,7 @@ from amflow_models.training.parallel import (
 )
 from amflow_models.training.prediction import predict
 from amflow_models.training.resuming import check_resumed, steps_as_if
+from amflow_models.training.timing import Pace, bf16_times
 from amflow_models.weights import load_trained
 
 INTERRUPTED = 130  # exit status, as in a shell after Ctrl-C
@@ -194,10 +196,15 @@ class _Run:
         batches = loader(self.train_set, self.batches, self.config.data.workers, self.accelerator.device)
         self.model.train()
         saved = self.step
+        pace = Pace(self.accelerator.device, self.log.main)
         end = time.perf_counter()
-        for step, batch in enumerate(batches, self.step + 1):
+        first = self.step + 1
+        for step, batch in enumerate(batches, first):
             begin = time.perf_counter()
-            values = self._train_step(step, batch)
+            if step == first:
+                self._warn_of_slow_bf16(batch)
+            with pace.step():
+                values = self._train_step(step, batch)
             now = time.perf_counter()
             values |= {
                 "clips_per_second": self.config.training.batch / (now - end),
@@ -206,6 +213,10 @@ class _Run:
             self.step = step
             self.log.write("train", step, values)
             self.log.step(step, _describe((step - self.shift) / self.per_epoch, values))
+            pace.add(begin - end, now - end)
+            estimate = pace.report(self.total - step)
+            if estimate is not None:
+                self.log.say(estimate)
             epoch_ends = self._epoch_ends()
             interrupted = any_process(bool(stop), self.accelerator)
             if interrupted or epoch_ends or step % (self.config.training.save_every or self.total + 1) == 0:
@@ -222,6 +233,18 @@ class _Run:
             self._save()
         self._report_errors()
         return True
+
+    def _warn_of_slow_bf16(self, batch: dict[str, Any]) -> None:
+        """Measures how slow bf16 is on a CPU without units for it, and says so."""
+        slow = self.config.training.precision == "bf16" and self.accelerator.device.type == "cpu" and not cpu_has_bf16()
+        if not any_process(slow, self.accelerator):  # all take part, since a sharded model needs all
+            return
+        fp32, bf16 = bf16_times(self.model, self.normalise(batch["clips"][0, :1]))
+        self.log.say(
+            f"training.precision: this CPU has no units for bf16, and emulates it: a clip takes {bf16:.3g} s, and in "
+            f"fp32 {fp32:.3g} s ({bf16 / fp32:.1f} times as long); training.precision=auto would be fp32 here",
+            style="yellow",
+        )
 
     def _epoch_ends(self) -> bool:
         """Whether the last step was the last one of an epoch."""
