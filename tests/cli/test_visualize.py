@@ -16,10 +16,11 @@ import torch
 from amflow_models import VideoClassifier, create_backbone, load_aligning_encoders, load_trained, save_trained
 from amflow_models.cli import pictures, visualize
 from amflow_models.cli.backbone import load
+from amflow_models.cli.drawing import overlay
 from amflow_models.cli.figure import draw
 from amflow_models.cli.main import main
 from amflow_models.cli.offline import clip_path, input_size, iterate_frames, read_frames
-from amflow_models.cli.overlay import LARGEST, Flows, Sheet, under_heat, write_flows
+from amflow_models.cli.overlay import LARGEST, Flows, Sheet, write_flows
 from amflow_models.cli.pictures import Pair, Pictures
 from matplotlib.image import imread
 from torch import Tensor
@@ -175,13 +176,13 @@ def test_a_block_has_one_scale_in_the_whole_video(tmp_path: Path, monkeypatch: p
     """That of the largest flow, which here comes last."""
     tiles: list[list[Tensor]] = []
     monkeypatch.setattr(Sheet, "draw", lambda self, given, title: tiles.append(given) or self._empty)
-    monkeypatch.setattr("amflow_models.cli.overlay.video_file", lambda *args: nullcontext(lambda frame: None))
+    monkeypatch.setattr("amflow_models.cli.overlay.video_writer", lambda *args: nullcontext(lambda frame: None))
     flow = torch.tensor([[0.1, 0.2]])
     flows = [Flows((n, n + 1), {0: (scale * flow, None)}) for n, scale in enumerate((1.0, 4.0))]
     write_flows(flows, tmp_path / "a.mp4", clip_path("bikes"), size=(16, 32), every=1, rate=None, title="")
     end = float(torch.tensor([0.1, 0.2, 0.4, 0.8]).quantile(0.995))
     for (image, drawn), pair in zip(tiles, flows, strict=True):
-        assert torch.allclose(drawn, under_heat(image, pair.blocks[0][0] / end), atol=1e-6)
+        assert torch.allclose(drawn, overlay(image, pair.blocks[0][0], end), atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 13, 25])

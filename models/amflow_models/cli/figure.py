@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amflow_models.cli.errors import CommandError
-from amflow_models.cli.pictures import CUT, Pair
+from amflow_models.cli.drawing import CUT, finished
+from amflow_models.cli.pictures import Pair
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -41,10 +41,8 @@ def save_figure(pair: Pair, path: Path, title: str, *, dpi: int = 150, shared: b
         CommandError: the file can't be written.
     """
     figure = draw(pair, title, shared=shared)
-    try:
-        figure.savefig(path, dpi=dpi)
-    except OSError as error:
-        raise CommandError(f"{path}: can't be written ({error.strerror})") from error
+    with finished(path) as part:
+        figure.savefig(part, dpi=dpi)
 
 
 def draw(pair: Pair, title: str, *, shared: bool = False) -> Any:

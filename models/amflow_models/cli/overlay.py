@@ -1,28 +1,21 @@
-"""Overlay videos: each frame beside the same frame under the AM flow of each block, with block numbers and colour bars.
-
-The functions below `write_flows` draw any heat maps: a sheet of tiles, and a video of sheets.
-"""
+"""Overlay videos: each frame beside the same frame under the AM flow of each block, with labels and colour bars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from amflow_models.cli.errors import CommandError, needs_extra
+from amflow_models.cli.drawing import COLOURS, CUT, overlay, video_writer
 from amflow_models.cli.offline import iterate_frames
-from amflow_models.cli.pictures import CUT, Pair
+from amflow_models.cli.pictures import Pair
 
 LARGEST = (1920, 1080)  # pixels of a video, at most
 FOLDER_RATE = Fraction(25)  # frames per second of a folder of frames, which does not tell its own
-_COLOURS = "inferno"
 _TITLE, _LABEL, _BAR, _GAP = 60, 26, 24, 8  # pixels: heights of the title, of a tile's label and colour bar; distance
 
 
@@ -73,11 +66,11 @@ def write_flows(
             ends.append(1e3 * largest[block])
     sheet = Sheet(labels, ends, size)
     frames = iterate_frames(video, every, sheet.tile, start=flows[0].numbers[0])
-    with video_file(output, sheet.size, (rate or FOLDER_RATE) / every) as write:
+    with video_writer(output, (rate or FOLDER_RATE) / every) as write:
         for pair, (number, image) in zip(flows, frames, strict=False):
             tiles = [image]
             for block, shown in pair.blocks.items():
-                tiles += [under_heat(image, flow / largest[block]) for flow in shown if flow is not None]
+                tiles += [overlay(image, flow, largest[block]) for flow in shown if flow is not None]
             time = f"   {float(number / rate):.2f} s" if rate else ""
             write(sheet.draw(tiles, f"{title}\nframes {pair.numbers[0]} and {pair.numbers[1]}{time}"))
 
@@ -85,26 +78,6 @@ def write_flows(
 def _largest(flows: Sequence[Flows], block: int) -> float:
     values = np.concatenate([pair.blocks[block][0].flatten().numpy() for pair in flows])
     return max(float(np.quantile(values, CUT)), 1e-12)
-
-
-def under_heat(image: Tensor, heat: Tensor) -> Tensor:
-    """A picture in grey under a heat map, which hides it where it is large.
-
-    Args:
-        image: (3, height, width) in [0, 1].
-        heat: (any height, any width); 0 and 1 are the ends of its colour scale.
-
-    Returns:
-        (3, height, width) in [0, 1].
-    """
-    from matplotlib import colormaps
-
-    level = heat.clamp(0, 1)
-    colours = torch.from_numpy(colormaps[_COLOURS](level.numpy())[..., :3]).permute(2, 0, 1).float()
-    colours, weight = (
-        interpolate(x[None], image.shape[1:], mode="nearest")[0] for x in (colours, (0.45 + 0.4 * level)[None])
-    )
-    return (1 - weight) * image.mean(0, keepdim=True) + weight * colours
 
 
 class Sheet:
@@ -159,7 +132,7 @@ class Sheet:
         text = f"{end:.2g}"
         room = 16, 14 + int(pen.textlength(text, _font(15)))  # pixels of the texts at both ends
         width = max(1, self.tile[1] - sum(room))
-        colours = colormaps[_COLOURS](np.linspace(0, 1, width))[None, :, :3]
+        colours = colormaps[COLOURS](np.linspace(0, 1, width))[None, :, :3]
         bar = Image.fromarray((255 * colours).round().astype(np.uint8)).resize((width, 12))
         self._empty.paste(bar, (left + room[0], top + 4))
         pen.text((left, top + 10), "0", "white", _font(15), anchor="lm")
@@ -182,32 +155,3 @@ def _font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
-
-
-@contextmanager
-def video_file(output: Path, size: tuple[int, int], rate: Fraction) -> Iterator[Callable[[Any], None]]:
-    """Opens an H.264 video; the function it yields writes one frame, uint8 (height, width, 3).
-
-    Args:
-        output: the file.
-        size: height and width, even numbers.
-        rate: frames per second.
-
-    Raises:
-        CommandError: the output can't be written.
-    """
-    with needs_extra("demo"):
-        import av
-
-    try:
-        with av.open(f"file:{output}", "w") as container:  # without "file:", a colon in the name would end a protocol
-            stream: Any = container.add_stream("libx264", rate=rate.limit_denominator(1001), options={"crf": "18"})
-            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-
-            def write(frame: Any) -> None:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-
-            yield write
-            container.mux(stream.encode())
-    except (av.error.FFmpegError, OSError) as error:
-        raise CommandError(f"{output}: can't be written ({error})") from error

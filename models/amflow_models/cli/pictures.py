@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from amflow_kernels.api import am_flow, am_flow_pair
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.motion import motion_maps, motion_pca
+from amflow_models.cli.drawing import CUT
 from amflow_models.cli.errors import CommandError
 from amflow_models.cli.offline import iterate_frames
 
@@ -27,7 +28,6 @@ _LMS_TO_RGB = torch.tensor(
         (-0.0041960863, -0.7034186147, 1.7076147010),
     )
 )
-CUT = 0.995  # quantile at which a colour scale ends, as a few outlier tokens would darken all others
 
 
 @dataclass(frozen=True)
