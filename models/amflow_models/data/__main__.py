@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from amflow_models.data.checks import Report, check_lists
-from amflow_models.data.lists import FORMATS, KINDS, ListFormat, VideoList, read_classes, read_list
+from amflow_models.data.formats import ListFormat, read_classes
+from amflow_models.data.lists import FORMATS, KINDS, read_list
 from amflow_models.data.making import list_folder, split_videos, write_classes, write_list
+from amflow_models.data.videos import VideoList
 from amflow_models.files import write_text
 
 _PROTOCOLS = tuple(
@@ -140,13 +142,16 @@ def _check_usage(options: argparse.Namespace) -> str | None:
     """The first argument that is missing or does not fit the kind of list, as an error message."""
     list_format = FORMATS[options.kind]
     for path in options.lists:
-        if not path.exists():
+        if not path.exists() and not list_format.patterns:
             return f"there is no {path}"
     for name in ("root", "classes", "labels", "split", "template", "start_index"):
         if getattr(options, name) is not None and name not in list_format.arguments:
             return f"--{name.replace('_', '-')}: --kind {options.kind} has no use for it"
     if list_format.splits and (options.split is None or len(options.lists) > 1):
         return f"--kind {options.kind}: expected one folder, and --split"
+    protocols = {split.partition("/")[0] for split in list_format.splits}
+    if protocols and options.split not in protocols:
+        return f"--split: expected one of {', '.join(sorted(protocols))} for --kind {options.kind}, got {options.split}"
     for name, meaning in list_format.required.items():
         if getattr(options, name) is None:
             return f"--kind {options.kind}: expected --{name}, {meaning}"
@@ -154,6 +159,8 @@ def _check_usage(options: argparse.Namespace) -> str | None:
         return "expected --num-classes, or --classes with their names"
     if options.write_clean is not None and (len(options.lists) > 1 or list_format.splits):
         return "--write-clean: expected one list to clean"
+    if options.write_clean is not None and list_format.patterns:
+        return f"--write-clean: --kind {options.kind} has no lines to choose from"
     if options.write_clean is not None and not options.write_clean.parent.is_dir():
         return f"--write-clean: there is no folder {options.write_clean.parent}"
     return None
@@ -164,7 +171,8 @@ def _read_lists(options: argparse.Namespace, list_format: ListFormat) -> dict[st
     here = Path.cwd()  # paths on the command line start from here, those inside lists from --root
     if list_format.splits:
         splits = [split for split in list_format.splits if split.startswith(f"{options.split}/")]
-        return {split: read_list(options.kind, here / options.lists[0], split=split) for split in splits}
+        root = options.root and here / options.root
+        return {split: read_list(options.kind, here / options.lists[0], root=root, split=split) for split in splits}
     given = {"root": options.root, "classes": options.classes, "labels": options.labels}
     given = {name: path and here / path for name, path in given.items()}
     naming = {"template": options.template, "start_index": options.start_index}
@@ -202,7 +210,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         **look,
     )
     check.add_argument(
-        "lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome the folder of videos"
+        "lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome and hmdb51 the folder"
     )
     check.add_argument("--kind", required=True, choices=KINDS, help="format of the lists")
     check.add_argument(
@@ -215,8 +223,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--root", type=Path, metavar="DIR", help="folder that paths in lists start from; default: the list's own folder"
     )
     check.add_argument("--classes", type=Path, metavar="FILE", help="file with one class name in each line")
-    check.add_argument("--labels", type=Path, metavar="FILE", help="for ssv2: the JSON file that numbers the templates")
-    check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome: check all splits of a protocol")
+    check.add_argument(
+        "--labels", type=Path, metavar="FILE", help="for ssv2 and ucf101: the file that numbers the classes"
+    )
+    check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome and hmdb51: check all splits of a protocol")
     check.add_argument(
         "--template", metavar="NAME", help="names of the frames in folders that hold other pictures, too: img_{:05}.jpg"
     )

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import combinations
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -17,9 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 from amflow_models.data.frames import frame_files
-from amflow_models.data.lists import Video, VideoList
 from amflow_models.data.reading import UnreadableVideo
-from amflow_models.data.video import open_video
+from amflow_models.data.video import frames_of, open_listed
+from amflow_models.data.videos import Video, VideoList
 
 _EXAMPLES = 3
 _SEVERAL = "videos with several labels"
@@ -33,23 +32,21 @@ class Problem:
     Attributes:
         where: name of the list.
         kind: the kind of problem.
-        cases: every occurrence, in the list's order.
+        count: number of times that it occurs.
+        cases: every occurrence, in the list's order; empty if they have no names.
         warning: whether training can go ahead nevertheless.
     """
 
     where: str
     kind: str
-    cases: tuple[str, ...]
+    count: int
+    cases: tuple[str, ...] = ()
     warning: bool = False
 
-    @property
-    def count(self) -> int:
-        """Number of times that it occurs."""
-        return len(self.cases)
-
     def __str__(self) -> str:
-        more = ", ..." if self.count > _EXAMPLES else ""
-        return f"{self.where}: {self.kind}: {self.count} ({', '.join(self.cases[:_EXAMPLES])}{more})"
+        more = ", ..." if len(self.cases) > _EXAMPLES else ""
+        listed = f" ({', '.join(self.cases[:_EXAMPLES])}{more})" if self.cases else ""
+        return f"{self.where}: {self.kind}: {self.count}{listed}"
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ def check_lists(
     - empty lists; classes without a video: an error in a list with "train" in its name, a warning in others;
     - missing files, folders with fewer frames than their list says (with more: a warning) or with pictures of several
       series and no template, and videos that can't be opened;
+    - files of macOS that were left out (a warning), and classes that have different names in two lists;
     - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
       A video may occur several times with the same label: some lists balance their classes in this way.
 
@@ -144,6 +142,9 @@ def check_lists(
     for name, listed in lists.items():
         own = [results[_unlabelled(video)] for video in listed.videos]
         files[name] = {file: video for (file, *_), video in zip(own, listed.videos, strict=True)}
+        if listed.ignored:
+            left_out = "files of macOS (._*), which are no videos, left out"
+            problems.append(Problem(name, left_out, listed.ignored, warning=True))
         labels: dict[str, set[int]] = {}
         for (file, *_), video in zip(own, listed.videos, strict=True):
             labels.setdefault(file, set()).add(video.label)
@@ -165,17 +166,25 @@ def check_lists(
             reasons = tuple(f"{kind}{detail}" for kind, detail in found if kind != _MORE_FRAMES)
             if reasons:
                 bad[name][index] = reasons
+        for kind, every in cases.items():
+            problems += _problem(name, kind, every, warning=kind == _MORE_FRAMES)
         if not listed.videos:
-            cases["no videos in the list"] = [listed.source]
-        problems += [Problem(name, kind, tuple(every), kind == _MORE_FRAMES) for kind, every in cases.items()]
-        absent = _absent(listed, num_classes) if listed.videos else ()
-        if absent:
-            problems.append(Problem(name, "classes without a video", absent, subset or "train" not in name))
+            problems += _problem(name, "no videos in the list", [listed.source])
+            continue
+        absent = _absent(listed, num_classes)
+        problems += _problem(name, "classes without a video", absent, warning=subset or "train" not in name)
     for a, b in combinations(files, 2):
-        shared = tuple(str(video.path) for file, video in files[a].items() if file in files[b])
-        if shared:
-            problems.append(Problem(f"{a}, {b}", "videos in both lists", shared))
+        shared = [str(video.path) for file, video in files[a].items() if file in files[b]]
+        problems += _problem(f"{a}, {b}", "videos in both lists", shared)
+        names = zip(lists[a].classes, lists[b].classes, strict=False)
+        differing = [f"class {k}: {one!r} and {other!r}" for k, (one, other) in enumerate(names) if one != other]
+        problems += _problem(f"{a}, {b}", "classes with different names", differing)
     return Report(lists, num_classes, tuple(problems), bad)
+
+
+def _problem(where: str, kind: str, cases: list[str], *, warning: bool = False) -> list[Problem]:
+    """The problem, if there is a case of it."""
+    return [Problem(where, kind, len(cases), tuple(cases), warning)] if cases else []
 
 
 def _above(listed: VideoList, num_classes: int) -> str:
@@ -187,11 +196,11 @@ def _above(listed: VideoList, num_classes: int) -> str:
     return above
 
 
-def _absent(listed: VideoList, num_classes: int) -> tuple[str, ...]:
+def _absent(listed: VideoList, num_classes: int) -> list[str]:
     """The classes without a video."""
     labels = {video.label for video in listed.videos}
     names = [*listed.classes[:num_classes], *map(str, range(len(listed.classes), num_classes))]
-    return tuple(name for label, name in enumerate(names) if label not in labels)
+    return [name for label, name in enumerate(names) if label not in labels]
 
 
 def _unlabelled(video: Video) -> Video:
@@ -201,21 +210,22 @@ def _unlabelled(video: Video) -> Video:
 
 def _check_video(video: Video, open_it: bool) -> tuple[str, str, str]:
     """The file that a video's path leads to, the kind of its problem (empty if it has none), and details of that."""
-    file = os.path.realpath(video.path)
-    if not os.path.exists(file):
+    file = os.path.realpath(video.path) + (f" from frame {video.start} on" if video.start else "")
+    if not os.path.exists(video.file):
         return file, "missing files", ""
     more, empty = "", False
     try:
-        if os.path.isdir(file):
-            there = len(frame_files(Path(file), video.template, video.start_index))
-            expected = there if video.frames is None else video.frames
-            if there < expected:
-                return file, "folders with fewer frames than the list says", f": {there} of {expected}"
-            more = f": {there}, not {expected}" if there > expected else ""
+        if video.file.is_dir():
+            there = len(frame_files(video.path, video.template, video.start_index))
+            try:
+                expected = frames_of(video, there)
+            except UnreadableVideo as error:
+                return file, "folders with fewer frames than the list says", f": {error.reason}"
+            more = f": {there}, not {expected}" if there > expected and video.start is None else ""
             empty = not there
         if open_it or empty:
-            with open_video(file, video.template, video.start_index) as reader:
-                reader.read([0])
+            with open_listed(video) as reader:
+                reader.read([video.start or 0])
     except UnreadableVideo as error:
         return file, "videos that can't be read", f": {error.reason}"
     return file, _MORE_FRAMES if more else "", more

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amflow_models.data.lists import Video
+from amflow_models.data.formats import VIDEO_SUFFIXES, is_macos_file
+from amflow_models.data.videos import Video
 from amflow_models.files import write_text
 from amflow_models.suggestions import nearest
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp")
 _PICTURES = (".jpg", ".jpeg", ".png")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -97,7 +97,7 @@ def _videos(folder: Path, others: Counter[str]) -> Iterator[Path]:
 def _kind(name: str) -> str:
     """A file's suffix, or how its name begins where it is hidden."""
     if name.startswith("."):
-        return "._*" if name.startswith("._") else ".*"
+        return "._*" if is_macos_file(name) else ".*"
     return os.path.splitext(name)[1].lower() or "without suffix"
 
 
@@ -151,7 +151,8 @@ def write_list(path: Path, videos: Iterable[Video], root: Path | None = None) ->
             written as absolute ones.
 
     Returns:
-        The kind of the list: "mmaction", or "mmaction_frames" if numbers of frames are known.
+        The kind of the list: "mmaction", or where numbers of frames are known "mmaction_frames" or
+        "mmaction_frames_offset".
 
     Raises:
         ValueError: a name can't stand in a list; nothing is written.
@@ -159,14 +160,21 @@ def write_list(path: Path, videos: Iterable[Video], root: Path | None = None) ->
     """
     start = Path(os.path.abspath(path.parent if root is None else root))
     videos = list(videos)
-    counted = any(video.frames is not None for video in videos)
+    kind = "mmaction"
+    if any(video.frames is not None for video in videos):
+        kind = "mmaction_frames_offset" if any(video.start for video in videos) else "mmaction_frames"
     lines = []
     for video in videos:
         place = Path(os.path.abspath(video.path))
         name = check_line(str(place.relative_to(start) if place.is_relative_to(start) else place))
-        lines.append(f"{name} {video.frames} {video.label}\n" if counted else f"{name} {video.label}\n")
+        numbers = {
+            "mmaction": f"{video.label}",
+            "mmaction_frames": f"{video.frames} {video.label}",
+            "mmaction_frames_offset": f"{video.start} {video.frames} {video.label}",
+        }
+        lines.append(f"{name} {numbers[kind]}\n")
     write_text(path, "".join(lines))
-    return "mmaction_frames" if counted else "mmaction"
+    return kind
 
 
 def write_classes(path: Path, classes: Iterable[str]) -> None:
