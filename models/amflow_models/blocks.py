@@ -16,7 +16,7 @@ from amflow_kernels.dispatch import Impl
 from amflow_kernels.integrations.reading import AttentionReader
 from amflow_models.adapters import FORMS, Adapter, Form, in_clips, pool
 from amflow_models.alignment import AligningEncoder
-from amflow_models.gates import GATES, Gate, GateKind
+from amflow_models.gates import FLOW_GATES, GATES, Gate, GateKind
 from amflow_models.suggestions import check_known
 from amflow_models.temporal import UNITS, TemporalUnit, UnitKind
 
@@ -66,7 +66,7 @@ class AdapterOptions:
         check_known("form", self.form, FORMS)
         check_known("unit", self.unit, UNITS)
         check_known("gate", self.gate, GATES)
-        if self.align and self.gate not in ("am_flow", "raw"):
+        if self.align and self.gate not in FLOW_GATES:
             raise ValueError(f"align: the gate {self.gate!r} takes no AM flow that could be of aligned frames")
 
 

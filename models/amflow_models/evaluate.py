@@ -7,6 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from amflow_models.training.build import (
     normalisation,
     read_lists,
 )
-from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained
+from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained, read_about
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
 from amflow_models.training.parallel import choose_precision, distribute, exit_process, make_accelerator
@@ -86,6 +87,7 @@ def evaluate(
     precision = choose_precision(config.training.precision)
     accelerator = make_accelerator(precision)
     videos = read_lists(config, (split,), check=accelerator.is_main_process)[split]
+    names = _names(config, videos, file)
     model = build_model(config)
     load_trained(model, file)
     clips = dataset(config, videos, image_size(config, model), train=False, views=True)
@@ -96,7 +98,6 @@ def evaluate(
     if accelerator.is_main_process:
         folder = config.output if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
-        names = class_names(config, videos)
         _write_scores(folder / f"{split}.json", file, predictions, result)
         _write_table(folder / f"{split}.csv", videos, predictions, names)
         draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
@@ -107,6 +108,20 @@ def evaluate(
             print(f"not read: {error}", file=sys.stderr)
     accelerator.end_training()
     return result
+
+
+def _names(config: Config, videos: VideoList, trained: Path) -> list[str]:
+    """The names of the classes: those of the list and of the checkpoint, which must not differ; else their numbers."""
+    listed, about = class_names(config, videos), read_about(trained)
+    known = about and about.classes
+    if listed and known and listed != known:
+        number = next(n for n, (a, b) in enumerate(zip_longest(listed, known)) if a != b)
+        a, b = (names[number] if number < len(names) else "none" for names in (listed, known))
+        raise ValueError(
+            f"data.classes: expected the classes that {trained} was trained on, in their order; class {number} is "
+            f"{a!r}, and was {b!r}"
+        )
+    return listed or known or [str(number) for number in range(config.data.num_classes)]
 
 
 def _write_scores(path: Path, checkpoint: Path, predictions: Predictions, result: Scores) -> None:

@@ -23,7 +23,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from amflow_models.training.augmentation import BatchAugmentation
 from amflow_models.training.average import Average
-from amflow_models.training.build import SPLITS, build_model, dataset, digest, image_size, normalisation, read_lists
+from amflow_models.training.build import (
+    SPLITS,
+    build_model,
+    class_names,
+    dataset,
+    digest,
+    image_size,
+    normalisation,
+    read_lists,
+)
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, read_state, restore_optimizer
 from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
@@ -125,7 +134,7 @@ class _Run:
             raise ValueError(f"output: there is no checkpoint in {checkpoints.folder} to resume")
         main = self.accelerator.is_main_process
         lists = {} if synthetic else read_lists(config, SPLITS, check=main)
-        self.clips = digest(lists)
+        self.clips, self.classes = digest(lists), class_names(config, lists.get("train"))
         state = read_state(newest[0]) if newest else None
         self.changes: list[str] = []
         if state is not None:
@@ -344,8 +353,9 @@ class _Run:
 
     def _save(self) -> None:
         more = {
-            "config": self.config.model_dump(mode="json"), "clips": self.clips, "skipped": self.skipped,
-            "shift": self.shift, "per_epoch": self.per_epoch, "processes": self.accelerator.num_processes,
+            "config": self.config.model_dump(mode="json"), "clips": self.clips, "classes": self.classes,
+            "skipped": self.skipped, "shift": self.shift, "per_epoch": self.per_epoch,
+            "processes": self.accelerator.num_processes,
         }  # fmt: skip
         self.checkpoints.save(self.step, self.model, self.optimizer, self.average, more, self.accelerator)
 

@@ -23,6 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import amflow_kernels
 from amflow_kernels import _build, _ext
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -370,6 +371,15 @@ def pip(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> 
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
 
 
+def build(hook: str, source: Path, target: Path) -> Path:
+    """What a hook of the build backend, such as ``build_sdist``, makes in `target`."""
+    target.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; print(build_meta.{hook}({str(target)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return target / result.stdout.splitlines()[-1]
+
+
 def package_files(folder: Path, models: str = ".") -> set[str]:
     wanted = (".py", ".typed", ".yaml")
     packages = ((folder, "amflow_kernels"), (folder / models, "amflow_models"))
@@ -406,15 +416,65 @@ def test_package_built_ahead_of_time_needs_neither_a_compiler_nor_a_cache(
     tmp_path: Path,
     cold_python: Run,
 ) -> None:
-    """AMFLOW_BUILD=1 compiles while installing."""
+    """AMFLOW_BUILD=1 compiles while building the wheel, which serves every version of Python on this platform."""
     compiler, target = stand_in(), tmp_path / "installed"
     env = {**compiler.env(cache), "AMFLOW_BUILD": "1"}
-    pip("install", checkout, "--no-build-isolation", "--target", target, env=env)
+    pip("wheel", checkout, "--no-build-isolation", "--wheel-dir", tmp_path, env=env)
     assert compiler.links == 1
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    pip("install", wheel, "--target", target)
     result = cold_python(RUNS_NATIVE, env={**no_compiler, "XDG_CACHE_HOME": str(cache)}, path=target)
     assert Path(result.stdout.split()[1]).is_relative_to(target)
     assert COMPILING not in result.stderr
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_sdist_has_every_file_of_the_repository_and_nothing_else(tmp_path: Path) -> None:
+    """So that it can be built, tested and documented. Its tests can be collected, with all that they import."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("this is no git checkout, so that nothing says which files belong to it")
+    files = {name for name in listed.stdout.split("\0") if name and not name.startswith(".github/")}
+    checkout, unpacked = tmp_path / "checkout", tmp_path / "unpacked"
+    for name in files:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    shutil.unpack_archive(build("build_sdist", checkout, tmp_path / "dist"), unpacked)
+    (folder,) = unpacked.iterdir()
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in found - files if "egg-info" not in name} == {"PKG-INFO", "setup.cfg"}
+    assert files <= found
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "", "-p", "no:cacheprovider"]
+    collected = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert collected.returncode == 0, collected.stdout
+
+
+@pytest.mark.parametrize("source", [None, "https://example.org/us/amflow"])
+def test_the_readmes_links_are_absolute_where_the_publisher_has_set_an_address(
+    source: str | None, checkout: Path, tmp_path: Path
+) -> None:
+    """Pictures show on a package index only then; no address is made up."""
+    readme = "![picture](docs/demo.png) [page](docs/maths.md#definition) [here](#limits) [there](https://example.com)"
+    (checkout / "README.md").write_text(readme)
+    if source is not None:
+        with (checkout / "pyproject.toml").open("a") as project:
+            project.write(f'\n[project.urls]\nSource = "{source}"\n')
+    folder = build("prepare_metadata_for_build_wheel", checkout, tmp_path / "metadata")
+    text = (folder / "METADATA").read_text()
+    if source is None:
+        assert readme in text
+        assert "Project-URL" not in text
+    else:
+        version = amflow_kernels.__version__
+        links = re.findall(r"\]\((.*?)\)", text.splitlines()[-1])
+        assert links == [
+            f"{source}/raw/v{version}/docs/demo.png", f"{source}/blob/v{version}/docs/maths.md#definition", "#limits",
+            "https://example.com",
+        ]  # fmt: skip
+        assert f"Project-URL: Source, {source}" in text
 
 
 def distributions_of(name: str) -> set[str]:

@@ -122,15 +122,16 @@ class VideoDataset(Dataset[Item]):
                 indices = uniform(total, self.frames, generator)
             else:
                 indices = dense(total, self.frames, self.stride, generator)
-            clip = reader.read(indices.tolist())
-        return self.transform(clip, transform_seed)[None]
+            wanted, places = indices.unique(return_inverse=True)
+            clip = self.transform(reader.iterate(wanted.tolist()), transform_seed)
+        return clip[places][None]
 
     def _test_clips(self, video: Video) -> Tensor:
         with _open(video) as reader:
             indices = views(_total(video, len(reader)), self.frames, self.clips, self.stride)
-            frames = reader.read(indices.flatten().tolist())
-        crops = spatial_crops(frames, self.size, self.crops)  # (crops, clips * T, 3, size, size)
-        return crops.unflatten(1, (self.clips, self.frames)).transpose(0, 1).flatten(0, 1).contiguous()
+            wanted, places = indices.unique(return_inverse=True)
+            crops = spatial_crops(reader.iterate(wanted.tolist()), self.size, self.crops)
+        return crops[torch.arange(self.crops)[:, None], places[:, None]].flatten(0, 1)  # (clips, crops, T, ...) first
 
 
 class SyntheticDataset(Dataset[Item]):

@@ -1,10 +1,12 @@
 """Reading frames of a video file or of a folder of frames by number, exactly.
 
 Frames are numbered from 0 in display order, as in decoding the whole file. The frame count in a container may be
-missing or wrong, so one pass over the packets, without decoding, collects the times of all frames. Frames before the
-first keyframe, which can't be decoded, do not count, nor do frames that an edit list hides. How long a frame is shown
-makes no difference, so variable rates need no special case. Where packets have no usable times (AVI, raw streams) the
-file is decoded from its beginning and frames are counted; so it is where the times fall back, as in joined files.
+missing or wrong, so the times of all frames are collected, without decoding: from the index of an MP4 file, otherwise
+in one pass over the packets. Frames before the first keyframe, which can't be decoded, do not count, nor do frames that
+an edit list hides. How long a frame is shown makes no difference, so variable rates need no special case. Where packets
+have no usable times (raw streams, AVI with B-frames) the file is decoded from its beginning and frames are counted; so
+it is where the times fall back, as in joined files. A process keeps these tables (`tables`), for the next clip of a
+file.
 
 Frames are turned upright by the rotation and reflection in a file's metadata (phones). Where pixels are not square,
 frames are not stretched.
@@ -12,10 +14,9 @@ frames are not stretched.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from amflow_models.data.frames import FrameFolder, check_naming
+from amflow_models.data.mp4 import BrokenIndexError, read_index
 from amflow_models.data.reading import UnreadableVideo, VideoReader
+from amflow_models.data.tables import FrameTable, Samples, kept_table, visible
 from amflow_models.data.transport import breaks_only_at_joins
 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams of cover art, not the video itself
@@ -66,14 +69,14 @@ class VideoFile(VideoReader):
         self._reformatter: Any = None
         with self._errors():
             self._open()
-            self._times = self._read_times()
-            self._numbers = {time: number for number, time in enumerate(self._times or ())}
-            self._total = sum(1 for _ in self._decode_from(None)) if self._times is None else len(self._times)
-        if not self._total:
+            status = self.path.stat()
+            identity = (str(self.path.absolute()), status.st_size, status.st_mtime_ns)
+            self._table = kept_table(identity, self._make_table)
+        if not len(self):
             raise UnreadableVideo(self.path, "holds no frames that can be decoded")
 
     def __len__(self) -> int:
-        return self._total
+        return self._table.total
 
     def close(self) -> None:
         """Closes the file."""
@@ -84,7 +87,7 @@ class VideoFile(VideoReader):
         done = 0
         with self._errors():
             try:
-                for frame in self._decode(wanted, seek=self._times is not None):
+                for frame in self._decode(wanted, seek=self._table.times is not None):
                     yield frame
                     done += 1
             except (_MissingFrameError, av.error.FFmpegError):
@@ -110,10 +113,41 @@ class VideoFile(VideoReader):
         # hang when it frees a frame that its parent left behind.
         self._reformatter = VideoReformatter()
 
-    def _read_times(self) -> list[int] | None:
-        """The display times of the frames, ascending; None if they are unknown. Also sets the keyframes."""
+    def _reopen(self) -> None:
+        self.close()
+        self._open()
+
+    def _make_table(self) -> FrameTable:
+        samples = self._indexed_samples()
+        if samples is None:
+            samples = self._packets()
+        if samples is None:
+            self._table = FrameTable.counted(0)
+            return FrameTable.counted(sum(1 for _ in self._decode_from(None)))
+        shown = visible(samples)
+        if shown.any():
+            ends = samples.times + samples.spans
+            self._check_end(min(samples.times[shown].min(), 0), ends[shown].max(), int(shown.sum()))
+        return FrameTable.of(samples)
+
+    def _indexed_samples(self) -> Samples | None:
+        """The encoded frames, from the index of an MP4 file; None if it does not tell."""
+        if "mp4" not in self._container.format.name:
+            return None
+        try:
+            with self.path.open("rb") as file:
+                samples = read_index(file, self._stream.id)
+        except BrokenIndexError:
+            raise UnreadableVideo(self.path, "breaks off, or is damaged") from None
+        first = next((packet for packet in self._container.demux(self._stream) if packet.size), None)
+        if samples is None or first is None or first.pts is None:
+            return None
+        return replace(samples, times=samples.times + (first.pts - samples.times[0]))  # an edit list moves all times
+
+    def _packets(self) -> Samples | None:
+        """The encoded frames, from one pass over the packets; None if their display times are unknown."""
+        self._reopen()
         packets: list[tuple[Any, ...]] = []
-        keys: dict[int, None] = {}  # times of keyframes in decoding order
         restarts: dict[int, bool] = {}  # of keyframes: whether time falls back, by position in the file
         latest: int | None = None  # decoding time
         complete = ordered = True
@@ -121,11 +155,10 @@ class VideoFile(VideoReader):
             if not packet.size:  # end of the stream
                 continue
             complete = complete and not packet.is_corrupt
-            packets.append((packet.pts, packet.duration or 0, packet.is_discard))
+            packets.append((packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
             falls = latest is not None and packet.dts is not None and packet.dts < latest
             latest = latest if packet.dts is None else packet.dts
             if packet.is_keyframe:
-                keys[packet.pts] = None
                 restarts[packet.pos] = falls
             ordered = ordered and not falls
         transport = self._container.format.name == "mpegts"
@@ -133,19 +166,9 @@ class VideoFile(VideoReader):
             raise UnreadableVideo(self.path, "breaks off, or is damaged")
         times = {time for time, *_ in packets}
         # AVI does not store the display order.
-        if None in times or len(times) < len(packets) or not keys or self._container.format.name == "avi":
+        if None in times or len(times) < len(packets) or not restarts or self._container.format.name == "avi":
             return None
-        if not ordered:
-            return None
-        visible = [(time, span) for time, span, hidden in packets if not hidden and time >= next(iter(keys))]
-        if not visible:
-            return []
-        shown = sorted(time for time, _ in visible)
-        self._check_end(min(shown[0], 0), max(time + span for time, span in visible), len(shown))
-        # The first visible frame may depend on a keyframe that an edit list hides.
-        self._keys = {0: max(key for key in keys if key <= shown[0])}
-        self._keys |= {number: time for number, time in enumerate(shown) if time in keys}
-        return shown
+        return Samples.of(packets) if ordered else None
 
     def _check_end(self, start: int, end: int, count: int) -> None:
         """Raises if the frames end half a second, or two frames, before the header's duration.
@@ -163,11 +186,10 @@ class VideoFile(VideoReader):
 
     def _decode(self, wanted: Sequence[int], *, seek: bool) -> Iterator[Tensor]:
         """Decodes the frames `wanted`, ascending numbers. Seeks only forward, over parts that are not wanted."""
-        keys = sorted(self._keys) if seek else [0]
         frames: Iterator[tuple[int, Any]] | None = None
         last = -1  # number of the frame decoded last
         for index in wanted:
-            key = keys[bisect_right(keys, index) - 1]
+            key = self._table.key(index) if seek else 0
             if frames is None or key > last + 1:
                 frames, last = self._decode_from(key if seek else None), key - 1
             while last < index:
@@ -187,12 +209,11 @@ class VideoFile(VideoReader):
     def _decode_from(self, key: int | None) -> Iterator[tuple[int, Any]]:
         """Yields (number, frame) from keyframe number `key`, or from the beginning of the file if it is None."""
         if key is None:
-            self.close()  # not every container can seek to its beginning
-            self._open()
+            self._reopen()  # not every container can seek to its beginning
         else:
-            self._container.seek(self._keys[key], stream=self._stream)
+            self._container.seek(self._table.seek(key), stream=self._stream)
         for count, frame in enumerate(self._container.decode(self._stream)):
-            number = count if self._times is None else self._numbers.get(frame.pts)  # None: not shown
+            number = count if self._table.times is None else self._table.number(frame.pts)  # None: not shown
             if number is not None:
                 yield number, frame
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 from amflow_models.files import flush, write_text
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config, parse_config
-from amflow_models.weights import save_trained, trained_state
+from amflow_models.weights import read_metadata, save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+_ABOUT = "classifier"  # in the metadata of both files of weights: JSON of what `About` holds
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -30,7 +32,7 @@ class Checkpoints:
 
     Each holds `model.safetensors` (the trainable parameters, written by `save_trained`), `ema.safetensors` if there is
     an average, and `state.pt` (the optimizer's state, the step and the config). They do not depend on the number of
-    processes.
+    processes. The files of weights also hold the config and the names of the classes, see `read_about`.
 
     Args:
         output: folder of the run.
@@ -90,7 +92,8 @@ class Checkpoints:
         Args:
             step: the step that was done last.
             model, optimizer, average: the state to save; the average may be None.
-            more: what else `state.pt` shall hold, with the run's "config" and "clips", the `digest` of its list.
+            more: what else `state.pt` shall hold, with the run's "config", "clips", the `digest` of its list, and the
+                names of its "classes", None if they have none.
             accelerator: the processes.
 
         Raises:
@@ -107,18 +110,19 @@ class Checkpoints:
             **more,
         }
         if accelerator.is_main_process:
-            self._write(self.path(step), model, trained, averaged, state)
+            about = {_ABOUT: json.dumps({"config": state["config"], "classes": state["classes"]})}
+            self._write(self.path(step), model, trained, averaged, about, state)
         accelerator.wait_for_everyone()
 
-    def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, state: Any) -> None:
+    def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, about: Any, state: Any) -> None:
         part = path.with_suffix(".part")
         for leftover in self.folder.glob("step_*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            save_trained(model, part / TRAINED, trained)
+            save_trained(model, part / TRAINED, trained, about=about)
             if averaged is not None:
-                save_trained(model, part / AVERAGE, averaged)
+                save_trained(model, part / AVERAGE, averaged, about=about)
             torch.save(state, part / STATE)
             for file in [*part.iterdir(), part]:
                 flush(file)
@@ -168,14 +172,55 @@ def find_trained(path: Path, name: str = TRAINED, *, best: bool = False) -> Path
     return file
 
 
+@dataclass(frozen=True)
+class About:
+    """What a file of trained weights says about its classifier.
+
+    Attributes:
+        config: the config that it was trained by.
+        classes: names of its classes; None if they have none.
+    """
+
+    config: Config
+    classes: list[str] | None
+
+
+def read_about(trained: Path) -> About | None:
+    """Reads what a file of weights says about its classifier.
+
+    In checkpoints of version 0.1 only `state.pt` says it, and classes have no names.
+
+    Args:
+        trained: the file, as `find_trained` finds it.
+
+    Returns:
+        None for a file that is from no run, but from a call of `save_trained`.
+
+    Raises:
+        ValueError: the file can't be read, or has options that this version does not know.
+    """
+    content = read_metadata(trained).get(_ABOUT)
+    if content is not None:
+        try:
+            about = json.loads(content)
+            config, classes = about["config"], about["classes"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{trained}: its metadata {_ABOUT!r} can't be read ({error})") from error
+        return About(parse_config(config, trained), classes)
+    if (trained.parent / STATE).is_file():
+        return About(read_state(trained.parent)["config"], None)
+    return None
+
+
 def check_backbone(trained: Path, config: Config) -> None:
     """Raises ValueError if weights were trained on another backbone, whose names and shapes may be the same.
 
     Options that the checkpoint's config lacks have their defaults; one that this version does not know is an error.
     """
-    if not (trained.parent / STATE).is_file():
-        return  # only checkpoints name their backbone
-    before, now = read_state(trained.parent)["config"].model, config.model
+    about = read_about(trained)
+    if about is None:
+        return
+    before, now = about.config.model, config.model
     changed = [
         f"{key} {getattr(before, key)!r}, now {getattr(now, key)!r}"
         for key in ("backbone", "depth", "pool")
