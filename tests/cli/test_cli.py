@@ -73,8 +73,8 @@ print(json.dumps(results))
 def test_doctor_needs_only_torch(without_extras: dict[str, tuple[int, str, str]]) -> None:
     status, output, _ = without_extras["doctor"]
     assert status == 0
-    for word in (f"amflow_kernels {amflow_kernels.__version__}", f"torch {torch.__version__}", "python 3.", "triton ",
-                 "timm ", "cpu capability", "cpu kernels:"):  # fmt: skip
+    for word in (f"amflow_kernels {amflow_kernels.__version__}", f"torch {torch.__version__}", "python 3.", "cpu: ",
+                 "compiler: ", "gpu driver: ", "cache of amflow_kernels: ", "has run on this kind of GPU"):  # fmt: skip
         assert word in output
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from amflow_models.data.mp4 import BrokenIndexError, read_index
 from amflow_models.data.reading import UnreadableVideo, VideoReader
 from amflow_models.data.tables import FrameTable, Samples, kept_table, visible
 from amflow_models.data.transport import breaks_only_at_joins
+from amflow_models.data.videos import Video, archive_of
 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams of cover art, not the video itself
 _STRAIGHT = 0.0175  # tan(1 degree): a rotation this close to a multiple of 90 degrees is taken for one, as FFmpeg does
@@ -54,6 +56,10 @@ class _Orientation:
 class VideoFile(VideoReader):
     """An open video file. It decodes in one thread, since data loading runs many processes.
 
+    Args:
+        path: the file; with `span`, a tar file and the name of the video in it.
+        span: of a video in a tar file: where in that file its bytes begin, and their number. They are read at once.
+
     Raises:
         UnreadableVideo: the file does not exist, is not a video, has no frames, is truncated, or lacks packets. A
             transport stream that another one follows (``cat a.ts b.ts``) lacks none. Truncation can't always be
@@ -61,16 +67,18 @@ class VideoFile(VideoReader):
             last half second. The last frame before such a cut may be incomplete, or a later one.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, span: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UnreadableVideo(path, "there is no such file")
+        self._file = self.path if span is None else archive_of(self.path)
+        if not self._file.is_file():
+            raise UnreadableVideo(path, "there is no such file" if span is None else f"there is no {self._file}")
         self._orientation: _Orientation | None = None
         self._reformatter: Any = None
         with self._errors():
+            self._content = None if span is None else _read_span(self._file, *span)
             self._open()
-            status = self.path.stat()
-            identity = (str(self.path.absolute()), status.st_size, status.st_mtime_ns)
+            status = self._file.stat()
+            identity = (str(self._file.absolute()), span, status.st_size, status.st_mtime_ns)
             self._table = kept_table(identity, self._make_table)
         if not len(self):
             raise UnreadableVideo(self.path, "holds no frames that can be decoded")
@@ -101,7 +109,8 @@ class VideoFile(VideoReader):
     def _open(self) -> None:
         # Without "file:", a name with a colon would be a protocol; without the option, that of a picture with "%d" a
         # pattern of other names.
-        self._container: Any = av.open(f"file:{self.path}", options={"pattern_type": "none"})
+        source = f"file:{self.path}" if self._content is None else BytesIO(self._content)
+        self._container: Any = av.open(source, options={"pattern_type": "none"} if self._content is None else {})
         videos = [stream for stream in self._container.streams.video if not stream.disposition & _PICTURES]
         if not videos:
             raise UnreadableVideo(self.path, "holds no video stream")
@@ -136,7 +145,7 @@ class VideoFile(VideoReader):
         if "mp4" not in self._container.format.name:
             return None
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb") if self._content is None else BytesIO(self._content) as file:
                 samples = read_index(file, self._stream.id)
         except BrokenIndexError:
             raise UnreadableVideo(self.path, "breaks off, or is damaged") from None
@@ -163,7 +172,7 @@ class VideoFile(VideoReader):
                 restarts[packet.pos] = falls
             ordered = ordered and not falls
         transport = self._container.format.name == "mpegts"
-        if not (complete or (transport and breaks_only_at_joins(self.path, self._stream.id, restarts))):
+        if not (complete or (transport and breaks_only_at_joins(self._bytes(), self._stream.id, restarts))):
             raise UnreadableVideo(self.path, "breaks off, or is damaged")
         times = {time for time, *_ in packets}
         # AVI does not store the display order.
@@ -229,12 +238,15 @@ class VideoFile(VideoReader):
             image = image.transpose(0, 1)
         return image.flip(self._orientation.mirrored)
 
+    def _bytes(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r") if self._content is None else np.frombuffer(self._content, np.uint8)
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except (av.error.FFmpegError, OSError) as error:
-            empty = self.path.is_file() and not self.path.stat().st_size
+            empty = self._file.is_file() and not (self._file.stat().st_size if self._content is None else self._content)
             reason = "it is empty" if empty else error.strerror or str(error)
             raise UnreadableVideo(self.path, f"can't be read as a video ({reason})") from error
 
@@ -256,6 +268,35 @@ def open_video(path: str | Path, template: str | None = None, start_index: int |
         raise UnreadableVideo(path, str(error)) from error
 
 
+def open_listed(video: Video) -> VideoReader:
+    """Opens a video of a list. Raises what `open_video` does."""
+    if video.span is not None:
+        return VideoFile(video.path, video.span)
+    return open_video(video.path, video.template, video.start_index)
+
+
+def frames_of(video: Video, available: int) -> int:
+    """The number of frames of a video of a list: of a folder, the number in its list.
+
+    Args:
+        video: the video.
+        available: the number of frames of its file or folder.
+
+    Raises:
+        UnreadableVideo: the folder has fewer frames than the list says.
+    """
+    start = video.start or 0
+    frames = available - start if video.frames is None else video.frames
+    if start + frames <= available:
+        return frames
+    reason = f"has {available} frames, and its list says {frames}"
+    if start:
+        reason += f" from frame {start} on"
+    if start and start + frames == available + 1:
+        reason += "; starts count from 0, do those of the list count from 1?"
+    raise UnreadableVideo(video.path, reason)
+
+
 def count_frames(path: str | Path, template: str | None = None, start_index: int | None = None) -> int:
     """The number of frames of a video. Takes and raises what `open_video` does."""
     with open_video(path, template, start_index) as video:
@@ -268,6 +309,15 @@ def read_frames_at(
     """Frames of a video, uint8 RGB (len(indices), 3, H, W). Takes and raises what `open_video` and `read` do."""
     with open_video(path, template, start_index) as video:
         return video.read(indices)
+
+
+def _read_span(file: Path, start: int, size: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        content = opened.read(size)
+    if len(content) < size:
+        raise OSError(f"{file} breaks off")
+    return content
 
 
 def _read_orientation(path: Path, frame: Any) -> _Orientation:
