@@ -30,7 +30,7 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#ifdef __AVX512BF16__
+#ifdef AMFLOW_DOT_BF16
 constexpr bool NATIVE_BF16 = true;
 #else
 constexpr bool NATIVE_BF16 = false;
@@ -313,7 +313,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
       args.prefetch_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
       args.prefetch_bytes = pb.D * element_size(pb.dtype);
     }
-#ifdef __AVX512BF16__
+#ifdef AMFLOW_DOT_BF16
     if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
     else
 #endif

@@ -7,9 +7,11 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from amflow_models.data import VideoList
+from amflow_models.files import write_text, written_whole
 from amflow_models.training.build import (
     SPLITS,
     build_model,
@@ -19,7 +21,7 @@ from amflow_models.training.build import (
     normalisation,
     read_lists,
 )
-from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained
+from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained, read_about
 from amflow_models.training.config import Config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
 from amflow_models.training.parallel import choose_precision, distribute, exit_process, make_accelerator
@@ -70,6 +72,7 @@ def evaluate(
     precision = choose_precision(config.training.precision)
     accelerator = make_accelerator(precision)
     videos = read_lists(config, (split,), check=accelerator.is_main_process)[split]
+    names = _names(config, videos, file)
     model = build_model(config)
     load_trained(model, file)
     clips = dataset(config, videos, image_size(config, model), train=False, views=True)
@@ -80,7 +83,6 @@ def evaluate(
     if accelerator.is_main_process:
         folder = config.output if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
-        names = class_names(config, videos)
         _write_scores(folder / f"{split}.json", file, predictions, result)
         _write_table(folder / f"{split}.csv", videos, predictions, names)
         draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
@@ -89,6 +91,20 @@ def evaluate(
             print(f"not read: {error}", file=sys.stderr)
     accelerator.end_training()
     return result
+
+
+def _names(config: Config, videos: VideoList, trained: Path) -> list[str]:
+    """The names of the classes: those of the list and of the checkpoint, which must not differ; else their numbers."""
+    listed, about = class_names(config, videos), read_about(trained)
+    known = about and about.classes
+    if listed and known and listed != known:
+        number = next(n for n, (a, b) in enumerate(zip_longest(listed, known)) if a != b)
+        a, b = (names[number] if number < len(names) else "none" for names in (listed, known))
+        raise ValueError(
+            f"data.classes: expected the classes that {trained} was trained on, in their order; class {number} is "
+            f"{a!r}, and was {b!r}"
+        )
+    return listed or known or [str(number) for number in range(config.data.num_classes)]
 
 
 def _write_scores(path: Path, checkpoint: Path, predictions: Predictions, result: Scores) -> None:
@@ -101,14 +117,14 @@ def _write_scores(path: Path, checkpoint: Path, predictions: Predictions, result
         "top5": result.top5,
         "mean_class": result.mean_class,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _write_table(path: Path, videos: VideoList, predictions: Predictions, names: list[str]) -> None:
     """A line for each video: its path, label, most probable class and that class's probability."""
     probabilities, guesses = predictions.probabilities.max(1)
     columns = (predictions.indices, predictions.labels, guesses, probabilities)
-    with path.open("w", newline="") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "label", "prediction", "probability"])
         for index, label, guess, probability in zip(*(column.tolist() for column in columns), strict=True):

@@ -23,7 +23,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from amflow_models.training.average import Average
-from amflow_models.training.build import SPLITS, build_model, dataset, digest, image_size, normalisation, read_lists
+from amflow_models.training.build import (
+    SPLITS,
+    build_model,
+    class_names,
+    dataset,
+    digest,
+    image_size,
+    normalisation,
+    read_lists,
+)
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, load_state, restore_optimizer
 from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
@@ -116,7 +125,7 @@ class _Run:
             raise ValueError(f"output: there is no checkpoint in {checkpoints.folder} to resume")
         main = self.accelerator.is_main_process
         lists = {} if synthetic else read_lists(config, SPLITS, check=main)
-        self.clips = digest(lists)
+        self.clips, self.classes = digest(lists), class_names(config, lists.get("train"))
         state = load_state(newest[0], config, self.clips) if newest else None
 
         model = build_model(config, synthetic=synthetic, grown=state is not None)
@@ -239,7 +248,7 @@ class _Run:
 
     def _save(self) -> None:
         self.checkpoints.save(
-            self.step, self.model, self.optimizer, self.average, self.config, self.clips, self.accelerator
+            self.step, self.model, self.optimizer, self.average, self.config, self.clips, self.classes, self.accelerator
         )
 
     def _count_errors(self, errors: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from amflow_models.blocks import AdaptedBlock, AdapterOptions
+from amflow_models.files import written_whole
 
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before names
 
@@ -32,20 +35,48 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_trained(model: nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+def save_trained(
+    model: nn.Module,
+    path: str | Path,
+    state: dict[str, torch.Tensor] | None = None,
+    *,
+    about: dict[str, str] | None = None,
+) -> None:
     """Writes the trainable parameters of a model and the options of its adapters to a safetensors file.
+
+    The file is written whole or not at all.
 
     Args:
         model: the model.
         path: the file.
         state: the result of `trained_state`; None calls it.
+        about: more texts for the file's metadata.
 
     Raises:
         ValueError: no parameter of the model requires a gradient.
     """
-    save_file(
-        trained_state(model) if state is None else state, path, metadata={"adapters": json.dumps(_options(model))}
-    )
+    state = trained_state(model) if state is None else state
+    with written_whole(Path(path)) as part:
+        save_file(state, part, metadata={"adapters": json.dumps(_options(model)), **(about or {})})
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file can't be read as safetensors.
+    """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
 
 
 def load_trained(model: nn.Module, path: str | Path) -> None:
@@ -59,12 +90,9 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
             then.
     """
     own = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    try:
-        with safe_open(path, "pt") as file:
-            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            options = json.loads((file.metadata() or {}).get("adapters", "{}"))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
+    with _opened(path) as file:
+        loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+        options = json.loads((file.metadata() or {}).get("adapters", "{}"))
     expected = _options(model)
     # A file without metadata is not of `save_trained`, and one without options is of a model without adapters.
     saved = {**_saved(AdapterOptions(2)), "num_frames": None, **options} if options else {}

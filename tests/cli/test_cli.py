@@ -29,6 +29,7 @@ EXAMPLES = {
     "visualize": ["visualize", "bikes"],
     "train": ["train", "--config", "k400_vitb_am12"],
     "evaluate": ["evaluate", "--config", "k400_vitb_am12"],
+    "predict": ["predict", str(ROOT / "tests/training/checkpoint_of_0.1"), "video.mp4"],
     "data": ["data", "check", "list.txt", "--kind", "mmaction"],
 }
 

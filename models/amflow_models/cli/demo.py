@@ -21,6 +21,7 @@ from torch import Tensor
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
 from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
+from amflow_models.cli.drawing import finished
 from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.cli.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, dinov2_vit_small, read_frames
 
@@ -276,7 +277,5 @@ def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tenso
         "Each block has its own scale, cut at the 99.5th percentile.",
         fontsize=10,
     )
-    try:
-        figure.savefig(output, format="png", dpi=100)
-    except OSError as error:
-        raise CommandError(f"{output}: can't be written ({error.strerror})") from error
+    with finished(output) as part:
+        figure.savefig(part, format="png", dpi=100)

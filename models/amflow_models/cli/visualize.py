@@ -6,8 +6,8 @@ Running it needs ``pip install 'amflow-kernels[demo]'``; importing this module n
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -21,11 +21,11 @@ from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.motion import motion_maps, motion_pca
 from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
 from amflow_models.cli.demo import check_output
+from amflow_models.cli.drawing import CUT, finished, overlay, side_by_side, video_writer
 from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.cli.offline import iterate_frames
 
 OFFLINE_MODEL = "vit_small_patch14_dinov2"
-CUT = 0.995  # quantile at which a colour scale ends, as a few outlier tokens would darken all others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,10 +160,9 @@ def run(
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("load")
         drawing = _overlay_video(output) if overlay else _png_files(output, video, model, size)
-        with closing(drawing) as draw:
-            next(draw)
+        with drawing as draw:
             for pair in pictures(vit, chosen, video, size, every, start, encoders):
-                draw.send(pair)
+                draw(pair)
                 done += 1
                 progress.update(task, description=f"{done} pairs of frames")
                 if done == pairs:
@@ -332,21 +331,21 @@ _ROWS = (  # field of Pictures, label, unit, colours
 )
 
 
-def _png_files(folder: Path, video: Path, model: str, size: int) -> Any:
-    """Coroutine that writes a PNG for each pair that it is sent."""
+@contextmanager
+def _png_files(folder: Path, video: Path, model: str, size: int) -> Iterator[Callable[[Pair], None]]:
+    """Gives a function that writes a PNG for a pair."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"{folder}: can't be made ({error.strerror})") from error
-    while True:
-        pair: Pair = yield
+
+    def draw(pair: Pair) -> None:
         title = f"{video.name}, frames {pair.numbers[0]} and {pair.numbers[1]}\n{model}, {size} px, mean over heads"
-        path = folder / f"pair_{pair.numbers[0]:05d}_{pair.numbers[1]:05d}.png"
         figure = _figure(pair, title)
-        try:
-            figure.savefig(path, format="png", dpi=90)
-        except OSError as error:
-            raise CommandError(f"{path}: can't be written ({error.strerror})") from error
+        with finished(folder / f"pair_{pair.numbers[0]:05d}_{pair.numbers[1]:05d}.png") as part:
+            figure.savefig(part, format="png", dpi=90)
+
+    yield draw
 
 
 def _figure(pair: Pair, title: str) -> Any:
@@ -400,63 +399,23 @@ def _draw_row(panel: Any, line: Any, pair: Pair, field: str, label: str, unit: f
     line[0].set_ylabel(label, fontsize=8)
 
 
-def _overlay_video(output: Path) -> Any:
-    """Coroutine that writes a video: each frame that it is sent, beside the same frame under the flow of each block,
-    and under the aligned flow if there is one.
+@contextmanager
+def _overlay_video(output: Path) -> Iterator[Callable[[Pair], None]]:
+    """Gives a function that adds a frame to a video: the first of a pair, beside the same frame under the flow of each
+    block, and under the aligned flow if there is one.
 
     The colour scale of a block ends at the largest `CUT` quantile so far.
     """
-    with needs_extra("demo"):
-        import av
-    from matplotlib import colormaps
-
-    colours = colormaps["inferno"]
     largest: dict[int, float] = {}
-    container: Any = None
-    stream: Any = None
-    try:
-        while True:
-            try:
-                pair: Pair = yield
-            except GeneratorExit:  # no more frames
-                if container is not None:
-                    container.mux(stream.encode())
-                return
-            frame = _side_by_side(_overlays(pair, colours, largest))
-            if container is None:
-                container = av.open(f"file:{output}", "w")  # else a colon in the name would end a protocol
-                stream = container.add_stream("libx264", rate=12)
-                stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise CommandError(f"{output}: can't be written ({error})") from error
-    finally:
-        if container is not None:
-            container.close()
+    with video_writer(output) as write:
+        yield lambda pair: write(side_by_side(_overlays(pair, largest)))
 
 
-def _overlays(pair: Pair, colours: Any, largest: dict[int, float]) -> list[Tensor]:
+def _overlays(pair: Pair, largest: dict[int, float]) -> list[Tensor]:
     """The first frame, then the frame under each block's flow, (3, size, size) each; updates `largest` by block."""
     image = pair.images[0]
     tiles = [image]
     for block, drawn in pair.blocks.items():
         largest[block] = max(largest.get(block, 1e-12), drawn.flow.quantile(CUT).item())
-        for flow in (drawn.flow, drawn.aligned):
-            if flow is not None:
-                level = (flow / largest[block]).clamp(0, 1)
-                heat = torch.from_numpy(colours(level.numpy())[..., :3]).permute(2, 0, 1)
-                heat = nn.functional.interpolate(heat[None].float(), image.shape[1:], mode="nearest")[0]
-                tiles.append(0.35 * image.mean(0, keepdim=True) + 0.65 * heat)
+        tiles += [overlay(image, x, largest[block]) for x in (drawn.flow, drawn.aligned) if x is not None]
     return tiles
-
-
-def _side_by_side(tiles: Sequence[Tensor]) -> Any:
-    """Images (3, size, size) in [0, 1] as one image, uint8 (height, width, 3), at most five in a row."""
-    across = min(5, len(tiles))
-    down = -(-len(tiles) // across)
-    size = tiles[0].shape[-1] // 2 * 2  # video frames have even sides
-    sheet = torch.zeros(3, down * size, across * size)
-    for n, tile in enumerate(tiles):
-        top, left = n // across * size, n % across * size
-        sheet[:, top : top + size, left : left + size] = tile[:, :size, :size]
-    return (255 * sheet).round().byte().permute(1, 2, 0).contiguous().numpy()

@@ -122,9 +122,10 @@ def digest(lists: dict[str, VideoList]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def class_names(config: Config, videos: VideoList) -> list[str]:
-    """A name for every class: a list without names may end before the last class."""
-    return [*videos.classes, *map(str, range(len(videos.classes), config.data.num_classes))]
+def class_names(config: Config, videos: VideoList | None) -> list[str] | None:
+    """The names of the classes; None if the list, or its absence, gives them none."""
+    named = config.data.classes is not None or format_of(config.data.kind).names_classes
+    return list(videos.classes) if videos is not None and named else None
 
 
 def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool, views: bool = False) -> Any:

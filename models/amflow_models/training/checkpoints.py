@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from amflow_models.files import flush
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config, parse_config
-from amflow_models.weights import save_trained, trained_state
+from amflow_models.weights import read_metadata, save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
+_ABOUT = "classifier"  # in the metadata of both files of weights: JSON of what `About` holds
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Keys of the config that may differ in a resumed run: any other difference would make it another run.
 RESUMABLE_CHANGES = {
@@ -36,7 +38,7 @@ class Checkpoints:
 
     Each holds `model.safetensors` (the trainable parameters, written by `save_trained`), `ema.safetensors` if there is
     an average, and `state.pt` (the optimizer's state, the step and the config). They do not depend on the number of
-    processes.
+    processes. The files of weights also hold the config and the names of the classes, see `read_about`.
 
     Args:
         output: folder of the run.
@@ -70,6 +72,7 @@ class Checkpoints:
         average: Average | None,
         config: Config,
         clips: str,
+        classes: list[str] | None,
         accelerator: Accelerator,
     ) -> None:
         """Writes a checkpoint and removes the oldest; all processes must call it.
@@ -79,6 +82,7 @@ class Checkpoints:
             model, optimizer, average: the state to save; the average may be None.
             config: the run's config.
             clips: `digest` of the training list.
+            classes: names of the classes; None if they have none.
             accelerator: the processes.
 
         Raises:
@@ -96,21 +100,22 @@ class Checkpoints:
             "clips": clips,
         }
         if accelerator.is_main_process:
-            self._write(self.folder / f"step_{step:08d}", model, trained, averaged, state)
+            about = {_ABOUT: json.dumps({"config": state["config"], "classes": classes})}
+            self._write(self.folder / f"step_{step:08d}", model, trained, averaged, about, state)
         accelerator.wait_for_everyone()
 
-    def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, state: Any) -> None:
+    def _write(self, path: Path, model: nn.Module, trained: Any, averaged: Any, about: Any, state: Any) -> None:
         part = path.with_suffix(".part")
         for leftover in self.folder.glob("step_*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            save_trained(model, part / TRAINED, trained)
+            save_trained(model, part / TRAINED, trained, about=about)
             if averaged is not None:
-                save_trained(model, part / AVERAGE, averaged)
+                save_trained(model, part / AVERAGE, averaged, about=about)
             torch.save(state, part / STATE)
             for file in [*part.iterdir(), part]:
-                _flush(file)
+                flush(file)
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
         except Exception as error:  # those of the file system, safetensors and torch.save differ
@@ -118,7 +123,7 @@ class Checkpoints:
             last = self.all()
             kept = f"the last one is {last[-1]}" if last else "there is none yet"
             raise OSError(f"{path}: the checkpoint can't be written ({error}); {kept}") from error
-        _flush(self.folder)
+        flush(self.folder)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)  # a network file system keeps files that are open
 
@@ -143,14 +148,55 @@ def find_trained(path: Path, name: str = TRAINED) -> Path:
     return file
 
 
+@dataclass(frozen=True)
+class About:
+    """What a file of trained weights says about its classifier.
+
+    Attributes:
+        config: the config that it was trained by.
+        classes: names of its classes; None if they have none.
+    """
+
+    config: Config
+    classes: list[str] | None
+
+
+def read_about(trained: Path) -> About | None:
+    """Reads what a file of weights says about its classifier.
+
+    In checkpoints of version 0.1 only `state.pt` says it, and classes have no names.
+
+    Args:
+        trained: the file, as `find_trained` finds it.
+
+    Returns:
+        None for a file that is from no run, but from a call of `save_trained`.
+
+    Raises:
+        ValueError: the file can't be read, or has options that this version does not know.
+    """
+    content = read_metadata(trained).get(_ABOUT)
+    if content is not None:
+        try:
+            about = json.loads(content)
+            config, classes = about["config"], about["classes"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{trained}: its metadata {_ABOUT!r} can't be read ({error})") from error
+        return About(parse_config(config, trained), classes)
+    if (trained.parent / STATE).is_file():
+        return About(_read_state(trained.parent)["config"], None)
+    return None
+
+
 def check_backbone(trained: Path, config: Config) -> None:
     """Raises ValueError if weights were trained on another backbone, whose names and shapes may be the same.
 
     Options that the checkpoint's config lacks have their defaults; one that this version does not know is an error.
     """
-    if not (trained.parent / STATE).is_file():
-        return  # only checkpoints name their backbone
-    before, now = _read_state(trained.parent)["config"].model, config.model
+    about = read_about(trained)
+    if about is None:
+        return
+    before, now = about.config.model, config.model
     changed = [
         f"{key} {getattr(before, key)!r}, now {getattr(now, key)!r}"
         for key in ("backbone", "depth", "pool")
@@ -208,13 +254,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _flush(path: Path) -> None:
-    """Forces a file or folder to disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems support it for folders
-            os.fsync(file)
-    finally:
-        os.close(file)
