@@ -38,7 +38,8 @@ def main() -> None:
         ("flow[t] - 1: all queries together", all_queries, all_queries.quantile(0.995)),
     ]
     for axis, (title, picture, largest) in zip(axes.flat, panels, strict=True):
-        axis.imshow(picture, cmap="inferno", vmin=None if largest is None else 0, vmax=largest, extent=(0, side, side, 0))
+        lowest = None if largest is None else 0
+        axis.imshow(picture, cmap="inferno", vmin=lowest, vmax=largest, extent=(0, side, side, 0))
         if "flow" not in title:
             axis.add_patch(plt.Rectangle((QUERY[1], QUERY[0]), 1, 1, fill=False, edgecolor="cyan", linewidth=1.5))
         axis.set_title(title, fontsize=11)
