@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from amflow_models.data import VideoList
 from amflow_models.files import write_text, written_whole
 from amflow_models.training.build import (
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.split,
             args.checkpoint,
             ema=args.ema,
+            best=args.best,
             output=args.output,
+            dump=args.scores,
         )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(
-    config: Config, split: str, checkpoint: Path | None = None, *, ema: bool = False, output: Path | None = None
+    config: Config,
+    split: str,
+    checkpoint: Path | None = None,
+    *,
+    ema: bool = False,
+    best: bool = False,
+    output: Path | None = None,
+    dump: Path | None = None,
 ) -> Scores:
     """Tests a checkpoint on all views of every video of a split.
 
@@ -59,7 +70,11 @@ def evaluate(
         split: "train", "validation" or "test".
         checkpoint: a run, a checkpoint or a safetensors file; None takes the config's `output`.
         ema: test the exponential moving average instead of the weights.
+        best: test the run's best checkpoint instead of its newest.
         output: folder to write to; None takes the config's `output`.
+        dump: a safetensors file to write all probabilities to, for ensembles: `probabilities` float32
+            (videos, classes), `labels` int64 (videos,) and `indices`, the videos' places in the list; its metadata has
+            their paths as JSON, `videos`, and the names of the classes, `classes`.
 
     Raises:
         ValueError: the config has no such split, the list is wrong, the checkpoint does not fit the model, or no video
@@ -67,7 +82,7 @@ def evaluate(
     """
     if getattr(config.data, split) is None:
         raise ValueError(f"data.{split}: the config has none")
-    file = find_trained(checkpoint or config.output, AVERAGE if ema else TRAINED)
+    file = find_trained(checkpoint or config.output, AVERAGE if ema else TRAINED, best=best)
     check_backbone(file, config)
     precision = choose_precision(config.training.precision)
     accelerator = make_accelerator(precision)
@@ -86,6 +101,8 @@ def evaluate(
         _write_scores(folder / f"{split}.json", file, predictions, result)
         _write_table(folder / f"{split}.csv", videos, predictions, names)
         draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
+        if dump is not None:
+            _dump(dump, videos, predictions, names)
         print(f"{file}, precision {precision}\n{split}: {len(predictions.labels)} videos, {result}")
         for error in predictions.errors:
             print(f"not read: {error}", file=sys.stderr)
@@ -131,6 +148,14 @@ def _write_table(path: Path, videos: VideoList, predictions: Predictions, names:
             writer.writerow([videos.videos[index].path, names[label], names[guess], f"{probability:.6f}"])
 
 
+def _dump(path: Path, videos: VideoList, predictions: Predictions, names: list[str]) -> None:
+    """Writes the probabilities of all classes, see `evaluate`."""
+    tensors = {name: getattr(predictions, name).contiguous() for name in ("probabilities", "labels", "indices")}
+    paths = [str(videos.videos[index].path) for index in predictions.indices.tolist()]
+    with written_whole(path) as part:
+        save_file(tensors, part, metadata={"videos": json.dumps(paths), "classes": json.dumps(names)})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="amflow evaluate", description="Test a video classifier.")
     parser.add_argument(
@@ -139,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="a run, checkpoint or file (default: the config's output)")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--ema", action="store_true", help="test the exponential moving average of the weights")
+    parser.add_argument("--best", action="store_true", help="test the run's best checkpoint instead of its newest")
+    parser.add_argument(
+        "--scores", type=Path, metavar="FILE", help="write the probabilities of all classes to a safetensors file"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the config's output)")
     parser.add_argument("--strict", action="store_true", help="stop at the first video that can't be read")
     parser.add_argument(

@@ -79,10 +79,15 @@ def _opened(path: str | Path) -> Iterator[Any]:
         raise ValueError(f"{path}: can't be read as safetensors ({error})") from error
 
 
-def load_trained(model: nn.Module, path: str | Path) -> None:
+def load_trained(model: nn.Module, path: str | Path, *, head: bool = True) -> None:
     """Reads a file of `save_trained` into a model that was built with the same options.
 
     Options that did not exist yet when the file was written have their defaults.
+
+    Args:
+        model: the model.
+        path: the file.
+        head: read the parameters of the model's `head`, too; otherwise it keeps its own, which may have another shape.
 
     Raises:
         ValueError: the file can't be read, or does not fit the model: all missing and unexpected names, different
@@ -93,6 +98,9 @@ def load_trained(model: nn.Module, path: str | Path) -> None:
     with _opened(path) as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
         options = json.loads((file.metadata() or {}).get("adapters", "{}"))
+    if not head:
+        own = {name: p for name, p in own.items() if not name.startswith("head.")}
+        loaded = {name: x for name, x in loaded.items() if not name.startswith("head.")}
     expected = _options(model)
     # A file without metadata is not of `save_trained`, and one without options is of a model without adapters.
     saved = {**_saved(AdapterOptions(2)), "num_frames": None, **options} if options else {}

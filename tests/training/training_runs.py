@@ -22,6 +22,10 @@ TINY = {
     "training": {"epochs": 2, "warmup_epochs": 0.5, "batch": 4, "precision": "fp32", "lr": 1e-3},
     "evaluation": {"clips": 2, "crops": 3, "batch": 4},
 }  # fmt: skip
+RECIPES = [
+    "training.mixup=0.8", "training.cutmix=1", "data.random_erasing=0.5", "data.repeats=2", "model.dropout=0.2",
+    "model.drop_path=0.3", "training.ema=0.9", "training.base_batch=8", "training.skip_not_finite=1",
+]  # fmt: skip
 EXACT = ("step", "loss", "lr", "gradient_norm")  # columns of train.csv that are not times
 
 

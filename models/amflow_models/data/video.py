@@ -126,6 +126,7 @@ class VideoFile(VideoReader):
         if self._stream.codec_context is None:
             raise UnreadableVideo(self.path, "FFmpeg has no decoder for it")
         self._stream.codec_context.thread_count = 1
+        self.frame_rate = self._stream.average_rate or None  # 0 where it is not known
         # Without it, each frame has a converter of its own, whose threads a forked process lacks: that process would
         # hang when it frees a frame that its parent left behind.
         self._reformatter = VideoReformatter()

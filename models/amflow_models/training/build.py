@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from amflow_kernels.integrations.block_finder import find_blocks
 from amflow_models.backbones import create_backbone
+from amflow_models.blocks import AdaptedBlock
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
 from amflow_models.data.lists import format_of
@@ -45,7 +46,7 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
     backbone: Any = create_backbone(wanted.backbone, weights, wanted.img_size)
     options = {name: getattr(wanted, name) for name in _ADAPTERS}
     start = None if grown or synthetic else wanted.start
-    placement = start.blocks if start else wanted.blocks
+    placement = wanted.blocks if start is None or start.blocks is None else start.blocks
     try:
         path, blocks = find_blocks(backbone)
         if wanted.depth is not None:
@@ -54,15 +55,26 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
             backbone.set_submodule(path, blocks[: wanted.depth])
         if wanted.pool is not None:
             backbone.reset_classifier(0, wanted.pool)
-        model = VideoClassifier(backbone, config.data.num_classes, config.data.frames, blocks=placement, **options)
+        model = VideoClassifier(
+            backbone, config.data.num_classes, config.data.frames, blocks=placement, dropout=wanted.dropout, **options
+        )
     except TypeError as error:
         raise ValueError(f"model.backbone {wanted.backbone}: {error}") from error
     if start is not None:
         trained = find_trained(start.trained)
         check_backbone(trained, config)
-        load_trained(model, trained)
+        try:
+            load_trained(model, trained, head=start.head == "trained")
+        except ValueError as error:
+            other = "of another shape: head." in str(error)
+            hint = "; with model.start.head=new it starts with a new head, for other classes" if other else ""
+            raise ValueError(f"{error}{hint}") from error
         grow_am_flow(model.backbone, wanted.blocks, verbose=False)
         model.report = report_of(model)
+    if wanted.drop_path:
+        adapted = [block for block in model.modules() if isinstance(block, AdaptedBlock)]
+        for number, block in enumerate(adapted, 1):
+            block.adapter.drop_path = torch.tensor(wanted.drop_path * number / len(adapted))
     if config.training.recompute:
         backbone.set_grad_checkpointing(True)
     return model

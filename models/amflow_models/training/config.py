@@ -22,15 +22,17 @@ class _Section(BaseModel):
 
 
 class Start(_Section):
-    """The start of a second stage: a model that was trained with AM flow in fewer blocks.
+    """The start of a run: a trained model, perhaps with AM flow in fewer blocks (a second stage) or of other classes.
 
     Attributes:
         trained: a run (its newest checkpoint), a checkpoint, or its `model.safetensors`.
-        blocks: the placement that it was trained with.
+        blocks: the placement that it was trained with; None: that of `model.blocks`.
+        head: "trained" takes its head, too; "new" starts with a new one, as for other classes.
     """
 
     trained: Path
-    blocks: Blocks
+    blocks: Blocks | None = None
+    head: Literal["trained", "new"] = "trained"
 
 
 class Model(_Section):
@@ -40,7 +42,10 @@ class Model(_Section):
         depth: number of blocks that are used, from the first; None uses all.
         pool: the backbone's vector for an image: "avg", the mean of its tokens, or "token", the class token; None keeps
             the backbone's own choice.
-        start: the first stage, if this is the second.
+        dropout: share of the head's inputs that are set to 0 in training.
+        drop_path: stochastic depth: probability that a clip leaves out the last block's adapter in training; that of
+            the other blocks rises linearly to it.
+        start: the trained model that the run starts from, if there is one.
     """
 
     backbone: str
@@ -56,6 +61,8 @@ class Model(_Section):
     centred: bool = AdapterOptions.centred
     gate: str = AdapterOptions.gate
     align: bool = AdapterOptions.align
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     start: Start | None = None
 
     @model_validator(mode="after")
@@ -81,6 +88,10 @@ class Data(_Section):
         scale: least and largest share of a frame's area that a random crop has.
         augment: RandAugment, besides random crops and flips.
         flip: mirror clips at random; None mirrors unless class names speak of left and right.
+        random_erasing: probability that a box of a clip, the same in all frames, is filled with noise (timm's
+            RandomErasing, "pixel").
+        repeats: augmented clips of each video that an epoch has (timm's RepeatAugSampler). An epoch keeps its length,
+            so it sees one in `repeats` of the videos.
         workers: loader processes per training process.
         strict: stop at the first video that can't be read instead of leaving it out (`--strict`).
     """
@@ -102,6 +113,8 @@ class Data(_Section):
     scale: tuple[float, float] = (0.08, 1.0)
     augment: bool = True
     flip: bool | None = None
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    repeats: PositiveInt = 1
     workers: int = Field(default=8, ge=0)
     strict: bool = False
 
@@ -114,14 +127,24 @@ class Training(_Section):
         batch: clips per step, over all processes.
         accumulate: number of parts that a step's batch is divided into, to save memory.
         lr, weight_decay, betas: of AdamW; `lr` is the peak.
+        base_batch: the batch that `lr` is meant for: the peak is `lr` times `batch` / `base_batch`. None: `lr` itself.
         clip_grad: norm that gradients are clipped to; None does not clip.
+        skip_not_finite: number of steps that a run may leave out because their loss or gradients are not finite; the
+            next one stops it.
         label_smoothing: of the cross-entropy.
+        mixup, cutmix: alpha of mixup and of cutmix; 0 switches it off. Two neighbouring clips of a batch are mixed with
+            each other, all frames alike (timm's Mixup).
+        mixup_prob: probability that two clips are mixed at all.
+        mixup_switch_prob: where both are on, the probability of cutmix instead of mixup.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 on GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM
             flow is float32 in any case.
-        ema: decay of an exponential moving average of the trainable parameters; None keeps no average.
+        ema: decay of an exponential moving average of the trainable parameters, which is saved and validated as well;
+            None keeps no average.
         recompute: store only the inputs of blocks and recompute the blocks in the backward pass.
         compile: compile each block with torch.compile.
         parallel: with several processes: "ddp", or "fsdp2", which also shards the frozen backbone.
+        validate_every: epochs between validations; the last epoch is always validated.
+        best: score of the validation whose best checkpoint is kept besides the newest, of the average if there is one.
         save_every: steps between checkpoints, besides the one at the end of each epoch; None saves only the latter.
         keep: number of checkpoints to keep.
     """
@@ -133,13 +156,21 @@ class Training(_Section):
     lr: PositiveFloat = 3e-4
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    base_batch: PositiveInt | None = None
     clip_grad: PositiveFloat | None = 1.0
+    skip_not_finite: int = Field(default=0, ge=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     ema: float | None = Field(default=None, gt=0, lt=1)
     recompute: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    validate_every: PositiveInt = 1
+    best: Literal["top1", "top5", "mean_class", "loss"] = "top1"
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
 

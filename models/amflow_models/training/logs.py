@@ -9,13 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from amflow_models.files import write_text
+
 LINES = 50  # steps between lines of text, if there is no terminal for a progress bar
 
 
 class Log:
     """Logs the steps of a run. Only the main process writes and prints anything.
 
-    Files in `output`: `train.csv` with a line per step, `validation.csv` with a line per epoch, and TensorBoard's.
+    Files in `output`: `train.csv` with a line per step, `validation.csv` and, for the average, `validation_ema.csv`
+    with a line per validation, and TensorBoard's.
 
     Args:
         output: folder of the run.
@@ -33,7 +36,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         output.mkdir(parents=True, exist_ok=True)
-        for name in ("train", "validation"):
+        for name in ("train", "validation", "validation_ema"):
             _drop_lines_after(output / f"{name}.csv", step)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self.progress = Progress(
@@ -89,6 +92,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     # If the process was killed while it wrote a line, the line is incomplete and its step is repeated.
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join([*lines[:1], *kept]))
-    part.replace(path)
+    write_text(path, "".join([*lines[:1], *kept]))
