@@ -79,7 +79,8 @@ class Data(_Section):
 
     Attributes:
         kind: format of the lists, see `amflow_models.data.read_list`.
-        train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
+        train, validation, test: list files; for "smarthome" and "hmdb51" a folder, and the parts are those of the
+            protocol `split`; for "tar" as for `read_list`.
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
         classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
         num_classes: number of classes; it may be left out where `classes` names them.
