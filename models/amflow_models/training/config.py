@@ -136,8 +136,10 @@ class Training(_Section):
             each other, all frames alike (timm's Mixup).
         mixup_prob: probability that two clips are mixed at all.
         mixup_switch_prob: where both are on, the probability of cutmix instead of mixup.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 on GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM
-            flow is float32 in any case.
+        balance: for classes of unequal size: "loss" weights each class inversely to its number of training videos,
+            "sampler" draws videos in that way, with repetition; None leaves them as they are.
+        precision: "fp32", "bf16", "fp16" (autocast; fp16 with a gradient scaler and only on a GPU), or "auto": bf16 on
+            GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM flow is float32 in any case.
         ema: decay of an exponential moving average of the trainable parameters, which is saved and validated as well;
             None keeps no average.
         recompute: store only the inputs of blocks and recompute the blocks in the backward pass.
@@ -146,7 +148,8 @@ class Training(_Section):
         validate_every: epochs between validations; the last epoch is always validated.
         best: score of the validation whose best checkpoint is kept besides the newest, of the average if there is one.
         save_every: steps between checkpoints, besides the one at the end of each epoch; None saves only the latter.
-        keep: number of checkpoints to keep.
+        keep: number of the newest checkpoints to keep.
+        wandb: project at Weights & Biases that the run is logged to besides; needs the package wandb.
     """
 
     epochs: PositiveInt = 30
@@ -164,7 +167,8 @@ class Training(_Section):
     cutmix: float = Field(default=0.0, ge=0)
     mixup_prob: float = Field(default=1.0, ge=0, le=1)
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    balance: Literal["loss", "sampler"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float | None = Field(default=None, gt=0, lt=1)
     recompute: bool = False
     compile: bool = False
@@ -173,6 +177,7 @@ class Training(_Section):
     best: Literal["top1", "top5", "mean_class", "loss"] = "top1"
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
+    wandb: str | None = None
 
 
 class Evaluation(_Section):
