@@ -43,6 +43,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "amflow_kernels"
 
 
+def presence(library: _build.Library) -> str:
+    """Where a library is or comes from, in words, without building it."""
+    loaded = binary(library)
+    if loaded is not None:
+        return str(loaded)
+    file = ahead_of_time(library, Path(__file__).parent)
+    if _is_whole(file):
+        return str(file)
+    return f"not built yet, sources in {_build.source_dir() / library.sources[0]}"
+
+
 def ahead_of_time(library: _build.Library, package: Path) -> Path:
     """The file that setup.py installs; its name changes with the sources, so that a stale one is not loaded."""
     return package / f"{library.name}_{_build.source_key(library)}.so"

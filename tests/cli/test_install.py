@@ -436,7 +436,7 @@ def test_the_sdist_has_every_file_of_the_repository_and_nothing_else(tmp_path: P
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("this is no git checkout, so that nothing says which files belong to it")
-    files = {name for name in listed.stdout.split("\0") if name and not name.startswith(".github/")}
+    files = {name for name in listed.stdout.split("\0") if name}
     checkout, unpacked = tmp_path / "checkout", tmp_path / "unpacked"
     for name in files:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
@@ -533,8 +533,8 @@ def test_wheel_with_only_torch_runs_the_doctor_and_names_missing_extras(torch_en
     for program, *words in (["amflow", "doctor"], ["python", "-m", "amflow_kernels"]):
         report = run(program, *words)
         assert report.returncode == 0, report.stderr
-        assert "timm not installed" in report.stdout
-        assert "cpu kernels: " in report.stdout
+        assert re.search(r"^not installed: .*\btimm\b", report.stdout, re.M)
+        assert re.search(r"^cpu +\S", report.stdout, re.M)
     usage = run("amflow", "--help")
     assert (usage.returncode, usage.stderr) == (0, "")
     for extra, line in (

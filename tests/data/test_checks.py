@@ -121,13 +121,13 @@ def test_folders_with_more_frames_than_their_list_says_are_warnings(tmp_path: Pa
     names = [f"img_{number:05}.png" for number in range(4)]
     save_frames(tmp_path / "a", *names, *(f"flow_x_{number:05}.png" for number in range(3)))
 
-    def problems(frames: int, start_index: int | None) -> list[str]:
-        video = Video(tmp_path / "a", 0, frames, "img_{:05}.png", start_index)
+    def problems(frames: int, start: int | None) -> list[str]:
+        video = Video(tmp_path / "a", 0, frames, "img_{:05}.png", 0, start)
         report = check_lists({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick)
         report.raise_for_problems()
         return [str(problem) for problem in report.problems]
 
-    assert problems(4, None) == problems(3, 1) == []
+    assert problems(4, None) == problems(4, 0) == problems(3, 0) == problems(3, 1) == []
     assert problems(3, None) == [f"test: folders with more frames than the list says: 1 ({tmp_path / 'a'}: 4, not 3)"]
 
 
@@ -137,6 +137,16 @@ def test_folders_of_several_series_are_errors_without_a_template(tmp_path: Path,
     for template, errors in ((None, {("test", "videos that can't be read"): 1}), ("img_{}.png", {})):
         video = Video(tmp_path / "a", 0, 2, template)
         assert kinds({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick) == errors
+
+
+def test_classes_that_two_lists_name_differently_are_errors() -> None:
+    """As where each list numbers its own classes, and one lacks a class."""
+    lists = {
+        name: VideoList((Video(Path(f"{name}.mp4"), 0),), classes, "")
+        for name, classes in (("train", ("cut", "sit", "walk")), ("test", ("cut", "walk")), ("same", ("cut",)))
+    }
+    errors = {place: count for place, count in kinds(lists, 3, open_videos=False).items() if "names" in place[1]}
+    assert errors == {("train, test", "classes with different names"): 1}
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -229,7 +239,8 @@ def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: py
         (["check", "LIST", "--kind", "smarthome"], "--split"),
         (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--labels", "."], "no use for it"),
         (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--template", "{}.jpg"], "no use for it"),
-        (["check", "LIST", "--kind", "ssv2", "--start-index", "1"], "--start-index: --kind ssv2 has no use for it"),
+        (["check", "LIST", "--kind", "tar", "--start-index", "1"], "--start-index: --kind tar has no use for it"),
+        (["check", "LIST", "--kind", "hmdb51", "--split", "cross_view1"], "--split: expected one of split1, split2"),
     ],
 )
 def test_wrong_usage_of_the_command_is_explained(

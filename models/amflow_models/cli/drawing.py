@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.files import written_whole
 
 CUT = 0.995  # quantile at which a colour scale ends, as a few outlier tokens would darken all others
+COLOURS = "inferno"
 
 
 def overlay(image: Tensor, flow: Tensor, largest: float) -> Tensor:
-    """A frame in grey under the colours of its flow.
+    """A frame in grey under the colours of its flow, which hide it where the flow is large.
 
     Args:
         image: (3, H, W) in [0, 1].
         flow: (height, width), on the grid of patches.
-        largest: the flow that the colour scale ends at.
+        largest: the flow that the colour scale ends at; it begins at 0.
 
     Returns:
         (3, H, W) in [0, 1].
@@ -31,9 +33,11 @@ def overlay(image: Tensor, flow: Tensor, largest: float) -> Tensor:
     from matplotlib import colormaps
 
     level = (flow / largest).clamp(0, 1)
-    heat = torch.from_numpy(colormaps["inferno"](level.numpy())[..., :3]).permute(2, 0, 1)
-    heat = interpolate(heat[None].float(), image.shape[1:], mode="nearest")[0]
-    return 0.35 * image.mean(0, keepdim=True) + 0.65 * heat
+    colours = torch.from_numpy(colormaps[COLOURS](level.numpy())[..., :3]).permute(2, 0, 1).float()
+    heat, weight = (
+        interpolate(x[None], image.shape[1:], mode="nearest")[0] for x in (colours, (0.45 + 0.4 * level)[None])
+    )
+    return (1 - weight) * image.mean(0, keepdim=True) + weight * heat
 
 
 def side_by_side(tiles: Sequence[Tensor]) -> Any:
@@ -49,10 +53,14 @@ def side_by_side(tiles: Sequence[Tensor]) -> Any:
 
 
 @contextmanager
-def video_writer(output: Path) -> Iterator[Callable[[Any], None]]:
+def video_writer(output: Path, rate: Fraction = Fraction(12)) -> Iterator[Callable[[Any], None]]:
     """Gives a function that appends a frame, uint8 (height, width, 3) with even sides, to an H.264 video.
 
     The file is written whole or not at all; without frames there is none.
+
+    Args:
+        output: the file.
+        rate: frames per second.
 
     Raises:
         CommandError: the file can't be written.
@@ -77,7 +85,7 @@ def video_writer(output: Path) -> Iterator[Callable[[Any], None]]:
             with errors():
                 if container is None:
                     container = av.open(f"file:{part}", "w")  # else a colon in the name would end a protocol
-                    stream = container.add_stream("libx264", rate=12)
+                    stream = container.add_stream("libx264", rate=rate.limit_denominator(1001), options={"crf": "18"})
                     stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "yuv420p"
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 

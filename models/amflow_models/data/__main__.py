@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from amflow_models.data.checks import check_lists
-from amflow_models.data.lists import FORMATS, KINDS, ListFormat, VideoList, read_list
+from amflow_models.data.formats import ListFormat
+from amflow_models.data.lists import FORMATS, KINDS, read_list
+from amflow_models.data.videos import VideoList
 
 _PROTOCOLS = tuple(
     dict.fromkeys(split.partition("/")[0] for list_format in FORMATS.values() for split in list_format.splits)
@@ -40,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    for path in options.lists:
-        if not path.exists():
-            parser.error(f"there is no {path}")
     list_format = FORMATS[options.kind]
+    for path in options.lists:
+        if not path.exists() and not list_format.patterns:
+            parser.error(f"there is no {path}")
     message = _wrong_usage(options, list_format)
     if message:
         parser.error(message)
@@ -67,6 +69,9 @@ def _wrong_usage(options: argparse.Namespace, list_format: ListFormat) -> str | 
             return f"--{name.replace('_', '-')}: --kind {options.kind} has no use for it"
     if list_format.splits and (options.split is None or len(options.lists) > 1):
         return f"--kind {options.kind}: expected one folder, and --split"
+    protocols = {split.partition("/")[0] for split in list_format.splits}
+    if protocols and options.split not in protocols:
+        return f"--split: expected one of {', '.join(sorted(protocols))} for --kind {options.kind}, got {options.split}"
     for name, meaning in list_format.required.items():
         if getattr(options, name) is None:
             return f"--kind {options.kind}: expected --{name}, {meaning}"
@@ -80,7 +85,8 @@ def _read_lists(options: argparse.Namespace, list_format: ListFormat) -> dict[st
     here = Path.cwd()  # paths on the command line start from here, those inside lists from --root
     if list_format.splits:
         splits = [split for split in list_format.splits if split.startswith(f"{options.split}/")]
-        return {split: read_list(options.kind, here / options.lists[0], split=split) for split in splits}
+        root = options.root and here / options.root
+        return {split: read_list(options.kind, here / options.lists[0], root=root, split=split) for split in splits}
     given = {"root": options.root, "classes": options.classes, "labels": options.labels}
     given = {name: path and here / path for name, path in given.items()}
     naming = {"template": options.template, "start_index": options.start_index}
@@ -105,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
-        "lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome the folder of videos"
+        "lists", nargs="+", type=Path, metavar="LIST", help="list files; for smarthome and hmdb51 the folder"
     )
     check.add_argument("--kind", required=True, choices=KINDS, help="format of the lists")
     check.add_argument(
@@ -118,8 +124,10 @@ def _parser() -> argparse.ArgumentParser:
         "--root", type=Path, metavar="DIR", help="folder that paths in lists start from; default: the list's own folder"
     )
     check.add_argument("--classes", type=Path, metavar="FILE", help="file with one class name in each line")
-    check.add_argument("--labels", type=Path, metavar="FILE", help="for ssv2: the JSON file that numbers the templates")
-    check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome: check all splits of a protocol")
+    check.add_argument(
+        "--labels", type=Path, metavar="FILE", help="for ssv2 and ucf101: the file that numbers the classes"
+    )
+    check.add_argument("--split", choices=_PROTOCOLS, help="for smarthome and hmdb51: check all splits of a protocol")
     check.add_argument(
         "--template", metavar="NAME", help="names of the frames in folders that hold other pictures, too: img_{:05}.jpg"
     )

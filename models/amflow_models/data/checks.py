@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import combinations
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -17,9 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 from amflow_models.data.frames import frame_files
-from amflow_models.data.lists import Video, VideoList
 from amflow_models.data.reading import UnreadableVideo
-from amflow_models.data.video import open_video
+from amflow_models.data.video import frames_of, open_listed
+from amflow_models.data.videos import Video, VideoList
 
 _EXAMPLES = 3
 _MORE_FRAMES = "folders with more frames than the list says"  # a warning: those that the list says are there
@@ -99,6 +98,7 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
     - empty lists; classes without a video: an error in a list with "train" in its name, a warning in others;
     - missing files, folders with fewer frames than their list says (with more: a warning) or with pictures of several
       series and no template, and videos that can't be opened;
+    - files of macOS that were left out (a warning), and classes that have different names in two lists;
     - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
       A video may occur several times with the same label: some lists balance their classes in this way.
 
@@ -127,6 +127,8 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
         own = [results[_unlabelled(video)] for video in listed.videos]
         files[name] = {file: video for (file, *_), video in zip(own, listed.videos, strict=True)}
         problems += _check_labels(name, listed, num_classes)
+        left_out = "files of macOS (._*), which are no videos, left out"
+        problems.append(Problem(name, left_out, listed.ignored, warning=True))
         for kind in dict.fromkeys(kind for _, kind, _ in own if kind):
             cases = [f"{v.path}{detail}" for (_, k, detail), v in zip(own, listed.videos, strict=True) if k == kind]
             problems.append(_problem(name, kind, cases, warning=kind == _MORE_FRAMES))
@@ -138,6 +140,9 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
     for a, b in combinations(files, 2):
         shared = [str(video.path) for file, video in files[a].items() if file in files[b]]
         problems.append(_problem(f"{a}, {b}", "videos in both lists", shared))
+        names = zip(lists[a].classes, lists[b].classes, strict=False)
+        differing = [f"class {k}: {one!r} and {other!r}" for k, (one, other) in enumerate(names) if one != other]
+        problems.append(_problem(f"{a}, {b}", "classes with different names", differing))
     return Report(lists, num_classes, tuple(problem for problem in problems if problem.count))
 
 
@@ -167,21 +172,22 @@ def _unlabelled(video: Video) -> Video:
 
 def _check_video(video: Video, open_it: bool) -> tuple[str, str, str]:
     """The file that a video's path leads to, the kind of its problem (empty if it has none), and details of that."""
-    file = os.path.realpath(video.path)
-    if not os.path.exists(file):
+    file = os.path.realpath(video.path) + (f" from frame {video.start} on" if video.start else "")
+    if not os.path.exists(video.file):
         return file, "missing files", ""
     more, empty = "", False
     try:
-        if os.path.isdir(file):
-            there = len(frame_files(Path(file), video.template, video.start_index))
-            expected = there if video.frames is None else video.frames
-            if there < expected:
-                return file, "folders with fewer frames than the list says", f": {there} of {expected}"
-            more = f": {there}, not {expected}" if there > expected else ""
+        if video.file.is_dir():
+            there = len(frame_files(video.path, video.template, video.start_index))
+            try:
+                expected = frames_of(video, there)
+            except UnreadableVideo as error:
+                return file, "folders with fewer frames than the list says", f": {error.reason}"
+            more = f": {there}, not {expected}" if there > expected and video.start is None else ""
             empty = not there
         if open_it or empty:
-            with open_video(file, video.template, video.start_index) as reader:
-                reader.read([0])
+            with open_listed(video) as reader:
+                reader.read([video.start or 0])
     except UnreadableVideo as error:
         return file, "videos that can't be read", f": {error.reason}"
     return file, _MORE_FRAMES if more else "", more

@@ -186,7 +186,8 @@ class Evaluation(_Section):
     Attributes:
         clips: number of clips in time.
         crops: 1 (the centre) or 3 (along the longer side).
-        batch: videos loaded at a time, over all processes; the model also takes this many clips at a time.
+        batch: the most clips that the model takes at a time, over all processes, and that are loaded together: whole
+            videos, at least one for each process. A loader process has two such batches in memory.
     """
 
     clips: PositiveInt = 1

@@ -84,10 +84,17 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class EvaluationBatches(Sampler[list[Key]]):
-    """All clips, dealt to the processes in turn. The last clip may repeat so that all have equally many batches."""
+    """All videos, dealt to the processes in turn. The last one may repeat so that all have equally many batches.
 
-    def __init__(self, count: int, batch: int, *, rank: int, world: int) -> None:
-        self.part = max(1, batch // world)
+    Args:
+        count: number of videos.
+        batch: the most clips in a step, over all processes; each has at least the clips of one video.
+        rank, world: index of this process and number of processes.
+        views: clips of a video.
+    """
+
+    def __init__(self, count: int, batch: int, *, rank: int, world: int, views: int = 1) -> None:
+        self.part = max(1, batch // (world * views))
         own = -(-count // world)
         self.indices = [min(rank + world * number, count - 1) for number in range(own)]
 
