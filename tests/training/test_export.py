@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from amflow_models import load_classifier, train
 from amflow_models.cli.main import main
 from amflow_models.training.config import load_config
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
+
 
 def test_an_exported_classifier_is_loaded_and_computes_the_same(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For any number of clips; the file names its preprocessing, with which frames get the classifier's logits."""
+    """For any number of clips; the file names its preprocessing. The example of the page reads it."""
     assert (
         train.main(["--config", str(config_file), "training.epochs=1", "training.ema=0.9", "model.drop_path=0.2"]) == 0
     )
@@ -31,6 +35,11 @@ def test_an_exported_classifier_is_loaded_and_computes_the_same(
     assert {name: found[name] for name in ("size", "frames", "stride", "sampling", "classes")} == {
         "size": 32, "frames": 3, "stride": 1, "sampling": "dense", "classes": ["0", "1"],
     }  # fmt: skip
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, PAGE.name, "exec"), names)
+    assert names["probabilities"].shape == (4, 2)
     mean, std = (torch.tensor(found[name]).view(3, 1, 1) for name in ("mean", "std"))
     model = load_classifier(run, ema=True, device="cpu").model
     for count in (1, 2, 5):

@@ -36,12 +36,24 @@ class Start(_Section):
 
 
 class Model(_Section):
-    """A `VideoClassifier`: `backbone`, `weights`, `img_size` as for `create_backbone`, the rest as for `add_adapters`.
+    """A `VideoClassifier`.
 
     Attributes:
+        backbone: timm's name of a vision transformer or Hiera, as for `create_backbone`.
+        weights: the backbone's weights: "hub", "offline", a file, or None for random ones, as for `create_backbone`.
+        img_size: side of the input in pixels; None uses the backbone's own.
         depth: number of blocks that are used, from the first; None uses all.
         pool: the backbone's vector for an image: "avg", the mean of its tokens, or "token", the class token; None keeps
             the backbone's own choice.
+        blocks: the blocks with AM flow and a temporal unit: "all", "first_last", "third_stage", "none", or a list of
+            numbers; the other blocks have ordinary adapters.
+        form: "serial", "parallel" or "scaled_parallel" adapters.
+        bottleneck: channels of the adapters' bottleneck.
+        unit: temporal unit of the adapters with AM flow, as for `add_adapters`.
+        pooled: whether the unit sees the mean over tokens instead of each token.
+        centred: whether the mean over time is subtracted before the unit.
+        gate: source of the weights of tokens in the unit: "am_flow", or another one of `add_adapters`.
+        align: align frames before AM flow is computed, for moving cameras.
         dropout: share of the head's inputs that are set to 0 in training.
         drop_path: stochastic depth: probability that a clip leaves out the last block's adapter in training; that of
             the other blocks rises linearly to it.
@@ -196,7 +208,12 @@ class Evaluation(_Section):
 
 
 class Config(_Section):
-    """A run. `output` is the folder that it writes to; `seed` determines everything random."""
+    """A run.
+
+    Attributes:
+        output: the folder that it writes to.
+        seed: determines everything random.
+    """
 
     output: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
