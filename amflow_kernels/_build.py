@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,7 +39,13 @@ _ARCHITECTURES = "8.0;9.0;10.0+PTX"  # without TORCH_CUDA_ARCH_LIST and without 
 _NVCC_BYTES = 2 << 30  # memory that one nvcc process may need
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+# -fno-schedule-insns: otherwise GCC moves all loads of a product to its beginning, and spills.
+_ARM = "-fno-schedule-insns"
+_ISAS = {  # by machine: the instruction sets and their flags
+    "x86_64": {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]},
+    "aarch64": {"neon": ["-march=armv8-a", _ARM], "neon_bf16": ["-march=armv8.2-a+bf16", _ARM]},
+}
+MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())  # macOS calls it arm64
 
 
 @dataclass(frozen=True)
@@ -60,19 +67,24 @@ class Library:
         return any(source.endswith(".cu") for source, _ in self.objects.values())
 
 
-CPU = Library(
-    "amflow_native",
-    "the CPU kernels, some 20 s",
-    ("cpu",),
-    {
-        "bindings.o": ("cpu/bindings.cpp", []),
-        **{
-            f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
-            for source in ("am_flow", "matmul")
-            for isa, flags in _ISAS.items()
+def cpu_library(machine: str) -> Library:
+    """The CPU kernels for a machine as `platform` names it on Linux, for all of its instruction sets."""
+    return Library(
+        "amflow_native",
+        "the CPU kernels, some 20 s",
+        ("cpu",),
+        {
+            "bindings.o": ("cpu/bindings.cpp", []),
+            **{
+                f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
+                for source in ("am_flow", "matmul")
+                for isa, flags in _ISAS.get(machine, {}).items()
+            },
         },
-    },
-)
+    )
+
+
+CPU = cpu_library(MACHINE)
 CUDA = Library(
     "amflow_cuda",
     "the CUDA kernels, a minute or two",
@@ -153,8 +165,9 @@ def source_key(library: Library) -> str:
 
 def build_key(library: Library) -> str:
     """A hash of everything that a build on this machine depends on: `source_key`, compilers, GPUs and torch version."""
-    if sys.platform != "linux":
-        raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
+    if sys.platform != "linux" and (library.cuda or (sys.platform, MACHINE) != ("darwin", "aarch64")):
+        where = "on Linux" if library.cuda else "on Linux and on macOS with Apple silicon"
+        raise BuildError(f"{library.title.split(',')[0]} are built {where} only, this is {sys.platform} on {MACHINE}")
     compilers = [compiler(), *([nvcc()] if library.cuda else [])]
     versions = [
         subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in compilers
@@ -176,7 +189,10 @@ def compile_library(library: Library, folder: Path, say: Callable[[str], None] |
         "ninja_required_version = 1.5",
         f"cxx = {_ninja_escape(compiler())}",
         f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(torch_dir / 'include'))}",
-        f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
+        # Torch is loaded already. On macOS its libraries are named relative to a path that is not known here.
+        "libs = -undefined dynamic_lookup"
+        if sys.platform == "darwin"
+        else f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
         "rule cxx",
         "  command = $cxx $flags $own -c $in -o $out",
         "  description = $out",

@@ -74,5 +74,7 @@ struct Kernels {
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
+namespace neon_bf16 { extern const Kernels kernels; }
 
 }  // namespace amflow

@@ -60,7 +60,9 @@ inline void store_f16(uint16_t* p, vec x) {
 
 #ifdef __AVX512BF16__
 #define AMFLOW_DOT_BF16
-inline vec dot_bf16(vec b, vec x, vec sum) {
+using bf16_pair = vec;
+inline bf16_pair set1_pair(uint32_t bits) { return set1_bits(bits); }
+inline vec dot_bf16(bf16_pair b, vec x, vec sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(x));
 }
 #endif

@@ -353,10 +353,11 @@ class _Run:
 
     def _save(self) -> None:
         more = {
-            "config": self.config.model_dump(mode="json"), "clips": self.clips, "skipped": self.skipped,
-            "shift": self.shift, "per_epoch": self.per_epoch, "processes": self.accelerator.num_processes,
+            "config": self.config.model_dump(mode="json"), "clips": self.clips, "classes": self.classes,
+            "skipped": self.skipped, "shift": self.shift, "per_epoch": self.per_epoch,
+            "processes": self.accelerator.num_processes,
         }  # fmt: skip
-        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, more, self.classes, self.accelerator)
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, more, self.accelerator)
 
     def _count_errors(self, errors: list[str]) -> None:
         if self.config.data.strict and any_process(bool(errors), self.accelerator):

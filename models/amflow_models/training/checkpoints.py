@@ -85,7 +85,6 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         more: dict[str, Any],
-        classes: list[str] | None,
         accelerator: Accelerator,
     ) -> None:
         """Writes a checkpoint and removes the oldest; all processes must call it.
@@ -93,8 +92,8 @@ class Checkpoints:
         Args:
             step: the step that was done last.
             model, optimizer, average: the state to save; the average may be None.
-            more: what else `state.pt` shall hold, with the run's "config" and "clips", the `digest` of its list.
-            classes: names of the classes; None if they have none.
+            more: what else `state.pt` shall hold, with the run's "config", "clips", the `digest` of its list, and the
+                names of its "classes", None if they have none.
             accelerator: the processes.
 
         Raises:
@@ -111,7 +110,7 @@ class Checkpoints:
             **more,
         }
         if accelerator.is_main_process:
-            about = {_ABOUT: json.dumps({"config": more["config"], "classes": classes})}
+            about = {_ABOUT: json.dumps({"config": state["config"], "classes": state["classes"]})}
             self._write(self.path(step), model, trained, averaged, about, state)
         accelerator.wait_for_everyone()
 
