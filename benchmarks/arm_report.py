@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +85,9 @@ def error_rows() -> list[Row]:
     for name in SUBJECTS:
         subject = replace(c.SUBJECTS[name], all_rows=None)
         with subject.context():
-            for cases, shares in ((c.flow_cases(subject), flow_shares), (c.matmul_cases(subject), matmul_shares)):
-                for case in cases:
+            tables: list[tuple[Any, Any]] = [(c.flow_cases, flow_shares), (c.matmul_cases, matmul_shares)]
+            for cases, shares in tables:
+                for case in cases(subject):
                     for result, share in shares(case, name):
                         key = (name, result, str(case.dtype).removeprefix("torch."))
                         found.setdefault(key, []).append(share)
