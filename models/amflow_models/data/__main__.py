@@ -45,6 +45,9 @@ examples:
   amflow data check something-something-v2-train.json something-something-v2-validation.json \\
       --kind ssv2 --labels something-something-v2-labels.json --root /data/ssv2/20bn-something-something-v2
   amflow data check /data/smarthome/mp4 --kind smarthome --split cross_subject
+  amflow data check train.csv val.csv --kind kinetics --root /data/k400/videos
+  amflow data check splits --kind hmdb51 --split split1 --root /data/hmdb51
+  amflow data check '/data/shards/train-{000..127}.tar' --kind tar --num-classes 400
 
 exit status: 0 if there are no problems or only warnings, 1 if there are problems, 2 for wrong usage
 """

@@ -88,13 +88,13 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
 
 def image_size(config: Config, model: VideoClassifier) -> int:
     """Side of the backbone's input, in pixels."""
-    return config.model.img_size or int(_pretrained(model.backbone, "input_size")[-1])
+    return config.model.img_size or int(pretrained(model.backbone, "input_size")[-1])
 
 
 def normalisation(model: VideoClassifier, device: torch.device) -> Images:
     """A function that normalises uint8 clips (B, T, 3, H, W) for the backbone: float32, on the device."""
     mean, std = (
-        torch.tensor(_pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
+        torch.tensor(pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
     )
     return lambda clips: (clips.to(device, non_blocking=True) / 255 - mean) / std
 
@@ -187,8 +187,9 @@ def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool,
     )  # fmt: skip
 
 
-def _pretrained(backbone: nn.Module, name: str) -> Any:
-    pretrained: Any = getattr(backbone, "pretrained_cfg", None)
-    if not pretrained:
+def pretrained(backbone: nn.Module, name: str) -> Any:
+    """An entry of timm's `pretrained_cfg`, such as "mean". Raises ValueError if the backbone has none."""
+    config: Any = getattr(backbone, "pretrained_cfg", None)
+    if not config:
         raise ValueError(f"backbone: expected one of timm with a pretrained_cfg, got {type(backbone).__name__}")
-    return pretrained[name]
+    return config[name]
