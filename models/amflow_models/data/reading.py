@@ -61,7 +61,8 @@ class VideoReader(ABC):
         """Reads frames by number, in any order, with repetitions.
 
         Returns:
-            uint8 RGB (len(indices), 3, H, W), upright: rotation in the metadata is applied.
+            uint8 RGB (len(indices), 3, H, W), upright: rotation in the metadata is applied. In `torch.channels_last`
+            memory format, as decoders write frames.
 
         Raises:
             IndexError: there is no index, or one is not in [0, len).
@@ -75,7 +76,7 @@ class VideoReader(ABC):
         clip = torch.empty(0)
         for number, frame in zip(wanted, self.iterate(wanted), strict=True):
             if not len(clip):
-                clip = frame.new_empty(len(numbers), *frame.shape)
+                clip = torch.empty_like(frame[None].expand(len(numbers), -1, -1, -1), memory_format=torch.channels_last)
             for place, other in enumerate(numbers):
                 if other == number:
                     clip[place] = frame
@@ -88,7 +89,7 @@ class VideoReader(ABC):
             indices: numbers of frames in ascending order, without repetitions.
 
         Yields:
-            uint8 RGB (3, H, W), as in `read`, with the strides of the decoder: colours of a pixel stand together.
+            uint8 RGB (3, H, W), as in `read`, also with the colours of a pixel next to each other.
 
         Raises:
             ValueError: the indices are in another order.
