@@ -117,7 +117,7 @@ def _config(args: argparse.Namespace) -> Config:
         return load_config(args.config, changes)
     if args.checkpoint is None:
         raise ValueError("expected --config, or --checkpoint to take the config that it was trained by")
-    file = find_trained(args.checkpoint, AVERAGE if args.ema else TRAINED)
+    file = find_trained(args.checkpoint, AVERAGE if args.ema else TRAINED, best=args.best)
     about = read_about(file)
     if about is None:
         raise ValueError(f"{file}: does not say how it was trained; pass --config")

@@ -198,6 +198,7 @@ def load_classifier(
 
     Args:
         checkpoint: a run (its newest checkpoint is taken), a checkpoint, or its `model.safetensors`.
+        best: take the run's best checkpoint instead of its newest.
         ema: take the exponential moving average of the weights.
         best: take a run's best checkpoint instead of its newest.
         weights: pretrained weights of the frozen backbone, as for `create_backbone`, which a checkpoint does not hold;
