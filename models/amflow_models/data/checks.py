@@ -91,7 +91,9 @@ class Report:
         return written.get()
 
 
-def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos: bool = True) -> Report:
+def check_lists(
+    lists: Mapping[str, VideoList], num_classes: int, *, open_videos: bool = True, several_labels: bool = False
+) -> Report:
     """Looks for problems in lists, in each one and between them.
 
     - labels below 0 or above `num_classes` - 1, above all labels that count from 1;
@@ -99,14 +101,16 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
     - missing files, folders with fewer frames than their list says (with more: a warning) or with pictures of several
       series and no template, and videos that can't be opened;
     - files of macOS that were left out (a warning), and classes that have different names in two lists;
-    - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
-      A video may occur several times with the same label: some lists balance their classes in this way.
+    - a video with several labels (unless `several_labels`), and videos that two lists share; paths that lead to the
+      same file are the same video. A video may occur several times with the same label: some lists balance their
+      classes in this way.
 
     Args:
         lists: the lists by name, such as {"train": ..., "validation": ...}.
         num_classes: number of classes of the model.
         open_videos: open every video and decode its first frame, in several threads; otherwise only check that it
             exists.
+        several_labels: a video may have several labels.
 
     Returns:
         The report of all problems.
@@ -136,7 +140,8 @@ def check_lists(lists: Mapping[str, VideoList], num_classes: int, *, open_videos
         for (file, *_), video in zip(own, listed.videos, strict=True):
             labels.setdefault(file, set()).add(video.label)
         several = [f"{files[name][file].path}: {sorted(all_)}" for file, all_ in labels.items() if len(all_) > 1]
-        problems.append(_problem(name, "videos with several labels", several))
+        if not several_labels:
+            problems.append(_problem(name, "videos with several labels", several))
     for a, b in combinations(files, 2):
         shared = [str(video.path) for file, video in files[a].items() if file in files[b]]
         problems.append(_problem(f"{a}, {b}", "videos in both lists", shared))

@@ -19,6 +19,7 @@ from amflow_models.data.lists import format_of
 from amflow_models.insertion import grow_am_flow, report_of
 from amflow_models.training.checkpoints import check_backbone, find_trained
 from amflow_models.training.config import Config
+from amflow_models.training.multilabel import MultiLabelList, by_video
 from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
@@ -121,16 +122,24 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
                 raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")
     if check:
         checked = {split: lists[split] for split in distinct.values()}
-        report = check_lists(checked, data.num_classes, open_videos=False)
+        report = check_lists(checked, data.num_classes, open_videos=False, several_labels=data.multi_label)
         report.raise_for_problems()
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)
+    if data.multi_label:
+        return {split: by_video(listed, data.num_classes) for split, listed in lists.items()}
     return lists
 
 
 def digest(lists: dict[str, VideoList]) -> str:
     """A hash of the training list: its videos' names without folders, their labels and their order."""
-    text = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos) if lists else "synthetic"
+    if not lists:
+        text = "synthetic"
+    elif isinstance(lists["train"], MultiLabelList):
+        rows = zip(lists["train"].videos, lists["train"].table, strict=True)
+        text = "".join(f"{video.path.name} {row.nonzero().flatten().tolist()}\n" for video, row in rows)
+    else:
+        text = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
