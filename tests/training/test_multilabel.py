@@ -51,7 +51,7 @@ def test_several_labels_are_refused_where_they_are_not_asked_for(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*words, "data.multi_label=false"]) == 1
-    assert "videos with several labels: 16" in capsys.readouterr().err
+    assert "videos with several labels: 32" in capsys.readouterr().err
     assert train.main([*words, "training.best=top1"]) == 1
     assert "training.best: expected 'map' or 'loss' with data.multi_label, got 'top1'" in capsys.readouterr().err
     assert train.main([*words, "training.balance=loss"]) == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ from amflow_models.training.multilabel import MultiLabelList, by_video
 from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
+_ADVICE = (
+    "  `amflow data check --all` names every case, --write-clean writes a list without them; data.missing=skip leaves "
+    "missing videos out, data.subset=true trains without some classes"
+)
 SYNTHETIC_STEPS = 20  # per epoch of synthetic clips
 _ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
 
@@ -104,6 +110,7 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
 
     Raises:
         ValueError: a list can't be read, the number of classes is wrong, or a check fails: all problems are listed.
+            With `data.missing: skip`, missing videos are no problem; the lists' `missing` names them.
     """
     data, lists = config.data, {}
     list_format = format_of(data.kind)
@@ -120,15 +127,34 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             named = len(lists[split].classes)
             if named != data.num_classes and (data.classes is not None or list_format.names_classes):
                 raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")
+            if data.missing == "skip":
+                lists[split] = _existing(lists[split], split, say=check)
     if check:
         checked = {split: lists[split] for split in distinct.values()}
-        report = check_lists(checked, data.num_classes, open_videos=False, several_labels=data.multi_label)
-        report.raise_for_problems()
+        report = check_lists(
+            checked, data.num_classes, open_videos=False, subset=data.subset, several_labels=data.multi_label
+        )
+        try:
+            report.raise_for_problems()
+        except ValueError as error:
+            raise ValueError(f"{error}\n{_ADVICE}") from None
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)
     if data.multi_label:
         return {split: by_video(listed, data.num_classes) for split, listed in lists.items()}
     return lists
+
+
+def _existing(videos: VideoList, split: str, *, say: bool) -> VideoList:
+    """The list without videos that do not exist, whose number is printed to stderr if `say`."""
+    with ThreadPoolExecutor() as pool:  # network file systems answer slowly
+        exists = list(pool.map(lambda video: video.file.exists(), videos.videos))
+    missing = [str(video.path) for video, there in zip(videos.videos, exists, strict=True) if not there]
+    if missing and say:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        print(f"warning: {split}: {len(missing)} of {len(exists)} videos are missing: {shown}", file=sys.stderr)
+    kept = tuple(video for video, there in zip(videos.videos, exists, strict=True) if there)
+    return replace(videos, videos=kept, missing=tuple(missing))
 
 
 def digest(lists: dict[str, VideoList]) -> str:

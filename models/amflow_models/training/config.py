@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from amflow_models.blocks import AdapterOptions
+from amflow_models.data.formats import read_classes
 from amflow_models.suggestions import check_known, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -90,12 +91,16 @@ class Data(_Section):
 
     Attributes:
         kind: format of the lists, see `amflow_models.data.read_list`.
-        train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
+        train, validation, test: list files; for "smarthome" and "hmdb51" a folder, and the parts are those of the
+            protocol `split`; for "tar" as for `read_list`.
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
         classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
-        num_classes: number of classes.
+        num_classes: number of classes; it may be left out where `classes` names them.
         multi_label: videos may have several labels: several lines of a list, or "0,3" in one. The loss is the binary
             cross-entropy, probabilities are sigmoids, and the score is the mean average precision.
+        missing: what to do with videos of a list that do not exist: "error" stops before the first step, "skip" leaves
+            them out, and says how many.
+        subset: the lists hold a part of a data set, for a try: the training list may lack classes.
         frames: T, frames of a clip.
         sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (every `stride`-th frame).
         stride: distance in frames, for dense sampling.
@@ -122,6 +127,8 @@ class Data(_Section):
     start_index: int | None = None
     num_classes: PositiveInt
     multi_label: bool = False
+    missing: Literal["error", "skip"] = "error"
+    subset: bool = False
     frames: int = Field(ge=2)
     sampling: Literal["uniform", "dense"] = "dense"
     stride: PositiveInt = 2
@@ -132,6 +139,14 @@ class Data(_Section):
     repeats: PositiveInt = 1
     workers: int = Field(default=8, ge=0)
     strict: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_classes(cls, content: Any) -> Any:
+        """The number of classes is that of their names, if it is not there."""
+        if not isinstance(content, dict) or "num_classes" in content or not isinstance(content.get("classes"), str):
+            return content
+        return {**content, "num_classes": len(read_classes(Path(content.get("root") or "") / content["classes"]))}
 
 
 class Training(_Section):
@@ -265,6 +280,23 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
     for change in changes:
         _change(content, change)
     return parse_config(content, path)
+
+
+def change_config(config: Config, changes: Sequence[str], source: Path) -> Config:
+    """A config with changes.
+
+    Args:
+        config: the config.
+        changes: as for `load_config`.
+        source: the file that the config is from, for messages.
+
+    Raises:
+        ValueError: a key is unknown or a value is out of range. All problems are listed.
+    """
+    content = config.model_dump(mode="json")
+    for change in changes:
+        _change(content, change)
+    return parse_config(content, source)
 
 
 def parse_config(content: Any, source: Path) -> Config:
