@@ -103,8 +103,8 @@ void for_each(int64_t n, int64_t workers, const Work& work) {
 // Runs every item, and finishes it after all items with a lower position in the same sum.
 template <class Problem>
 void execute(const Problem& pb, const Pass<Problem>& pass) {
-  const Plan plan = pass.plan(pb);
   const int64_t threads = torch::stable::get_num_threads();
+  const Plan plan = pass.plan(pb, threads);
   const int64_t workers = plan.items < threads ? plan.items : threads;
   const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two workers share a cache line
   const Buffer scratch = allocate(workers * stride), sums = allocate(plan.sums * plan.sum_floats);
