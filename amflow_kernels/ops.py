@@ -13,7 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, library
 from torch._C import DispatchKey, DispatchKeySet
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, get_eval_frame_callback, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+)
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 

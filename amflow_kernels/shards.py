@@ -50,12 +50,7 @@ def check_plain(name: str, value: object) -> None:
 
 def _has_dtensor(values: Iterable[object]) -> bool:
     module = getattr(torch.distributed, "tensor", None)  # imported wherever there is a DTensor
-    if module is None:
-        return False
-    for value in values:
-        if isinstance(value, module.DTensor):
-            return True
-    return False
+    return module is not None and any(isinstance(value, module.DTensor) for value in values)
 
 
 def _on_local_parts(function: Callable[..., Any], arguments: dict[str, Any], like_q: tuple[int, ...]) -> Any:

@@ -4,8 +4,9 @@ python -m benchmarks.call_cost [--write]
 
 At a tiny clip the kernels are a part of a call's cost; the rest is Python and PyTorch's dispatcher. Each call is
 compared with an *empty op*: the same schema, registered with `Library.define` and `Library.impl`, whose kernel only
-allocates the results, and where gradients are needed an empty `torch.autograd.Function` of as many arguments. The
-kernel's own part is that of a call of the native op with all arguments and results at hand.
+allocates the results. Where gradients are needed, it is compared with two empty ops and an empty
+`torch.autograd.Function` of as many arguments. What is subtracted as the kernel's own part is a call of the native op
+with all its arguments and results at hand, and for attention SDPA.
 
 Instructions need valgrind, which emulates AVX2 at most; times are medians of interleaved rounds. Both on one thread.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import re
 import subprocess
 import sys
@@ -21,21 +23,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 from torch.nn.functional import scaled_dot_product_attention
 
-from amflow_kernels import _build, AMFlowStream, am_flow, am_flow_attention, am_flow_matmul, am_flow_pair, ops
-from amflow_kernels.problem import Problem
+from amflow_kernels import AMFlowStream, _build, am_flow, am_flow_attention, am_flow_matmul, am_flow_pair, ops
 from benchmarks import result_files
 from benchmarks.machine import machine
+from benchmarks.result_files import Row
 from benchmarks.shapes import HARD
 from benchmarks.tables import Table
 from benchmarks.timing import interleave
 
-CALLS = 20
+CALLS = 40
 SECONDS = 20.0
 RESULT = result_files.RESULTS / "call_cost.json"
 
@@ -76,7 +78,7 @@ def calls() -> dict[str, Call]:
     flow_args = (None, None, None, None, *options, "none", False, None)
     flow, y = torch.empty(shape.flow()), torch.empty(shape.features())
     am_flow(q, k)  # loads the native ops
-    native, bits = torch.ops.amflow_native, Problem(q, k) and _vector_bits()
+    native, bits = torch.ops.amflow_native, {"AVX2": 256, "AVX512": 512}[torch.backends.cpu.get_cpu_capability()]
     empty_flow = empty_op(ops.am_flow, lambda: (torch.empty(shape.flow()), torch.empty(0)))
     empty_matmul = empty_op(ops.am_flow_matmul, lambda: torch.empty(shape.features()))
     folded = [t.flatten(0, 1) for t in (q, k, v)]
@@ -105,28 +107,61 @@ def calls() -> dict[str, Call]:
     }
 
 
-def _vector_bits() -> int:
-    return {"AVX2": 256, "AVX512": 512}[torch.backends.cpu.get_cpu_capability()]
+class Compared(NamedTuple):
+    """A call, the part of it that is not overhead, and what its overhead is compared with; all by name."""
+
+    call: str
+    kernel: tuple[str, ...]
+    yardstick: tuple[str, ...]
 
 
-# The call, the empty op, the native call; whether an autograd node is needed, and attention.
+FLOW, MATMUL, NODE = "empty op", "empty op, motion operator", "empty autograd node"
 COMPARED = (
-    ("am_flow", "empty op", "native am_flow", False),
-    ("am_flow, folded", "empty op", "native am_flow", False),
-    ("am_flow, gradients", "empty op", "native am_flow", True),
-    ("am_flow_pair", "empty op", "native am_flow", False),
-    ("am_flow_matmul", "empty op, motion operator", "native am_flow_matmul", False),
-    ("am_flow_matmul, gradients", "empty op, motion operator", "native am_flow_matmul", True),
-    ("am_flow_attention", "empty op", "native am_flow", False),
-    ("AMFlowStream", "empty op", "native am_flow", False),
+    Compared("am_flow", ("native am_flow",), (FLOW,)),
+    Compared("am_flow, folded", ("native am_flow",), (FLOW,)),
+    Compared("am_flow, gradients", ("native am_flow",), (FLOW, FLOW, NODE)),
+    Compared("am_flow_pair", ("native am_flow",), (FLOW,)),
+    Compared("am_flow_matmul", ("native am_flow_matmul",), (MATMUL,)),
+    Compared("am_flow_matmul, gradients", ("native am_flow_matmul",), (MATMUL, MATMUL, NODE)),
+    Compared("am_flow_attention", ("native am_flow", "SDPA"), (FLOW,)),
+    Compared("AMFlowStream", ("native am_flow",), (FLOW,)),
 )
+
+
+def rows(counts: dict[str, int], seconds: dict[str, float]) -> list[Row]:
+    """A row for each compared call: its overhead and the yardstick, in instructions and in microseconds."""
+
+    def parts(figures: dict[str, Any], compared: Compared) -> tuple[Any, Any]:
+        overhead = figures[compared.call] - sum(figures[name] for name in compared.kernel)
+        return overhead, sum(figures[name] for name in compared.yardstick)
+
+    result: list[Row] = []
+    for compared in COMPARED:
+        (instructions, plain), (time, plain_time) = parts(counts, compared), parts(seconds, compared)
+        row: Row = {"call": compared.call, "instructions": instructions, "yardstick": plain}
+        row["multiple"] = round(instructions / plain, 2)
+        row |= {"us": round(1e6 * time, 2), "yardstick_us": round(1e6 * plain_time, 2)}
+        row["multiple_of_time"] = round(time / plain_time, 2)
+        result.append(row)
+    return result
+
+
+def table(rows: list[Row]) -> Table:
+    """The overhead of each call beside that of an empty op."""
+    header = ["call", "instructions", "of an empty op", "multiple"]
+    body = [[row["call"], *(f"{row[n] / 1e3:.0f}k" for n in ("instructions", "yardstick"))] for row in rows]
+    return Table(
+        "Overhead", header, [[*line, f"{row['multiple']:.1f}x"] for line, row in zip(body, rows, strict=True)], []
+    )
 
 
 def instructions() -> dict[str, int]:
     """Instructions of each call, from a process under valgrind that counts only there: importing PyTorch takes long."""
     with tempfile.TemporaryDirectory() as folder:
         requests = Path(folder) / "requests.so"
-        subprocess.run([_build.compiler(), "-x", "c", "-shared", "-fPIC", "-", "-o", requests], input=_REQUESTS, check=True)
+        subprocess.run(
+            [_build.compiler(), "-x", "c", "-shared", "-fPIC", "-", "-o", requests], input=_REQUESTS, check=True
+        )
         subprocess.run(
             ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out", sys.executable,
              "-m", "benchmarks.call_cost", "--count-with", requests],
@@ -137,7 +172,7 @@ def instructions() -> dict[str, int]:
             text = path.read_text()
             if name := re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.MULTILINE):
                 totals[name[1]] = int(re.findall(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)[-1])
-    return {name: (totals[name] - totals["nothing"]) // CALLS for name in calls()}
+    return {name: (total - totals["nothing"]) // CALLS for name, total in totals.items()}
 
 
 _REQUESTS = b"""
@@ -150,14 +185,18 @@ void dump(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
 
 def count_with(requests: ctypes.CDLL) -> None:
     """Makes each call under valgrind, and dumps the count under its name."""
+    measured, zero, dump = calls(), requests.zero, requests.dump
+    for call in measured.values():  # loads and imports what it needs before anything is counted
+        call()
+    gc.disable()
     requests.start()
-    for name, call in calls().items():
-        for _ in range(5):
-            call()
-        requests.zero()
+    for name, call in measured.items():
+        label = name.encode()
+        call()
+        zero()
         for _ in range(CALLS):
             call()
-        requests.dump(name.encode())
+        dump(label)
 
 
 def main() -> None:
@@ -168,13 +207,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.count_with:
-        return count_with(ctypes.CDLL(args.count_with))
+        count_with(ctypes.CDLL(args.count_with))
+        return
     counts = instructions()
-    times = {name: median(durations) for name, durations in interleave(calls(), SECONDS).items()}
-    for name in counts: print(name, counts[name], round(times[name]*1e6,2))
-    for name, e, n, g in COMPARED:
-        over = counts[name]-counts[n]
-        print(name, over, round(over/counts[e],2), round((times[name]-times[n])/times[e],2))
+    seconds = {name: median(durations) for name, durations in interleave(calls(), SECONDS).items()}
+    measured = rows(counts, seconds)
+    print(table(measured).plain())
+    if args.write:
+        document = {"machine": machine(), "overhead": measured, "instructions": counts}
+        RESULT.write_text(result_files.dumps(document))
 
 
 if __name__ == "__main__":
