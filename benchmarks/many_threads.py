@@ -50,7 +50,7 @@ class Item(NamedTuple):
 
 def compile_program(isa: str, folder: Path) -> Path:
     """The program that prints plans, for an instruction set."""
-    source, flags = _build.CPU.objects[f"am_flow_{isa}.o"]
+    source, flags = _build.cpu_library("x86_64").objects[f"am_flow_{isa}.o"]
     cpu = _build.source_dir() / Path(source).parent
     program = folder / isa
     command = [_build.compiler(), "-O1", "-std=c++20", *flags, f"-I{cpu}", str(PROGRAM)]

@@ -33,7 +33,7 @@ struct Problem {
 // How a problem is divided into work items: results have the same bits for any number of threads.
 //
 // A chain is a sequence of frames in which every two neighbours form a pair: each map is computed once per chain. A
-// strip is up to 4 vectors of queries against all keys. A work item is one (batch, head, window, chain), a group of its
+// strip is a few vectors of queries against all keys. A work item is one (batch, head, window, chain), a group of its
 // strips and a part of its frames.
 //
 // Partial sums are added in the order of strips and groups, which depend only on the problem. Parts add nothing to each
@@ -80,5 +80,7 @@ struct Kernels {
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
+namespace neon_bf16 { extern const Kernels kernels; }
 
 }  // namespace amflow

@@ -1,9 +1,10 @@
 // Shared by am_flow.cpp and matmul.cpp: the attention maps of strips, their change between two frames, and the gradient
 // of queries and keys from that of a map.
 //
-// Vector lanes are queries. A strip is up to 4 vectors of queries against all keys; the map of a strip is stored as
-// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum and needs no
-// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only if that query is.
+// Vector lanes are queries. A strip is up to STRIP_VECTORS vectors of queries against all keys; the map of a strip is
+// stored as [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum and
+// needs no mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only if that query
+// is.
 //
 // A map is stored as p and one factor per block of keys, A = p * factor: p is relative to the largest logit so far,
 // which is known while the block is still in the first-level cache. The same frame gives the same bits, so identical
@@ -18,7 +19,6 @@
 namespace amflow::AMFLOW_ISA {
 namespace {
 
-constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
 constexpr int64_t NORM_BLOCK = 16;  // keys that are summed one by one for a row's normaliser, see compute_head_map
@@ -30,7 +30,7 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#ifdef __AVX512BF16__
+#ifdef AMFLOW_DOT_BF16
 constexpr bool NATIVE_BF16 = true;
 #else
 constexpr bool NATIVE_BF16 = false;
@@ -351,7 +351,7 @@ void compute_head_map(const Problem& pb, const Plan& plan, const MapIndex& index
       args.prefetch_row = pb.frames[next->set].k_stride[4] * element_size(pb.dtype);
       args.prefetch_bytes = pb.D * element_size(pb.dtype);
     }
-#ifdef __AVX512BF16__
+#ifdef AMFLOW_DOT_BF16
     if (bf16) product_and_max<Bf16Pair>(args, n, strip.vectors);
     else
 #endif

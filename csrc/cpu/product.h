@@ -15,16 +15,10 @@ struct Float {
   static vec multiply_add(vec b, vec x, vec sum) { return fma(b, x, sum); }
 };
 
-#ifdef __AVX512BF16__
+#ifdef AMFLOW_DOT_BF16
 struct Bf16Pair {  // two bf16 values in 4 bytes
-  static vec broadcast(const char* b) {
-    uint32_t value;
-    __builtin_memcpy(&value, b, 4);
-    return set1_bits(value);
-  }
-  static vec multiply_add(vec b, vec x, vec sum) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(x));
-  }
+  static bf16_pair broadcast(const char* b) { return load_pair(b); }
+  static vec multiply_add(bf16_pair b, vec x, vec sum) { return dot_bf16(b, x, sum); }
 };
 #endif
 
@@ -82,7 +76,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
       for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const vec bs = E::broadcast(b + r * b_row);
+        const auto bs = E::broadcast(b + r * b_row);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] = E::multiply_add(bs, xs[v], sum[r][v]);
       }
@@ -106,9 +100,6 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
     add = true;
   } while (blocked && left > 0);
 }
-
-// Rows of a tile of V vectors: the sums, a row of x and one value of b fill the registers.
-constexpr int tile_rows(int V) { return TILE_VECTORS == 4 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (V == 2 ? 6 : 12); }
 
 template <int R, int V, class E, Epilogue epilogue, bool rows_adjacent>
 void product_rows(ProductArgs& a, int64_t& rows) {
@@ -135,10 +126,12 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
     switch (V) {
       case 1: product_rows<tile_rows(1), 1, E, epilogue, rows_adjacent>(tile, left); break;
       case 2: product_rows<tile_rows(2), 2, E, epilogue, rows_adjacent>(tile, left); break;
-#ifdef __AVX512F__
-      case 3: product_rows<tile_rows(3), 3, E, epilogue, rows_adjacent>(tile, left); break;
-      case 4: product_rows<tile_rows(4), 4, E, epilogue, rows_adjacent>(tile, left); break;
-#endif
+      case 3:
+        if constexpr (TILE_VECTORS > 2) product_rows<tile_rows(3), 3, E, epilogue, rows_adjacent>(tile, left);
+        break;
+      case 4:
+        if constexpr (TILE_VECTORS > 3) product_rows<tile_rows(4), 4, E, epilogue, rows_adjacent>(tile, left);
+        break;
     }
     a.x += V * W;
     a.out += V * a.out_vector;

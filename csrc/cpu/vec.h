@@ -2,123 +2,38 @@
 //
 // Everything is in a namespace named after that instruction set, and nothing from the standard library is used: the
 // linker keeps one copy of an inline function, which could contain instructions that the CPU lacks.
+//
+// The header of an instruction set has the only code that names its instructions:
+//
+//   vec, W                      a vector and its lanes; + - * / work on vectors, and are never fused
+//   STRIP_VECTORS               most vectors of queries in a strip of a map (maps.h)
+//   TILE_VECTORS, tile_rows(V)  the register tile of products: most vectors in a row, and the rows of V vectors
+//   set1(x), set1_bits(x)       the same number, or the same bits, in every lane
+//   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store_f16 rounds to them
+//   fma(a, b, c)                a * b + c, rounded once
+//   bit_xor, abs, round         round: to the nearest integer
+//   max(a, b)                   NaN if b is; if only a is, either NaN or b
+//   fraction(x, exponent)       x - floor(x), or 0 for -inf, for scale_by_pow2(.., exponent): x <= 0 or slightly above
+//   scale_by_pow2(x, n)         x * 2^floor(n) for an x from 1 to 2 and an n from `fraction`, or a power of two x and a
+//                               whole n, where the result is a normal number; exactly 0 for 1 * 2^-inf
+//   multiply_by_sign(x, d)      x * sign(d): exactly 0 if d is 0, x if d is NaN
+//   split<h>(a, b, lo, hi)      in every group of 2h lanes: lo = (first h of a, first h of b), hi = (last h of a and b)
+//
+// and, if AMFLOW_DOT_BF16 is defined:
+//
+//   bf16_pair, load_pair(p)     two bf16 numbers
+//   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1 for a pair b and the two bf16 numbers in every lane of x
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
+#if defined(__AVX512F__)
+#include "vec_avx512.h"
+#elif defined(__AVX2__)
+#include "vec_avx2.h"
+#else
+#include "vec_neon.h"
+#endif
 
 namespace amflow::AMFLOW_ISA {
-
-#ifdef __AVX512F__
-
-using vec = __m512;
-constexpr int W = 16;            // lanes
-constexpr int TILE_VECTORS = 4;  // vectors in a row of a register tile (there are 32 registers)
-
-inline vec set1(float x) { return _mm512_set1_ps(x); }
-inline vec set1_bits(uint32_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x))); }
-inline vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
-inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline vec bit_xor(vec a, vec b) { return _mm512_xor_ps(a, b); }
-inline vec abs(vec x) { return _mm512_abs_ps(x); }
-inline vec max(vec a, vec b) { return _mm512_max_ps(a, b); }  // b if either is NaN
-inline vec round(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vec scale_by_pow2(vec x, vec n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
-// x - floor(x), or 0 for -inf; floor(exponent) is floor(x).
-inline vec fraction(vec x, vec& exponent) {
-  exponent = x;
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
-
-// x * sign(d): exactly 0 if d is 0, x if d is NaN.
-inline vec multiply_by_sign(vec x, vec d) {
-  const __mmask16 nonzero = _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  return _mm512_maskz_xor_ps(nonzero, x, _mm512_and_ps(d, _mm512_set1_ps(-0.f)));
-}
-
-// In every group of 2h lanes: lo = (first h of a, first h of b), hi = (last h of a, last h of b).
-template <int h>
-inline void split(vec a, vec b, vec& lo, vec& hi) {
-  if constexpr (h == 8) {
-    lo = _mm512_shuffle_f32x4(a, b, 0x44);
-    hi = _mm512_shuffle_f32x4(a, b, 0xEE);
-  } else if constexpr (h == 4) {
-    const __m512i l = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    lo = _mm512_permutex2var_ps(a, l, b);
-    hi = _mm512_permutex2var_ps(a, _mm512_add_epi32(l, _mm512_set1_epi32(4)), b);
-  } else if constexpr (h == 2) {
-    lo = _mm512_shuffle_ps(a, b, 0x44);
-    hi = _mm512_shuffle_ps(a, b, 0xEE);
-  } else {
-    lo = _mm512_mask_blend_ps(0xAAAA, a, _mm512_moveldup_ps(b));
-    hi = _mm512_mask_blend_ps(0xAAAA, _mm512_movehdup_ps(a), b);
-  }
-}
-
-inline vec load(const uint16_t* p, bool is_bf16) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return is_bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : _mm512_cvtph_ps(bits);
-}
-inline void store_f16(uint16_t* p, vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-
-#else  // AVX2
-
-using vec = __m256;
-constexpr int W = 8;
-constexpr int TILE_VECTORS = 2;  // there are 16 registers
-
-inline vec set1(float x) { return _mm256_set1_ps(x); }
-inline vec set1_bits(uint32_t x) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(x))); }
-inline vec load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, vec x) { _mm256_storeu_ps(p, x); }
-inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline vec bit_xor(vec a, vec b) { return _mm256_xor_ps(a, b); }
-inline vec abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
-inline vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
-inline vec round(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x * 2^n for a whole n from -127 (gives 0) to 127.
-inline vec scale_by_pow2(vec x, vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return x * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-}
-inline vec fraction(vec x, vec& exponent) {
-  x = max(set1(-127.f), x);  // 2^x is 0 for -127 and below; NaN stays NaN
-  exponent = _mm256_floor_ps(x);
-  return x - exponent;
-}
-
-inline vec multiply_by_sign(vec x, vec d) {
-  const vec nonzero = _mm256_cmp_ps(d, _mm256_setzero_ps(), _CMP_NEQ_UQ);
-  return _mm256_and_ps(nonzero, _mm256_xor_ps(x, _mm256_and_ps(d, _mm256_set1_ps(-0.f))));
-}
-
-template <int h>
-inline void split(vec a, vec b, vec& lo, vec& hi) {
-  if constexpr (h == 4) {
-    lo = _mm256_permute2f128_ps(a, b, 0x20);
-    hi = _mm256_permute2f128_ps(a, b, 0x31);
-  } else if constexpr (h == 2) {
-    lo = _mm256_shuffle_ps(a, b, 0x44);
-    hi = _mm256_shuffle_ps(a, b, 0xEE);
-  } else {
-    lo = _mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xAA);
-    hi = _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xAA);
-  }
-}
-
-inline vec load(const uint16_t* p, bool is_bf16) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return is_bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : _mm256_cvtph_ps(bits);
-}
-inline void store_f16(uint16_t* p, vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-
-#endif
 
 // Swaps lane j of r[i] with lane i of r[j].
 template <int h = W / 2>
