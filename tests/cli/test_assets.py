@@ -107,7 +107,7 @@ def test_a_backbone_whose_weights_cannot_be_downloaded_is_a_value_error(
     index: Path, asset: Asset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("amflow_models.cli.offline.WEIGHTS", asset)
-    with pytest.raises(ValueError, match="weights: file.bin can't be downloaded"):
+    with pytest.raises(ValueError, match=r"weights: file\.bin can't be downloaded"):
         create_backbone(backbone.OFFLINE_MODEL, "offline", 56)
 
 
