@@ -17,11 +17,7 @@ struct Float {
 
 #ifdef AMFLOW_DOT_BF16
 struct Bf16Pair {  // two bf16 values in 4 bytes
-  static bf16_pair broadcast(const char* b) {
-    uint32_t value;
-    __builtin_memcpy(&value, b, 4);
-    return set1_pair(value);
-  }
+  static bf16_pair broadcast(const char* b) { return load_pair(b); }
   static vec multiply_add(bf16_pair b, vec x, vec sum) { return dot_bf16(b, x, sum); }
 };
 #endif

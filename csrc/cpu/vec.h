@@ -6,6 +6,7 @@
 // The header of an instruction set has the only code that names its instructions:
 //
 //   vec, W                      a vector and its lanes; + - * / work on vectors, and are never fused
+//   STRIP_VECTORS               most vectors of queries in a strip of a map (maps.h)
 //   TILE_VECTORS, tile_rows(V)  the register tile of products: most vectors in a row, and the rows of V vectors
 //   set1(x), set1_bits(x)       the same number, or the same bits, in every lane
 //   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store_f16 rounds to them
@@ -20,7 +21,7 @@
 //
 // and, if AMFLOW_DOT_BF16 is defined:
 //
-//   bf16_pair, set1_pair(bits)  two bf16 numbers for every lane
+//   bf16_pair, load_pair(p)     two bf16 numbers
 //   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1 for a pair b and the two bf16 numbers in every lane of x
 #pragma once
 

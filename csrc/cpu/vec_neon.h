@@ -10,6 +10,7 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = float32x4_t;
 constexpr int W = 4;
+constexpr int STRIP_VECTORS = 8;
 constexpr int TILE_VECTORS = 4;  // there are 32 registers
 constexpr int tile_rows(int V) { return V == 4 ? 6 : V == 3 ? 8 : 12; }
 
@@ -60,8 +61,12 @@ inline void store_f16(uint16_t* p, vec x) { vst1_u16(p, vreinterpret_u16_f16(vcv
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define AMFLOW_DOT_BF16
-using bf16_pair = bfloat16x4_t;  // the instruction broadcasts the first two: a load is enough
-inline bf16_pair set1_pair(uint32_t bits) { return vreinterpret_bf16_u64(vcreate_u64(bits)); }
+using bf16_pair = bfloat16x4_t;  // the instruction broadcasts the first two
+inline bf16_pair load_pair(const char* p) {
+  float pair;  // in a vector register, not in a general one
+  __builtin_memcpy(&pair, p, 4);
+  return vreinterpret_bf16_f32(float32x2_t{pair, 0.f});
+}
 inline vec dot_bf16(bf16_pair b, vec x, vec sum) { return vbfdotq_lane_f32(sum, vreinterpretq_bf16_f32(x), b, 0); }
 #endif
 

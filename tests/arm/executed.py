@@ -1,6 +1,6 @@
 """The CPU kernels as compiled for 64-bit ARM, executed under qemu: implementations for tests.
 
-with registered("neon", "cortex-a72"):
+with registered("neon"):
     flow = am_flow(q, k, impl="neon")
 
 main.cpp is the process that runs there. A request is a `struct Request`, then every tensor as a `struct TensorHeader`
@@ -28,6 +28,7 @@ from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaire
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+CPUS = {"neon": "cortex-a72", "neon_bf16": "max"}  # as qemu names them: one for each instruction set
 FORWARD, BACKWARD, MATMUL, MATMUL_BACKWARD = range(4)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -69,10 +70,10 @@ def _run(command: list[str]) -> None:
 
 
 @contextmanager
-def registered(name: str, cpu: str) -> Iterator[None]:
-    """impl=`name` executes the kernels of that instruction set, which a CPU called `cpu` by qemu chooses."""
+def registered(isa: str) -> Iterator[None]:
+    """impl=`isa` executes the kernels of that instruction set, on a CPU for which they are chosen."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dispatch.IMPLEMENTATIONS, name, _executed(name, cpu))
+        patch.setitem(dispatch.IMPLEMENTATIONS, isa, _executed(isa))
         yield
 
 
@@ -82,14 +83,19 @@ class Executed(Implementation):
     devices = ("cpu",)
     dtypes = FUSED_DTYPES
 
-    def __init__(self, isa: str, cpu: str) -> None:
+    def __init__(self, isa: str, options: Sequence[str] = ()) -> None:
+        """options: more of the emulator's."""
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [EMULATOR, "-cpu", cpu, str(program())], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [EMULATOR, "-cpu", CPUS[isa], *options, str(program())], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self._process.stdout is not None
         chosen = self._process.stdout.readline().decode().strip()
-        assert chosen == isa, f"{cpu} runs the kernels for {chosen}, not {isa}"
+        assert chosen == isa, f"{CPUS[isa]} runs the kernels for {chosen}, not {isa}"
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         flow = torch.empty(problem.flow_shape, dtype=torch.float32)
@@ -137,8 +143,8 @@ class Executed(Implementation):
 
 
 @cache
-def _executed(isa: str, cpu: str) -> Executed:
-    return Executed(isa, cpu)
+def _executed(isa: str) -> Executed:
+    return Executed(isa)
 
 
 def _request(operation: int, problem: MapPairs, sizes: list[int]) -> bytes:

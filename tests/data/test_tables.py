@@ -19,8 +19,8 @@ MANY_B = {"x264-params": "bframes=5:b-adapt=0:scenecut=0"}
 
 
 @pytest.fixture(autouse=True)
-def _no_kept_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_kept", tables._Kept())
+def _no_kept_tables() -> None:
+    tables.forget()
 
 
 def add_sound(path: Path) -> Path:
@@ -72,8 +72,8 @@ NOT_INDEXED: dict[str, Callable[[Path], Path]] = {
 
 def table_of(path: Path, monkeypatch: pytest.MonkeyPatch, *, indexed: bool) -> FrameTable:
     """The table of a file from its index only, or from its packets only."""
+    tables.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_kept", tables._Kept())
         if indexed:
             patch.delattr(VideoFile, "_packets")
         else:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,11 @@ def executed_cuda() -> AbstractContextManager[object]:
     return cuda.gpu()
 
 
-def executed_arm(isa: str, cpu: str) -> Callable[[], AbstractContextManager[object]]:
-    """impl=`isa` executes the CPU kernels for ARM, on a CPU as qemu names it."""
+def executed_arm(isa: str) -> AbstractContextManager[object]:
+    """impl=`isa` executes the CPU kernels for that instruction set of ARM."""
     from tests.arm import executed
 
-    return lambda: executed.registered(isa, cpu)
+    return executed.registered(isa)
 
 
 @contextmanager
@@ -225,28 +225,28 @@ SUBJECTS = {
         ),
         Subject(
             "neon",
-            most_work=60_000,
-            most_matmul_work=60_000,
-            own_python=False,
-            fixtures=("arm_compiled",),
-            plain_rows=0,
-            all_rows=40,
-            plain_combinations=0,
-            all_combinations=6,
-            context=executed_arm("neon", "cortex-a72"),
-        ),
-        Subject(
-            "neon_bf16",
-            dtypes=(BF16,),  # in other dtypes it runs the same code
-            most_work=60_000,
-            most_matmul_work=60_000,
+            most_work=20_000,
+            most_matmul_work=20_000,
             own_python=False,
             fixtures=("arm_compiled",),
             plain_rows=0,
             all_rows=20,
             plain_combinations=0,
             all_combinations=3,
-            context=executed_arm("neon_bf16", "max"),
+            context=partial(executed_arm, "neon"),
+        ),
+        Subject(
+            "neon_bf16",
+            dtypes=(BF16,),  # in other dtypes it runs the same code
+            most_work=20_000,
+            most_matmul_work=20_000,
+            own_python=False,
+            fixtures=("arm_compiled",),
+            plain_rows=0,
+            all_rows=10,
+            plain_combinations=0,
+            all_combinations=2,
+            context=partial(executed_arm, "neon_bf16"),
         ),
     )
 }
