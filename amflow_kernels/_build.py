@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,13 @@ _ARCHITECTURES = "8.0;9.0;10.0+PTX"  # without TORCH_CUDA_ARCH_LIST and without 
 _NVCC_BYTES = 2 << 30  # memory that one nvcc process may need
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_ISAS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+# -fno-schedule-insns: otherwise GCC moves all loads of a product to its beginning, and spills.
+_ARM = "-fno-schedule-insns"
+_ISAS = {  # by machine: the instruction sets and their flags
+    "x86_64": {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]},
+    "aarch64": {"neon": ["-march=armv8-a", _ARM], "neon_bf16": ["-march=armv8.2-a+bf16", _ARM]},
+}
+MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())  # macOS calls it arm64
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,24 @@ class Library:
         return any(source.endswith(".cu") for source, _ in self.objects.values())
 
 
-CPU = Library(
-    "amflow_native",
-    "the CPU kernels, some 20 s",
-    ("cpu",),
-    {
-        "bindings.o": ("cpu/bindings.cpp", []),
-        **{
-            f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
-            for source in ("am_flow", "matmul")
-            for isa, flags in _ISAS.items()
+def cpu_library(machine: str) -> Library:
+    """The CPU kernels for a machine as `platform` names it on Linux, for all of its instruction sets."""
+    return Library(
+        "amflow_native",
+        "the CPU kernels, some 20 s",
+        ("cpu",),
+        {
+            "bindings.o": ("cpu/bindings.cpp", []),
+            **{
+                f"{source}_{isa}.o": (f"cpu/{source}.cpp", [f"-DAMFLOW_ISA={isa}", *flags])
+                for source in ("am_flow", "matmul")
+                for isa, flags in _ISAS.get(machine, {}).items()
+            },
         },
-    },
-)
+    )
+
+
+CPU = cpu_library(MACHINE)
 CUDA = Library(
     "amflow_cuda",
     "the CUDA kernels, a minute or two",
@@ -152,8 +165,9 @@ def source_key(library: Library) -> str:
 
 def build_key(library: Library) -> str:
     """A hash of everything that a build on this machine depends on: `source_key`, compilers, GPUs and torch version."""
-    if sys.platform != "linux":
-        raise BuildError(f"the native library is built on Linux only, this is {sys.platform}")
+    if sys.platform != "linux" and (library.cuda or (sys.platform, MACHINE) != ("darwin", "aarch64")):
+        where = "on Linux" if library.cuda else "on Linux and on macOS with Apple silicon"
+        raise BuildError(f"{library.title.split(',')[0]} are built {where} only, this is {sys.platform} on {MACHINE}")
     compilers = [compiler(), *([nvcc()] if library.cuda else [])]
     versions = [
         subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in compilers
@@ -163,8 +177,11 @@ def build_key(library: Library) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def compile_library(library: Library, folder: Path) -> Path:
-    """Compiles a library in `folder`, in parallel. The compilers' output goes to the file LOG there."""
+def compile_library(library: Library, folder: Path, say: Callable[[str], None] | None = None) -> Path:
+    """Compiles a library in `folder`, in parallel. The compilers' output goes to the file LOG there.
+
+    `say` gets a line when a file is done: how many are, of how many, and its name.
+    """
     if importlib.util.find_spec("ninja") is None:
         raise BuildError("the build tool ninja is not installed: pip install ninja")
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
@@ -172,11 +189,16 @@ def compile_library(library: Library, folder: Path) -> Path:
         "ninja_required_version = 1.5",
         f"cxx = {_ninja_escape(compiler())}",
         f"flags = {' '.join(_FLAGS)} -isystem {_ninja_escape(str(torch_dir / 'include'))}",
-        f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
+        # Torch is loaded already. On macOS its libraries are named relative to a path that is not known here.
+        "libs = -undefined dynamic_lookup"
+        if sys.platform == "darwin"
+        else f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
         "rule cxx",
         "  command = $cxx $flags $own -c $in -o $out",
+        "  description = $out",
         "rule link",
         "  command = $cxx -shared $in $libs -o $out",
+        "  description = $out",
     ]
     if library.cuda:
         options = " ".join([*_NVCC_FLAGS, *architectures()])
@@ -184,8 +206,10 @@ def compile_library(library: Library, folder: Path) -> Path:
             f"nvcc = {_ninja_escape(nvcc())} -ccbin $cxx",
             "rule nvcc",
             f"  command = $nvcc {options} $own -c $in -o $out",
+            "  description = $out",
             "rule link_cuda",
             "  command = $nvcc -shared $in $libs -o $out",
+            "  description = $out",
         ]
     for name, (source, own) in library.objects.items():
         rule = "nvcc" if source.endswith(".cu") else "cxx"
@@ -196,10 +220,20 @@ def compile_library(library: Library, folder: Path) -> Path:
     (folder / "build.ninja").write_text("\n".join(lines))
     log = folder / LOG
     jobs = ["-j", str(_nvcc_jobs())] if library.cuda else []
-    with log.open("w") as out:
-        status = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder), *jobs], stdout=out, stderr=subprocess.STDOUT, check=False
-        ).returncode
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), *jobs]
+    env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as ninja,
+    ):
+        assert ninja.stdout is not None
+        for line in ninja.stdout:
+            out.write(line)
+            if say is not None and re.match(r"\[\d+/\d+\] ", line):
+                say(line.rstrip())
+    status = ninja.returncode
     if status != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BuildError(f"compiling failed (exit status {status}):\n{tail}")

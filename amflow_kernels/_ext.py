@@ -98,7 +98,7 @@ def _cached(library: _build.Library, folder: Path) -> Path:
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:
-            install(_build.compile_library(library, scratch), file)
+            install(_build.compile_library(library, scratch, _say), file)
         except _build.BuildError as error:
             log = (scratch / _build.LOG).replace(folder / _build.LOG)
             raise _build.BuildError(f"{error}\nwhole log: {log}") from error

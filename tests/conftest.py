@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +43,8 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def cpu_kernels_run() -> bool:
     """Whether the CPU kernels must run: only the CPU decides, so that a broken build can't hide."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    arm = platform.machine() in ("aarch64", "arm64")
+    return arm or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 
 class Cpu(Implementation):
-    """C++ for AVX2 and AVX-512."""
+    """C++ for AVX2, AVX-512 and NEON."""
 
     devices = ("cpu",)
     dtypes = FUSED_DTYPES
 
     def unavailable(self) -> str | None:
         if _vector_bits() is None:
-            return f"the CPU capability is {_capability()}, the kernels need AVX2 or AVX-512"
+            return f"the CPU capability is {_capability()}, the kernels need AVX2, AVX-512 or a 64-bit ARM CPU"
         return _ext.load(_build.CPU)
 
     def presence(self) -> str:
@@ -82,5 +82,8 @@ def _capability() -> str:
 
 
 def _vector_bits() -> int | None:
-    """Width of the vectors to use: what torch itself chose, which ATEN_CPU_CAPABILITY can lower."""
-    return {"AVX2": 256, "AVX512": 512}.get(_capability())
+    """Width of the vectors to use: what torch itself chose, which ATEN_CPU_CAPABILITY can lower.
+
+    Every 64-bit ARM CPU has NEON, whatever torch calls its capability there.
+    """
+    return 128 if _build.MACHINE == "aarch64" else {"AVX2": 256, "AVX512": 512}.get(_capability())

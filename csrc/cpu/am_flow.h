@@ -34,7 +34,7 @@ struct Problem {
 // partial sums are added in the order of the groups: results have the same bits for any number of threads.
 //
 // A chain is a sequence of frames in which every two neighbours form a pair: each map is computed once per chain. A
-// work item is one (batch, head, window, chain) and a group of its strips; a strip is up to 4 vectors of queries
+// work item is one (batch, head, window, chain) and a group of its strips; a strip is a few vectors of queries
 // against all keys.
 struct Plan {
   int64_t heads;      // heads that are separate items (1 for mean_map)
@@ -74,5 +74,7 @@ struct Kernels {
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
+namespace neon_bf16 { extern const Kernels kernels; }
 
 }  // namespace amflow

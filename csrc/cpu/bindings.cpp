@@ -5,38 +5,25 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 
 #include "am_flow.h"
+#include "execute.h"
 #include "matmul.h"
+#include "select.h"
 
 namespace {
 
 using amflow::Frames;
-using amflow::Kernels;
-using amflow::MatmulKernels;
+using amflow::kernels;
+using amflow::matmul_kernels;
 using amflow::MatmulProblem;
 using amflow::Pass;
-using amflow::Plan;
 using amflow::Problem;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-const Kernels& kernels(int64_t vector_bits) {
-  if (vector_bits == 256) return amflow::avx2::kernels;
-  return __builtin_cpu_supports("avx512bf16") ? amflow::avx512_bf16::kernels : amflow::avx512::kernels;
-}
-
-const MatmulKernels& matmul_kernels(int64_t vector_bits) {
-  if (vector_bits == 256) return amflow::avx2::matmul;
-  return __builtin_cpu_supports("avx512bf16") ? amflow::avx512_bf16::matmul : amflow::avx512::matmul;
-}
 
 amflow::Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -77,48 +64,13 @@ Problem problem_of(const Tensor& q, const Tensor& k, const OptionalTensor& q_b, 
   return pb;
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer allocate(int64_t floats) {
-  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-  if (bytes == 0) return nullptr;
-  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (!p) throw std::bad_alloc();
-  return Buffer(p);
-}
-
-// Calls work(worker, index) for every index below n; a worker that is idle takes the next index.
-template <class Work>
-void for_each(int64_t n, int64_t workers, const Work& work) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(worker, index);
-  });
-}
-
-// Runs every item, and finishes it after all items with a lower position in the same sum.
+// Runs every item on torch's threads.
 template <class Problem>
 void execute(const Problem& pb, const Pass<Problem>& pass) {
-  const Plan plan = pass.plan(pb);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = plan.items < threads ? plan.items : threads;
-  const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two workers share a cache line
-  const Buffer scratch = allocate(workers * stride), sums = allocate(plan.sums * plan.sum_floats);
-  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[plan.sums]());
-  for_each(plan.items, workers, [&](int64_t worker, int64_t item) {
-    float* const memory = scratch.get() + worker * stride;
-    pass.run(pb, plan, item, memory);
-    // Items start in order, so the items that this one waits for are already running.
-    const amflow::ReductionSlot slot = pass.slot(pb, plan, item);
-    std::atomic<int64_t>& count = finished[slot.sum];
-    for (int64_t n; (n = count.load(std::memory_order_acquire)) != slot.position;) count.wait(n);
-    pass.finish(pb, plan, item, memory, sums.get() + slot.sum * plan.sum_floats);
-    count.store(slot.position + 1, std::memory_order_release);
-    count.notify_all();
+  amflow::execute(pb, pass, torch::stable::get_num_threads(), [](int64_t workers, const auto& work) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    });
   });
 }
 

@@ -1,9 +1,10 @@
 // Shared by am_flow.cpp and matmul.cpp: the attention maps of strips, their change between two frames, and the gradient
 // of queries and keys from that of a map.
 //
-// Vector lanes are queries. A strip is up to 4 vectors of queries against all keys; the map of a strip is stored as
-// [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum and needs no
-// mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only if that query is.
+// Vector lanes are queries. A strip is up to STRIP_VECTORS vectors of queries against all keys; the map of a strip is
+// stored as [vector][key][lane], so that every sum over keys (both softmaxes, delta, rho) is a plain vertical sum and
+// needs no mask. Surplus lanes of the last strip repeat the last query with weight 0: they are NaN only if that query
+// is.
 //
 // A map is stored as p and one factor per block of keys, A = p * factor: p is relative to the largest logit so far,
 // which is known while the block is still in the first-level cache. The same frame gives the same bits, so identical
@@ -18,7 +19,6 @@
 namespace amflow::AMFLOW_ISA {
 namespace {
 
-constexpr int STRIP_VECTORS = 4;
 constexpr int MAX_LANES = STRIP_VECTORS * W;
 constexpr int64_t KEY_BLOCK = 96;
 constexpr int64_t NORM_BLOCK = 16;  // keys that are summed one by one for a row's normaliser, see compute_head_map

@@ -31,5 +31,7 @@ struct MatmulKernels {
 namespace avx2 { extern const MatmulKernels matmul; }
 namespace avx512 { extern const MatmulKernels matmul; }
 namespace avx512_bf16 { extern const MatmulKernels matmul; }
+namespace neon { extern const MatmulKernels matmul; }
+namespace neon_bf16 { extern const MatmulKernels matmul; }
 
 }  // namespace amflow

@@ -17,12 +17,8 @@ struct Float {
 
 #ifdef AMFLOW_DOT_BF16
 struct Bf16Pair {  // two bf16 values in 4 bytes
-  static vec broadcast(const char* b) {
-    uint32_t value;
-    __builtin_memcpy(&value, b, 4);
-    return set1_bits(value);
-  }
-  static vec multiply_add(vec b, vec x, vec sum) { return dot_bf16(b, x, sum); }
+  static bf16_pair broadcast(const char* b) { return load_pair(b); }
+  static vec multiply_add(bf16_pair b, vec x, vec sum) { return dot_bf16(b, x, sum); }
 };
 #endif
 
@@ -80,7 +76,7 @@ __attribute__((noinline)) void product_tile(const ProductArgs& a) {
       for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const vec bs = E::broadcast(b + r * b_row);
+        const auto bs = E::broadcast(b + r * b_row);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[r][v] = E::multiply_add(bs, xs[v], sum[r][v]);
       }

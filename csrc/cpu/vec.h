@@ -6,6 +6,7 @@
 // The header of an instruction set has the only code that names its instructions:
 //
 //   vec, W                      a vector and its lanes; + - * / work on vectors, and are never fused
+//   STRIP_VECTORS               most vectors of queries in a strip of a map (maps.h)
 //   TILE_VECTORS, tile_rows(V)  the register tile of products: most vectors in a row, and the rows of V vectors
 //   set1(x), set1_bits(x)       the same number, or the same bits, in every lane
 //   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store_f16 rounds to them
@@ -17,14 +18,19 @@
 //                               whole n, where the result is a normal number; exactly 0 for 1 * 2^-inf
 //   multiply_by_sign(x, d)      x * sign(d): exactly 0 if d is 0, x if d is NaN
 //   split<h>(a, b, lo, hi)      in every group of 2h lanes: lo = (first h of a, first h of b), hi = (last h of a and b)
-//   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1, where every lane of b and of x holds two bf16 numbers; there
-//                               is one if AMFLOW_DOT_BF16 is defined
+//
+// and, if AMFLOW_DOT_BF16 is defined:
+//
+//   bf16_pair, load_pair(p)     two bf16 numbers
+//   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1 for a pair b and the two bf16 numbers in every lane of x
 #pragma once
 
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
 #include "vec_avx2.h"
+#else
+#include "vec_neon.h"
 #endif
 
 namespace amflow::AMFLOW_ISA {

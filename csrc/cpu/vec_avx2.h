@@ -9,6 +9,7 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = __m256;
 constexpr int W = 8;
+constexpr int STRIP_VECTORS = 4;
 constexpr int TILE_VECTORS = 2;  // there are 16 registers
 constexpr int tile_rows(int V) { return V == 2 ? 6 : 12; }
 

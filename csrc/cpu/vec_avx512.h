@@ -9,6 +9,7 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = __m512;
 constexpr int W = 16;
+constexpr int STRIP_VECTORS = 4;
 constexpr int TILE_VECTORS = 4;  // there are 32 registers
 constexpr int tile_rows(int V) { return V == 4 ? 6 : V == 3 ? 8 : 12; }
 
@@ -60,7 +61,13 @@ inline void store_f16(uint16_t* p, vec x) {
 
 #ifdef __AVX512BF16__
 #define AMFLOW_DOT_BF16
-inline vec dot_bf16(vec b, vec x, vec sum) {
+using bf16_pair = vec;
+inline bf16_pair load_pair(const char* p) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return set1_bits(bits);
+}
+inline vec dot_bf16(bf16_pair b, vec x, vec sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(x));
 }
 #endif

@@ -114,7 +114,7 @@ class Adapter(nn.Module):
 
 def in_clips(x: Tensor, num_frames: int) -> Tensor:
     """Unfolds (B * T, ...) into (B, T, ...); B may be 0."""
-    return x.unflatten(0, (len(x) // num_frames, num_frames))
+    return x.unflatten(0, (x.shape[0] // num_frames, num_frames))
 
 
 def pool(x: Tensor, tokens: int) -> Tensor:

@@ -137,8 +137,10 @@ class AdaptedBlock(nn.Module):
         if isinstance(x, list):  # DINOv3's blocks take a list of tensors, one for each size of crop
             crops = [[part[i] if isinstance(part, list) else part for part in args] for i in range(len(x))]
             return [self.forward(crop, *rest, **kwargs) for crop, rest in zip(x, crops, strict=True)]
-        if self.temporal and len(x) % self.options.num_frames:
-            raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
+        if self.temporal and x.shape[0] % self.options.num_frames:
+            raise ValueError(
+                f"num_frames: expected a divisor of the {x.shape[0]} images, got {self.options.num_frames}"
+            )
         block: Any = self.block
         if self.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
             # A transformers layer that checkpoints itself would recompute its attention outside of our reader, so the
@@ -181,8 +183,8 @@ class AdaptedBlock(nn.Module):
             aligned = read_qk(self.block, self.name, aligned_tokens, *args, **kwargs)
 
         def on_attention(q: Tensor, k: Tensor, v: Tensor, keep: str) -> Tensor | None:
-            if len(q) != len(x):
-                raise RuntimeError(f"{self.name}: expected q and k of {len(x)} images, got q {tuple(q.shape)}")
+            if q.shape[0] != x.shape[0]:
+                raise RuntimeError(f"{self.name}: expected q and k of {x.shape[0]} images, got q {tuple(q.shape)}")
             q, k, v = (in_clips(part, frames) for part in (q, k, v))
             if aligned is not None:
                 q_next, k_next = (in_clips(part, frames - 1) for part in aligned)

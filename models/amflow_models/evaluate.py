@@ -1,4 +1,4 @@
-"""Tests a trained video classifier: ``python -m amflow_models.evaluate --config FILE [key=value ...]``."""
+"""Tests a trained video classifier: ``python -m amflow_models.evaluate --checkpoint RUN [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from amflow_models.training.build import (
     read_lists,
 )
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained, read_about
-from amflow_models.training.config import Config, load_config
+from amflow_models.training.config import Config, change_config, load_config
 from amflow_models.training.metrics import Scores, draw_confusion, scores
 from amflow_models.training.parallel import choose_precision, distribute, exit_process, make_accelerator
 from amflow_models.training.prediction import Predictions, predict
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     try:
         evaluate(
-            load_config(args.config, [*args.changes, *(["data.strict=true"] if args.strict else [])]),
+            _config(args),
             args.split,
             args.checkpoint,
             ema=args.ema,
@@ -98,7 +98,7 @@ def evaluate(
     if accelerator.is_main_process:
         folder = config.output if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
-        _write_scores(folder / f"{split}.json", file, predictions, result)
+        _write_scores(folder / f"{split}.json", file, predictions, result, videos.missing)
         _write_table(folder / f"{split}.csv", videos, predictions, names)
         draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
         if dump is not None:
@@ -108,6 +108,20 @@ def evaluate(
             print(f"not read: {error}", file=sys.stderr)
     accelerator.end_training()
     return result
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The config that the arguments name, or that of the checkpoint."""
+    changes = [*args.changes, *(["data.strict=true"] if args.strict else [])]
+    if args.config is not None:
+        return load_config(args.config, changes)
+    if args.checkpoint is None:
+        raise ValueError("expected --config, or --checkpoint to take the config that it was trained by")
+    file = find_trained(args.checkpoint, AVERAGE if args.ema else TRAINED)
+    about = read_about(file)
+    if about is None:
+        raise ValueError(f"{file}: does not say how it was trained; pass --config")
+    return change_config(about.config, changes, file)
 
 
 def _names(config: Config, videos: VideoList, trained: Path) -> list[str]:
@@ -124,10 +138,13 @@ def _names(config: Config, videos: VideoList, trained: Path) -> list[str]:
     return listed or known or [str(number) for number in range(config.data.num_classes)]
 
 
-def _write_scores(path: Path, checkpoint: Path, predictions: Predictions, result: Scores) -> None:
+def _write_scores(
+    path: Path, checkpoint: Path, predictions: Predictions, result: Scores, missing: Sequence[str]
+) -> None:
     content = {
         "checkpoint": str(checkpoint),
         "videos": len(predictions.labels),
+        "missing": list(missing),
         "not_read": predictions.errors,
         "loss": predictions.loss,
         "top1": result.top1,
@@ -159,7 +176,9 @@ def _dump(path: Path, videos: VideoList, predictions: Predictions, names: list[s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="amflow evaluate", description="Test a video classifier.")
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a YAML file, or the name of a config of the package"
+        "--config",
+        metavar="FILE",
+        help="a YAML file, or the name of a config of the package (default: that of the checkpoint's training)",
     )
     parser.add_argument("--checkpoint", type=Path, help="a run, checkpoint or file (default: the config's output)")
     parser.add_argument("--split", choices=SPLITS, default="test")

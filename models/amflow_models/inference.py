@@ -190,6 +190,7 @@ def load_classifier(
     checkpoint: str | Path,
     *,
     ema: bool = False,
+    best: bool = False,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> TrainedClassifier:
@@ -198,6 +199,7 @@ def load_classifier(
     Args:
         checkpoint: a run (its newest checkpoint is taken), a checkpoint, or its `model.safetensors`.
         ema: take the exponential moving average of the weights.
+        best: take a run's best checkpoint instead of its newest.
         weights: pretrained weights of the frozen backbone, as for `create_backbone`, which a checkpoint does not hold;
             None takes those that the config names.
         device: where to compute; None takes the accelerator if there is one, else the CPU.
@@ -207,7 +209,7 @@ def load_classifier(
             weights are missing or do not fit.
         ModuleNotFoundError: a package of the train extra is missing.
     """
-    file = find_trained(Path(checkpoint), AVERAGE if ema else TRAINED)
+    file = find_trained(Path(checkpoint), AVERAGE if ema else TRAINED, best=best)
     about = read_about(file)
     if about is None:
         raise ValueError(

@@ -6,6 +6,7 @@ On many processes: ``torchrun --nproc-per-node 8 -m amflow_models.train --config
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from amflow_models.training.augmentation import BatchAugmentation
@@ -37,7 +38,7 @@ from amflow_models.training.checkpoints import AVERAGE, TRAINED, Checkpoints, re
 from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
 from amflow_models.training.logs import Log
-from amflow_models.training.losses import Loss
+from amflow_models.training.losses import Loss, class_weights
 from amflow_models.training.metrics import scores
 from amflow_models.training.parallel import (
     any_process,
@@ -116,7 +117,8 @@ class _Run:
         settings = config.training.model_copy(update={"precision": precision})
         config = config.model_copy(update={"training": settings})
         self.config = config
-        self.accelerator = make_accelerator(settings.precision)
+        self.accelerator = make_accelerator(settings.precision, wandb=settings.wandb is not None)
+        self.scaler = self.accelerator.scaler  # None unless the precision is fp16
         world = self.accelerator.num_processes
         pairs = 2 if settings.mixup or settings.cutmix else 1
         if settings.batch % (world * settings.accumulate * pairs):
@@ -160,9 +162,18 @@ class _Run:
                 f"got {settings.epochs}"
             )
         self.skipped = 0 if state is None else int(state.get("skipped", 0))
+        weight: Tensor | None = None
+        shares: Tensor | None = None
+        if settings.balance is not None and not synthetic:  # synthetic classes are of equal size
+            labels = torch.tensor([video.label for video in lists["train"].videos])
+            weights = class_weights(labels, config.data.num_classes)
+            if settings.balance == "loss":
+                weight = weights
+            else:
+                shares = weights[labels]
         self.batches = TrainBatches(
             count, settings.batch, rank=self.accelerator.process_index, world=world, seed=config.seed, start=done,
-            stop=self.total - self.shift, repeats=1 if synthetic else config.data.repeats,
+            stop=self.total - self.shift, repeats=1 if synthetic else config.data.repeats, shares=shares,
         )  # fmt: skip
         checkpoints.check_space(model, settings.ema is not None)
         self.checkpoints = checkpoints
@@ -171,7 +182,9 @@ class _Run:
         self.normalise = normalisation(model, self.accelerator.device)
         self.model = distribute(model, settings, self.accelerator)
         self.augment = BatchAugmentation(config, self.accelerator.device)
-        self.loss = Loss(config.data.num_classes, settings.label_smoothing)
+        device = self.accelerator.device
+        weight = None if weight is None else weight.to(device)
+        self.loss = Loss(config.data.num_classes, settings.label_smoothing, weight)
         self.rate = settings.lr * (settings.batch / settings.base_batch if settings.base_batch else 1)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, settings)
@@ -180,7 +193,11 @@ class _Run:
             restore_optimizer(self.model, self.optimizer, state)
             if self.average is not None and state["config"].training.ema is not None:  # else it starts from here
                 self.average.load(newest[0] / AVERAGE)
-        self.log = Log(config.output, self.total, self.step, main)
+            if self.scaler is not None and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
+        if settings.wandb is not None:
+            self._start_wandb(settings.wandb)
+        self.log = Log(config.output, self.total, self.step, main, self.accelerator.log if settings.wandb else None)
         self.errors: Counter[str] = Counter()
 
     def steps(self, stop: list[float]) -> bool:
@@ -259,6 +276,14 @@ class _Run:
         """Whether the last step was the last one of an epoch."""
         return (self.step - self.shift) % self.per_epoch == 0
 
+    def _start_wandb(self, project: str) -> None:
+        """Starts the run's log at Weights & Biases, or goes on with it."""
+        output = self.config.output.resolve()
+        name = f"{output.name}-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}"
+        output.mkdir(parents=True, exist_ok=True)
+        options = {"id": name, "name": output.name, "dir": str(output), "resume": "allow"}
+        self.accelerator.init_trackers(project, self.config.model_dump(mode="json"), {"wandb": options})
+
     def _validates(self) -> bool:
         """Whether a validation follows the last step."""
         epoch = (self.step - self.shift) // self.per_epoch
@@ -283,20 +308,27 @@ class _Run:
                 with accelerator.autocast():
                     logits = self.model(inputs).float()
                 part_loss = self.loss(logits, wanted) / settings.accumulate
-                part_loss.backward()
+                (part_loss if self.scaler is None else self.scaler.scale(part_loss)).backward()
             loss += part_loss.detach()
         done, total = step - self.shift, self.total - self.shift
         rate = _rate(done, total, settings.warmup_epochs * self.per_epoch, self.rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, settings.clip_grad)
         mean = float(accelerator.reduce(loss, "mean"))
         if math.isfinite(mean) and math.isfinite(norm):  # these are the same in all processes
-            self.optimizer.step()
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update()
-        else:
+        elif self.scaler is None or not math.isfinite(mean) or self.scaler.get_scale() < 1:
             self._count_not_finite(step, mean, norm)
+        if self.scaler is not None:  # it lowers its scale after an overflow, which is no fault of the run
+            self.scaler.update()
         self.optimizer.zero_grad()
         return {"loss": mean, "lr": rate, "gradient_norm": norm}
 
@@ -353,10 +385,12 @@ class _Run:
 
     def _save(self) -> None:
         more = {
-            "config": self.config.model_dump(mode="json"), "clips": self.clips, "skipped": self.skipped,
-            "shift": self.shift, "per_epoch": self.per_epoch, "processes": self.accelerator.num_processes,
+            "config": self.config.model_dump(mode="json"), "clips": self.clips, "classes": self.classes,
+            "skipped": self.skipped, "shift": self.shift, "per_epoch": self.per_epoch,
+            "processes": self.accelerator.num_processes,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }  # fmt: skip
-        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, more, self.classes, self.accelerator)
+        self.checkpoints.save(self.step, self.model, self.optimizer, self.average, more, self.accelerator)
 
     def _count_errors(self, errors: list[str]) -> None:
         if self.config.data.strict and any_process(bool(errors), self.accelerator):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from amflow_models.blocks import AdaptedBlock, AdapterOptions
 from amflow_models.files import written_whole
 
+_KEY, _ABOUT = "adapters", "classifier"  # the file's metadata, and the key in it that is no option of adapters
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before names
 
 
@@ -40,7 +41,7 @@ def save_trained(
     path: str | Path,
     state: dict[str, torch.Tensor] | None = None,
     *,
-    about: dict[str, str] | None = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Writes the trainable parameters of a model and the options of its adapters to a safetensors file.
 
@@ -50,24 +51,38 @@ def save_trained(
         model: the model.
         path: the file.
         state: the result of `trained_state`; None calls it.
-        about: more texts for the file's metadata.
+        about: what else the file shall say, for `read_about`: values that JSON can hold.
 
     Raises:
         ValueError: no parameter of the model requires a gradient.
     """
     state = trained_state(model) if state is None else state
+    described = _options(model) | ({} if about is None else {_ABOUT: about})
     with written_whole(Path(path)) as part:
-        save_file(state, part, metadata={"adapters": json.dumps(_options(model)), **(about or {})})
+        # All under one key: safetensors writes several in any order, and equal models should make equal files.
+        save_file(state, part, metadata={_KEY: json.dumps(described)})
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
+def read_described(path: str | Path) -> Any:
+    """What `save_trained` was given as `about`; None if nothing was.
 
     Raises:
-        ValueError: the file can't be read as safetensors.
+        ValueError: the file can't be read.
     """
     with _opened(path) as file:
-        return file.metadata() or {}
+        return _metadata(path, file).get(_ABOUT)
+
+
+def _metadata(path: str | Path, file: Any) -> dict[str, Any]:
+    """The options of adapters, and what else `save_trained` wrote."""
+    text = (file.metadata() or {}).get(_KEY, "{}")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {_KEY!r} can't be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object as its metadata {_KEY!r}, got {type(content).__name__}")
+    return content
 
 
 @contextmanager
@@ -97,7 +112,8 @@ def load_trained(model: nn.Module, path: str | Path, *, head: bool = True) -> No
     own = {unwrapped_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     with _opened(path) as file:
         loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-        options = json.loads((file.metadata() or {}).get("adapters", "{}"))
+        options = _metadata(path, file)
+    options.pop(_ABOUT, None)
     if not head:
         own = {name: p for name, p in own.items() if not name.startswith("head.")}
         loaded = {name: x for name, x in loaded.items() if not name.startswith("head.")}

@@ -30,6 +30,7 @@ EXAMPLES = {
     "train": ["train", "--config", "k400_vitb_am12"],
     "evaluate": ["evaluate", "--config", "k400_vitb_am12"],
     "predict": ["predict", str(ROOT / "tests/training/checkpoint_of_0.1"), "video.mp4"],
+    "export": ["export", str(ROOT / "tests/training/checkpoint_of_0.1"), "-o", "model.pt2"],
     "data": ["data", "check", "list.txt", "--kind", "mmaction"],
 }
 

@@ -136,6 +136,10 @@ def check_first_call(run: Callable[[], subprocess.CompletedProcess[str]], cache:
     """The first process compiles once, says so, and keeps the library; the second one loads it."""
     first = run()
     assert first.stderr.count(COMPILING) == 1
+    files = [*_build.CPU.objects, _build.CPU.file]
+    done = re.findall(rf"^amflow_kernels: \[(\d+)/{len(files)}\] (\S+)$", first.stderr, re.M)  # one line for each
+    assert [int(number) for number, _ in done] == [*range(1, len(files) + 1)]
+    assert sorted(name for _, name in done) == sorted(files)
     assert [p.name for p in cache.rglob("build_*")] == []  # no leftovers
     second = run()
     assert COMPILING not in second.stderr
@@ -211,7 +215,7 @@ def test_damaged_library_in_the_cache_is_compiled_again(
 ) -> None:
     compiled: list[_build.Library] = []
 
-    def compile_library(native: _build.Library, _: Path) -> Path:
+    def compile_library(native: _build.Library, *_: object) -> Path:
         compiled.append(native)
         return library
 

@@ -19,8 +19,8 @@ MANY_B = {"x264-params": "bframes=5:b-adapt=0:scenecut=0"}
 
 
 @pytest.fixture(autouse=True)
-def _no_kept_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_kept", tables._Kept())
+def _no_kept_tables() -> None:
+    tables.forget()
 
 
 def add_sound(path: Path) -> Path:
@@ -72,8 +72,8 @@ NOT_INDEXED: dict[str, Callable[[Path], Path]] = {
 
 def table_of(path: Path, monkeypatch: pytest.MonkeyPatch, *, indexed: bool) -> FrameTable:
     """The table of a file from its index only, or from its packets only."""
+    tables.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_kept", tables._Kept())
         if indexed:
             patch.delattr(VideoFile, "_packets")
         else:
@@ -106,6 +106,60 @@ def test_packets_tell_where_the_index_does_not(tmp_path: Path, monkeypatch: pyte
     with VideoFile(path) as opened:
         assert torch.equal(opened.read(range(len(opened))), expected)
         assert torch.equal(opened.read([len(expected) - 1, 20]), expected[[-1, 20]])
+
+
+AVI: dict[str, tuple[dict[str, Any], bool]] = {
+    "mpeg4": ({"codec": "mpeg4", "gop": 8}, True),
+    "mjpeg": ({"codec": "mjpeg", "pixels": "yuvj420p"}, True),
+    "mpeg4, B-frames": ({"codec": "mpeg4", "options": {"bf": "2"}}, False),
+    "mpeg4, no keyframe at the start": ({"codec": "mpeg4", "gop": 8, "drop": 3}, False),
+    "h264": ({}, False),
+    "h264, no B-frames": ({"options": {"bf": "0"}}, False),
+}
+
+
+@pytest.mark.parametrize("name", AVI)
+def test_avi_files_are_sought_only_if_each_packet_is_the_next_frame(tmp_path: Path, name: str) -> None:
+    """Otherwise they are decoded from the beginning."""
+    options, sought = AVI[name]
+    path = write_video(tmp_path / "a.avi", **options)
+    expected = decode_all(path)
+    with VideoFile(path) as opened:
+        assert (opened._table.times is not None) == sought
+        assert torch.equal(opened.read(range(len(opened))), expected)
+        assert torch.equal(opened.read([25, 30]), expected[[25, 30]])
+        wrong = np.arange(1000, 1000 + len(expected))
+        opened._table = FrameTable(len(expected), wrong, *(np.zeros(1, np.int64),) * 2)
+        assert torch.equal(opened.read([25, 30]), expected[[25, 30]])  # where the packets were wrong
+
+
+def not_coded(content: bytes) -> bytes:
+    """The header of an MPEG-4 picture (25 frames per second), with the bit that says that nothing follows."""
+    header = content[:10]
+    bits = "".join(f"{byte:08b}" for byte in header[4:])
+    place = bits.index("0", 2) + 1 + 1 + 5 + 1  # after the type, whole seconds, a marker, the time and a marker
+    assert bits[place] == "1"
+    bits = bits[:place] + "0" + "01111111"
+    bits = bits[: len(bits) // 8 * 8]
+    return header[:4] + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+def test_pictures_that_repeat_the_one_before_are_not_counted_as_frames(tmp_path: Path) -> None:
+    """Encoders for MPEG-4 write a header only, which FFmpeg's decoder leaves out."""
+    path = write_video(tmp_path / "a.avi", codec="mpeg4", gop=8)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "repeats.avi"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            content = bytes(packet)
+            copy = av.Packet(not_coded(content) if number in (10, 11, 20) else content)
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            container.mux(copy)
+    expected = decode_all(tmp_path / "repeats.avi")
+    assert len(expected) == FRAMES - 3
+    with VideoFile(tmp_path / "repeats.avi") as opened:
+        assert opened._table.times is None
+        assert torch.equal(opened.read(range(len(opened))), expected)
 
 
 def test_a_broken_index_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,13 @@ def executed_cuda() -> AbstractContextManager[object]:
     return cuda.gpu()
 
 
+def executed_arm(isa: str) -> AbstractContextManager[object]:
+    """impl=`isa` executes the CPU kernels for that instruction set of ARM."""
+    from tests.arm import executed
+
+    return executed.registered(isa)
+
+
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """impl="chunked" cuts even small problems in every dimension."""
@@ -115,10 +122,12 @@ class Subject:
         work: the cost of a row of a case table, and `most_work` the largest that is taken.
         fast: it runs at full speed, so that rules with larger shapes apply.
         matmul: it has the motion operator.
+        own_python: False if only its compiled code is its own, so that only the rules of values and bits concern it.
         factors, matmul_factors: in place of those of the tables.
         fixtures: what has to be set up for it.
         plain_rows: how many rows of a case table the plain run takes. `all_rows`: and the slow one; None: all.
         plain_combinations: how many combinations of a rule's parameters the plain run takes; None: all.
+            `all_combinations`: and the slow one, others are exhaustive; None: all.
         context: entered around every test.
     """
 
@@ -129,12 +138,14 @@ class Subject:
     most_matmul_work: int = 4_200_000
     fast: bool = True
     matmul: bool = True
+    own_python: bool = True
     factors: dict[str, list[Any]] = field(default_factory=dict)
     matmul_factors: dict[str, list[Any]] = field(default_factory=dict)
     fixtures: tuple[str, ...] = ()
     plain_rows: int = 32
     all_rows: int | None = None
     plain_combinations: int | None = None
+    all_combinations: int | None = None
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __str__(self) -> str:
@@ -211,6 +222,31 @@ SUBJECTS = {
             plain_rows=12,
             plain_combinations=2,
             context=executed_cuda,
+        ),
+        Subject(
+            "neon",
+            most_work=20_000,
+            most_matmul_work=20_000,
+            own_python=False,
+            fixtures=("arm_compiled",),
+            plain_rows=0,
+            all_rows=20,
+            plain_combinations=0,
+            all_combinations=3,
+            context=partial(executed_arm, "neon"),
+        ),
+        Subject(
+            "neon_bf16",
+            dtypes=(BF16,),  # in other dtypes it runs the same code
+            most_work=20_000,
+            most_matmul_work=20_000,
+            own_python=False,
+            fixtures=("arm_compiled",),
+            plain_rows=0,
+            all_rows=10,
+            plain_combinations=0,
+            all_combinations=2,
+            context=partial(executed_arm, "neon_bf16"),
         ),
     )
 }
@@ -387,9 +423,9 @@ def _thinned(rows: list[Row], most: int | None) -> list[Row]:
 
 def tiers(subject: Subject, cases: list[Any]) -> Iterator[tuple[Any, bool]]:
     """The cases, and whether each belongs to the slow tier."""
-    step = math.ceil(len(cases) / subject.plain_rows)
+    step = math.ceil(len(cases) / max(1, subject.plain_rows))
     for number, case in enumerate(cases):
-        yield case, number % step != 0
+        yield case, subject.plain_rows == 0 or number % step != 0
 
 
 # ---------------------------------------------------------------------------------------------------- checks

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.arm import executed
 from tests.kernels import conformance
 from tests.kernels.conformance import SUBJECTS, Subject
 from tests.ptx import cuda
@@ -23,6 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     marker = metafunc.definition.get_closest_marker("subjects")
     subjects = [SUBJECTS[name] for name in (marker.args if marker else SUBJECTS)]
+    if marker is None and not metafunc.module.__name__.endswith("conformance"):
+        subjects = [subject for subject in subjects if subject.own_python]
     if metafunc.definition.get_closest_marker("operator"):
         subjects = [subject for subject in subjects if subject.matmul]
     if "flow_case" in metafunc.fixturenames:
@@ -53,7 +56,7 @@ def _marks(subject: Subject) -> list[pytest.MarkDecorator]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out combinations that an implementation does not take: dtypes, large shapes.
 
-    Where an implementation runs slowly here, all but a few combinations of each rule are marked slow.
+    Where an implementation runs slowly here, all but a few combinations of each rule are marked slow or exhaustive.
     """
     kept, left_out = [], []
     combinations: Counter[tuple[Any, Subject]] = Counter()
@@ -64,7 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if taken else left_out).append(item)
         if taken and isinstance(subject, Subject) and not {"flow_case", "matmul_case"} & parameters.keys():
             rule = (item.function, subject)
-            if subject.plain_combinations is not None and combinations[rule] >= subject.plain_combinations:
+            number = combinations[rule]
+            if subject.all_combinations is not None and number >= subject.all_combinations:
+                item.add_marker(pytest.mark.exhaustive)
+            elif subject.plain_combinations is not None and number >= subject.plain_combinations:
                 item.add_marker(pytest.mark.slow)
             combinations[rule] += 1
     if left_out:
@@ -96,3 +102,12 @@ def cuda_compiled() -> None:
     if cuda.nvcc() is None:
         pytest.skip("nvcc was not found: pip install nvidia-cuda-nvcc nvidia-cuda-cccl")
     cuda.load()
+
+
+@pytest.fixture(scope="session")
+def arm_compiled() -> None:
+    """The CPU kernels for ARM, to be executed under qemu (tests/arm)."""
+    reason = executed.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    executed.program()

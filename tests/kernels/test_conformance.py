@@ -161,7 +161,9 @@ def test_equal_frames_are_exact_for_other_numbers_of_queries(
     assert torch.count_nonzero(dq) == torch.count_nonzero(dk) == 0
 
 
-@pytest.mark.subjects("cpu", "triton", "cuda")  # the reference hands strides to BLAS, which promises no such thing
+@pytest.mark.subjects(
+    "cpu", "neon", "neon_bf16", "triton", "cuda"
+)  # the reference hands strides to BLAS, which promises no such thing
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["offset", "tokens_first"])
 def test_equal_frames_in_other_memory_are_exact(layout: str, dtype: torch.dtype, impl: str) -> None:

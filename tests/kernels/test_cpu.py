@@ -26,51 +26,49 @@ def cpu_kernels(cpu_kernels_run: bool) -> None:
         pytest.skip("below AVX2 impl='cpu' raises, which another test asserts")
 
 
-def result_and_grads(problem: Problem | MatmulProblem) -> list[Tensor]:
+def result_and_grads(problem: Problem | MatmulProblem, impl: str) -> list[Tensor]:
     """The result and all gradients, for a fixed incoming one that is the same for every batch item, pair and group."""
     inputs = [x.detach().requires_grad_() for x in tt.inputs_of(problem)]
-    result = tt.run(tt.with_inputs(problem, inputs), "cpu")
+    result = tt.run(tt.with_inputs(problem, inputs), impl)
     last = 1 if isinstance(problem, Problem) else 2
     incoming = tt.make_dflow(result.shape[-last:]).expand(result.shape)
     return [result.detach(), *torch.autograd.grad(result, inputs, incoming)]
 
 
-def assert_bits_on_any_number_of_threads(problem: Problem | MatmulProblem) -> None:
+def assert_bits_on_any_number_of_threads(problem: Problem | MatmulProblem, impl: str) -> None:
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(result_and_grads(problem))
+        results.append(result_and_grads(problem, impl))
     for result in results[1:]:
         for n, (got, expected) in enumerate(zip(result, results[0], strict=True)):
             assert torch.equal(got, expected), f"result {n}: {torch.count_nonzero(got != expected)} elements differ"
 
 
-@needs_avx2
-@pytest.mark.cpu
+@pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("head_reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 5, (1,), 197, 197, 24), (2, 3, (3, 2), 65, 70, 24), (1, 2, (3,), 577, 130, 8)])
 def test_the_number_of_threads_changes_no_bit_of_a_flow(
-    shape: tuple[Any, ...], dtype: torch.dtype, head_reduction: str
+    shape: tuple[Any, ...], dtype: torch.dtype, head_reduction: str, impl: str
 ) -> None:
     """Few work items or many, forward and backward."""
     q, k = tt.make_qk(*shape, dtype=dtype)
-    assert_bits_on_any_number_of_threads(Problem(q, k, head_reduction=head_reduction))
+    assert_bits_on_any_number_of_threads(Problem(q, k, head_reduction=head_reduction), impl)
 
 
-@needs_avx2
-@pytest.mark.cpu
+@pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("operator", list(OPERATORS))
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize(("shape", "C"), [((1, 5, (1,), 197, 130, 24), 16), ((2, 3, (3, 2), 65, 70, 24), 7)])
 def test_the_number_of_threads_changes_no_bit_of_a_product(
-    shape: tuple[Any, ...], C: int, dtype: torch.dtype, operator: str
+    shape: tuple[Any, ...], C: int, dtype: torch.dtype, operator: str, impl: str
 ) -> None:
     q, k = tt.make_qk(*shape, dtype=dtype)
     transpose, softmax = OPERATORS[operator]
     x = tt.make_features(q, k, C, lag=1, transpose=transpose, dtype=dtype)
     problem = MatmulProblem(q, k, x=x, transpose=transpose, softmax=softmax, temperature=0.7 if softmax else 1.0)
-    assert_bits_on_any_number_of_threads(problem)
+    assert_bits_on_any_number_of_threads(problem, impl)
 
 
 def assert_nearly_same(dk: Tensor, expected: Tensor) -> None:
@@ -79,43 +77,41 @@ def assert_nearly_same(dk: Tensor, expected: Tensor) -> None:
     assert error <= 2 * torch.finfo(dk.dtype).eps, f"dk differs by {error:.2g}"
 
 
-@needs_avx2
-@pytest.mark.cpu
+@pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("head_reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_the_rest_of_the_batch_changes_no_bit_of_a_clip(dtype: torch.dtype, head_reduction: str) -> None:
+def test_the_rest_of_the_batch_changes_no_bit_of_a_clip(dtype: torch.dtype, head_reduction: str, impl: str) -> None:
     """A clip gives the same flow and dq by itself, among others, in a longer clip, and head by head.
 
     How many partial sums make up dk depends on how much other work there is, so its last bits do too.
     """
     q, k = tt.make_qk(3, 7, (4,), 70, 197, 40, dtype=dtype)
     options = {"head_reduction": head_reduction}
-    flow, dq, dk = result_and_grads(Problem(q, k, **options))
+    flow, dq, dk = result_and_grads(Problem(q, k, **options), impl)
     for b in range(3):
-        one_flow, one_dq, one_dk = result_and_grads(Problem(q[b : b + 1], k[b : b + 1], **options))
+        one_flow, one_dq, one_dk = result_and_grads(Problem(q[b : b + 1], k[b : b + 1], **options), impl)
         assert torch.equal(one_flow, flow[b : b + 1])
         assert torch.equal(one_dq, dq[b : b + 1])
         assert_nearly_same(one_dk, dk[b : b + 1])
-    assert torch.equal(am_flow(q[:, 2:5], k[:, 2:5], impl="cpu", **options), flow[:, 2:4])
-    assert torch.equal(am_flow_pair(q[:, :-1], k[:, :-1], q[:, 1:], k[:, 1:], impl="cpu", **options), flow)
+    assert torch.equal(am_flow(q[:, 2:5], k[:, 2:5], impl=impl, **options), flow[:, 2:4])
+    assert torch.equal(am_flow_pair(q[:, :-1], k[:, :-1], q[:, 1:], k[:, 1:], impl=impl, **options), flow)
     if head_reduction == "none":
         for h in range(4):
-            one_flow, one_dq, one_dk = result_and_grads(Problem(q[:, :, h : h + 1], k[:, :, h : h + 1]))
+            one_flow, one_dq, one_dk = result_and_grads(Problem(q[:, :, h : h + 1], k[:, :, h : h + 1]), impl)
             assert torch.equal(one_flow, flow[:, :, h : h + 1])
             assert torch.equal(one_dq, dq[:, :, h : h + 1])
             assert_nearly_same(one_dk, dk[:, :, h : h + 1])
 
 
-@needs_avx2
-@pytest.mark.cpu
+@pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("C", [2, 24])
 @pytest.mark.parametrize("operator", list(OPERATORS))
-def test_the_rest_of_the_batch_changes_no_bit_of_a_product(operator: str, C: int) -> None:
+def test_the_rest_of_the_batch_changes_no_bit_of_a_product(operator: str, C: int, impl: str) -> None:
     """By itself, among others, in a longer clip and in pair form."""
     q, k = tt.make_qk(3, 7, (4,), 70, 197, 40)
     transpose, softmax = OPERATORS[operator]
     x = tt.make_features(q, k, C, lag=1, transpose=transpose)
-    options: dict[str, Any] = {"transpose": transpose, "softmax": softmax, "impl": "cpu"}
+    options: dict[str, Any] = {"transpose": transpose, "softmax": softmax, "impl": impl}
     y = am_flow_matmul(q, k, x, **options)
     assert torch.equal(am_flow_matmul(q[1:2], k[1:2], x[1:2], **options), y[1:2])
     assert torch.equal(am_flow_matmul(q[:, 2:5], k[:, 2:5], x[:, 2:4], **options), y[:, 2:4])

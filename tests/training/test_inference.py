@@ -190,8 +190,9 @@ def test_weights_of_no_run_are_refused(run: Path, classifier: TrainedClassifier,
     with pytest.raises(ValueError, match=r"bare\.safetensors: expected weights that `amflow train` wrote"):
         load_classifier(tmp_path / "bare.safetensors")
     (checkpoint,) = Checkpoints(run / "run", 2).all()
-    save_file(load_file(checkpoint / "model.safetensors"), tmp_path / "odd.safetensors", {"classifier": "[]"})
-    with pytest.raises(ValueError, match=r"odd\.safetensors: its metadata 'classifier' can't be read"):
+    odd = {"adapters": '{"classifier": []}'}
+    save_file(load_file(checkpoint / "model.safetensors"), tmp_path / "odd.safetensors", odd)
+    with pytest.raises(ValueError, match=r"odd\.safetensors: what it says about its classifier can't be read"):
         load_classifier(tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"nowhere: expected a run, a checkpoint or a file"):
         load_classifier(tmp_path / "nowhere")

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from amflow_models import evaluate, train
 from amflow_models.blocks import AdaptedBlock
+from amflow_models.training import parallel
 from amflow_models.training.augmentation import BatchAugmentation
 from amflow_models.training.build import build_model
 from amflow_models.training.checkpoints import Checkpoints
 from amflow_models.training.config import load_config
 from amflow_models.training.loading import TrainBatches
-from amflow_models.training.losses import Loss
+from amflow_models.training.losses import Loss, class_weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from training_runs import RECIPES, rows
+from training_runs import RECIPES, rows, same_weights
 
 CPU = torch.device("cpu")
 
@@ -167,3 +173,117 @@ def test_the_best_checkpoint_is_kept_and_tested(
 def test_clips_to_mix_must_be_even(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", str(config_file), "training.mixup=0.8", "training.batch=5"]) == 1
     assert "times 2 clips to mix, got 5" in capsys.readouterr().err
+
+
+def test_class_weights_are_inverse_to_the_numbers_of_videos() -> None:
+    """Their mean over the videos is 1, and the loss weights its clips with them."""
+    labels = torch.tensor([0, 0, 0, 2])
+    weights = class_weights(labels, 4)
+    assert weights.tolist() == pytest.approx([2 / 3, 0, 2, 0])
+    assert weights[labels].mean().item() == pytest.approx(1)
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    loss = Loss(4, 0.0, weights)
+    expected = (cross_entropy(logits, labels, reduction="none") * weights[labels]).mean()
+    assert loss(logits, loss.targets(labels)).item() == pytest.approx(expected.item())
+
+
+def test_a_balanced_sampler_draws_classes_equally_often_and_each_clip_anew() -> None:
+    """A clip that is drawn twice in an epoch has two augmentations."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    shares = class_weights(labels, 2)[labels]
+    batches = TrainBatches(100, 10, rank=0, world=1, seed=0, start=0, stop=20, shares=shares)
+    keys = [key for step in batches for key in step]
+    assert len(keys) == len(set(keys)) == 200
+    drawn = labels[torch.tensor([index for _, index in keys])]
+    assert 70 < int(drawn.sum()) < 130
+    resumed = TrainBatches(100, 10, rank=0, world=1, seed=0, start=13, stop=20, shares=shares)
+    assert [key for step in resumed for key in step] == keys[130:]
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampler"])
+def test_a_run_on_classes_of_unequal_size_is_balanced(config_file: Path, videos: Path, balance: str) -> None:
+    """Not by what it learns, but by what it is trained on."""
+    lines = [line for line in (videos / "train.txt").read_text().splitlines() if line.endswith("0")]
+    few = config_file.parent / "train.txt"
+    few.write_text("\n".join([*lines[:3], f"{videos / 'train 1.mp4'} 1"]))
+    words = [f"data.train={few}", f"data.root={videos}", "data.validation=null", "data.test=null"]
+    run = train._Run(load_config(config_file, [*words, f"training.balance={balance}"]), False, False, False)
+    try:
+        if balance == "loss":
+            assert run.loss.weight is not None
+            assert run.loss.weight.tolist() == pytest.approx([2 / 3, 2])
+        else:
+            assert run.batches.shares is not None
+            assert run.batches.shares.tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
+    finally:
+        run.log.close()
+
+
+def test_fp16_needs_a_gpu(config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert train.main(["--config", str(config_file), "training.precision=fp16"]) == 1
+    assert "training.precision: fp16 needs a GPU, and there is none here" in capsys.readouterr().err
+
+
+def test_a_gradient_scaler_leaves_out_overflows_and_is_resumed(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accelerate's scaler of fp16, here around fp32: overflows lower its scale and end no run."""
+    make = train.make_accelerator
+
+    def with_scaler(*args: Any, **options: Any) -> Any:
+        accelerator = make(*args, **options)
+        accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**127, backoff_factor=2.0**-60, growth_interval=2
+        )
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", with_scaler)
+    loss = Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda *args: 16 * loss(*args))
+    output = load_config(config_file).output
+    words = ["--config", str(config_file), "training.accumulate=2", "training.save_every=1", "training.keep=9",
+             "data.validation=null"]  # fmt: skip
+    assert train.main(words) == 0
+    saved = Checkpoints(output, 9).all()
+    scales = [torch.load(path / "state.pt", weights_only=True)["scaler"]["scale"] for path in saved]
+    assert scales == [2.0**exponent for exponent in (67, 67, 68, 68, 69, 69, 70, 70)]
+    norms = [float(norm) for (norm,) in rows(output, columns=("gradient_norm",))]
+    assert [norm < float("inf") for norm in norms] == [False, *[True] * 7]
+    biases = [load_file(path / "model.safetensors")["head.bias"].any() for path in saved]
+    assert biases == [False, *[True] * 7]
+    last = (saved[-1] / "model.safetensors").rename(tmp_path / "last.safetensors")
+    for path in saved[3:]:
+        path.rename(output / path.name)  # as if it had been cut off after the third step
+    assert train.main([*words, "--resume"]) == 0
+    assert same_weights(saved[-1] / "model.safetensors", last)
+
+
+def test_wandb_is_told_the_values_and_named_where_it_is_missing(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By accelerate's tracker, with a stub of the package."""
+    words = ["--config", str(config_file), "training.wandb=motion", "training.epochs=1"]
+    monkeypatch.setattr(parallel, "is_wandb_available", lambda: False)
+    assert train.main(words) == 1
+    assert "training.wandb: the package wandb is missing: pip install wandb" in capsys.readouterr().err
+
+    told: list[Any] = []
+    stub: Any = ModuleType("wandb")
+    stub.init = lambda **options: (
+        SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
+        if not told.append(options)
+        else None
+    )
+    stub.config = SimpleNamespace(update=lambda values, **_: told.append(values))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(parallel, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
+    assert train.main(words) == 0
+    started, config, *lines, finished = told
+    assert started["project"] == "motion"
+    assert started["resume"] == "allow"
+    assert config["model"]["backbone"] == "vit_tiny_patch16_224"
+    assert [step for step, values in lines if "train/loss" in values] == [1, 2, 3, 4]
+    assert [step for step, values in lines if "validation/top1" in values] == [4]
+    assert finished == "finished"

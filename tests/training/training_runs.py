@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -63,6 +64,12 @@ def run(config: Path, *words: str, processes: int = 1) -> str:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'models'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two files hold the same bits. Their metadata may differ: it has the config, with the run's folder."""
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
 def difference(a: Path, b: Path) -> float:

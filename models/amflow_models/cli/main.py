@@ -34,6 +34,7 @@ COMMANDS = {
     "train": Command("amflow_models.train", "train", "train a video classifier with AM-flow adapters"),
     "evaluate": Command("amflow_models.evaluate", "train", "test a trained video classifier"),
     "predict": Command("amflow_models.cli.predict", "train", "classify videos with a trained video classifier"),
+    "export": Command("amflow_models.export", "train", "export a trained classifier with torch.export"),
     "data": Command(
         "amflow_models.data.__main__", "train", "data list: list videos; data check: find problems in lists"
     ),

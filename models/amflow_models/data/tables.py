@@ -107,6 +107,9 @@ class _Kept(threading.local):
     """The tables that were used last. Each thread has its own, so that no lock can be held while a process forks."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.tables: dict[Hashable, FrameTable] = {}
         self.size = 0
 
@@ -129,3 +132,8 @@ def kept_table(file: Hashable, make: Callable[[], FrameTable]) -> FrameTable:
     while _kept.size > _KEPT and len(_kept.tables) > 1:
         _kept.size -= _kept.tables.pop(next(iter(_kept.tables))).nbytes
     return table
+
+
+def forget() -> None:
+    """Drops the tables that this thread keeps."""
+    _kept.clear()

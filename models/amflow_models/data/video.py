@@ -4,8 +4,9 @@ Frames are numbered from 0 in display order, as in decoding the whole file. The 
 missing or wrong, so the times of all frames are collected, without decoding: from the index of an MP4 file, otherwise
 in one pass over the packets. Frames before the first keyframe, which can't be decoded, do not count, nor do frames that
 an edit list hides. How long a frame is shown makes no difference, so variable rates need no special case. Where packets
-have no usable times (raw streams, AVI with B-frames) the file is decoded from its beginning and frames are counted; so
-it is where the times fall back, as in joined files. A process keeps these tables (`tables`), for the next clip of a
+have no usable times (raw streams, most AVI files) the file is decoded from its beginning and frames are counted; so it
+is where the times fall back, as in joined files. AVI does not store the display order: packets are numbered there only
+if each surely is the next frame. A process keeps these tables (`tables`), for the next clip of a
 file.
 
 Frames are turned upright by the rotation and reflection in a file's metadata (phones). Where pixels are not square,
@@ -38,6 +39,11 @@ from amflow_models.data.videos import Video, archive_of
 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams of cover art, not the video itself
 _STRAIGHT = 0.0175  # tan(1 degree): a rotation this close to a multiple of 90 degrees is taken for one, as FFmpeg does
+
+
+# MPEG-4 Visual (ISO/IEC 14496-2): a picture begins with these bytes, and its type is in the next two bits.
+_PICTURE, _B_PICTURE = b"\0\0\1\xb6", 2
+_NOT_CODED = 20  # bytes: a picture of which only the header is there repeats the one before, and is not decoded
 
 
 class _MissingFrameError(Exception):
@@ -100,7 +106,9 @@ class VideoFile(VideoReader):
                     done += 1
             except (_MissingFrameError, av.error.FFmpegError):
                 # Some packets flagged as keyframes are not decodable on their own, and some containers seek to the
-                # wrong position: read from the start.
+                # wrong position: read from the start. What the packets of an AVI file tell is not certain, so count.
+                if self._container.format.name == "avi":
+                    self._table = FrameTable.counted(len(self))
                 try:
                     yield from self._decode(wanted[done:], seek=False)
                 except _MissingFrameError as error:
@@ -161,6 +169,7 @@ class VideoFile(VideoReader):
         restarts: dict[int, bool] = {}  # of keyframes: whether time falls back, by position in the file
         latest: int | None = None  # decoding time
         complete = ordered = True
+        avi = self._container.format.name == "avi"
         for packet in self._container.demux(self._stream):
             if not packet.size:  # end of the stream
                 continue
@@ -170,13 +179,16 @@ class VideoFile(VideoReader):
             latest = latest if packet.dts is None else packet.dts
             if packet.is_keyframe:
                 restarts[packet.pos] = falls
-            ordered = ordered and not falls
+            ordered = (
+                ordered and not falls and not (avi and not _is_next_frame(packet, self._stream.codec_context.codec))
+            )
         transport = self._container.format.name == "mpegts"
         if not (complete or (transport and breaks_only_at_joins(self._bytes(), self._stream.id, restarts))):
             raise UnreadableVideo(self.path, "breaks off, or is damaged")
-        times = {time for time, *_ in packets}
-        # AVI does not store the display order.
-        if None in times or len(times) < len(packets) or not restarts or self._container.format.name == "avi":
+        times = [time for time, *_ in packets]
+        if None in times or len(set(times)) < len(times) or not restarts:
+            return None
+        if avi and not (packets[0][2] and times == sorted(times)):
             return None
         return Samples.of(packets) if ordered else None
 
@@ -309,6 +321,18 @@ def read_frames_at(
     """Frames of a video, uint8 RGB (len(indices), 3, H, W). Takes and raises what `open_video` and `read` do."""
     with open_video(path, template, start_index) as video:
         return video.read(indices)
+
+
+def _is_next_frame(packet: Any, codec: Any) -> bool:
+    """Whether a packet is decoded to exactly one frame, which is shown after those of the packets before."""
+    if codec.intra_only:
+        return True
+    if codec.name != "mpeg4":
+        return False
+    content = bytes(packet)
+    place = content.find(_PICTURE) + len(_PICTURE)
+    single = content.count(_PICTURE) == 1 and _NOT_CODED < len(content) > place
+    return single and content[place] >> 6 != _B_PICTURE
 
 
 def _read_span(file: Path, start: int, size: int) -> bytes:

@@ -121,12 +121,14 @@ class VideoList:
         classes: class names by label; the labels as strings if the classes have no names.
         source: the file or folder that the list was read from.
         ignored: number of macOS's files ``._*``, which look like videos and are none, that were left out.
+        missing: paths of videos that were left out, as they do not exist.
     """
 
     videos: Sequence[Video]
     classes: tuple[str, ...]
     source: str
     ignored: int = 0
+    missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.videos, Videos):

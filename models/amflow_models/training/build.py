@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,10 @@ from amflow_models.training.config import Config
 from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
+_ADVICE = (
+    "  `amflow data check --all` names every case, --write-clean writes a list without them; data.missing=skip leaves "
+    "missing videos out, data.subset=true trains without some classes"
+)
 SYNTHETIC_STEPS = 20  # per epoch of synthetic clips
 _ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
 
@@ -82,13 +88,13 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
 
 def image_size(config: Config, model: VideoClassifier) -> int:
     """Side of the backbone's input, in pixels."""
-    return config.model.img_size or int(_pretrained(model.backbone, "input_size")[-1])
+    return config.model.img_size or int(pretrained(model.backbone, "input_size")[-1])
 
 
 def normalisation(model: VideoClassifier, device: torch.device) -> Images:
     """A function that normalises uint8 clips (B, T, 3, H, W) for the backbone: float32, on the device."""
     mean, std = (
-        torch.tensor(_pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
+        torch.tensor(pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
     )
     return lambda clips: (clips.to(device, non_blocking=True) / 255 - mean) / std
 
@@ -103,6 +109,7 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
 
     Raises:
         ValueError: a list can't be read, the number of classes is wrong, or a check fails: all problems are listed.
+            With `data.missing: skip`, missing videos are no problem; the lists' `missing` names them.
     """
     data, lists = config.data, {}
     list_format = format_of(data.kind)
@@ -119,13 +126,30 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             named = len(lists[split].classes)
             if named != data.num_classes and (data.classes is not None or list_format.names_classes):
                 raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")
+            if data.missing == "skip":
+                lists[split] = _existing(lists[split], split, say=check)
     if check:
         checked = {split: lists[split] for split in distinct.values()}
-        report = check_lists(checked, data.num_classes, open_videos=False)
-        report.raise_for_problems()
+        report = check_lists(checked, data.num_classes, open_videos=False, subset=data.subset)
+        try:
+            report.raise_for_problems()
+        except ValueError as error:
+            raise ValueError(f"{error}\n{_ADVICE}") from None
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)
     return lists
+
+
+def _existing(videos: VideoList, split: str, *, say: bool) -> VideoList:
+    """The list without videos that do not exist, whose number is printed to stderr if `say`."""
+    with ThreadPoolExecutor() as pool:  # network file systems answer slowly
+        exists = list(pool.map(lambda video: video.file.exists(), videos.videos))
+    missing = [str(video.path) for video, there in zip(videos.videos, exists, strict=True) if not there]
+    if missing and say:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        print(f"warning: {split}: {len(missing)} of {len(exists)} videos are missing: {shown}", file=sys.stderr)
+    kept = tuple(video for video, there in zip(videos.videos, exists, strict=True) if there)
+    return replace(videos, videos=kept, missing=tuple(missing))
 
 
 def digest(lists: dict[str, VideoList]) -> str:
@@ -163,8 +187,9 @@ def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool,
     )  # fmt: skip
 
 
-def _pretrained(backbone: nn.Module, name: str) -> Any:
-    pretrained: Any = getattr(backbone, "pretrained_cfg", None)
-    if not pretrained:
+def pretrained(backbone: nn.Module, name: str) -> Any:
+    """An entry of timm's `pretrained_cfg`, such as "mean". Raises ValueError if the backbone has none."""
+    config: Any = getattr(backbone, "pretrained_cfg", None)
+    if not config:
         raise ValueError(f"backbone: expected one of timm with a pretrained_cfg, got {type(backbone).__name__}")
-    return pretrained[name]
+    return config[name]

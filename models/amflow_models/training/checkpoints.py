@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from amflow_models.files import flush, write_text
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config, parse_config
-from amflow_models.weights import read_metadata, save_trained, trained_state
+from amflow_models.weights import read_described, save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
-_ABOUT = "classifier"  # in the metadata of both files of weights: JSON of what `About` holds
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -85,7 +84,6 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         more: dict[str, Any],
-        classes: list[str] | None,
         accelerator: Accelerator,
     ) -> None:
         """Writes a checkpoint and removes the oldest; all processes must call it.
@@ -93,8 +91,8 @@ class Checkpoints:
         Args:
             step: the step that was done last.
             model, optimizer, average: the state to save; the average may be None.
-            more: what else `state.pt` shall hold, with the run's "config" and "clips", the `digest` of its list.
-            classes: names of the classes; None if they have none.
+            more: what else `state.pt` shall hold, with the run's "config", "clips", the `digest` of its list, and the
+                names of its "classes", None if they have none.
             accelerator: the processes.
 
         Raises:
@@ -111,7 +109,9 @@ class Checkpoints:
             **more,
         }
         if accelerator.is_main_process:
-            about = {_ABOUT: json.dumps({"config": more["config"], "classes": classes})}
+            # Equal runs write equal files, wherever they write them.
+            described = {key: value for key, value in more["config"].items() if key != "output"}
+            about = {"config": described, "classes": more["classes"]}
             self._write(self.path(step), model, trained, averaged, about, state)
         accelerator.wait_for_everyone()
 
@@ -178,7 +178,7 @@ class About:
     """What a file of trained weights says about its classifier.
 
     Attributes:
-        config: the config that it was trained by.
+        config: the config that it was trained by; `output` is the run that the file is in, or the file's folder.
         classes: names of its classes; None if they have none.
     """
 
@@ -200,16 +200,17 @@ def read_about(trained: Path) -> About | None:
     Raises:
         ValueError: the file can't be read, or has options that this version does not know.
     """
-    content = read_metadata(trained).get(_ABOUT)
-    if content is not None:
+    inside = trained.parent.parent.name == "checkpoints"
+    output = trained.parent.parent.parent if inside else trained.parent
+    described = read_described(trained)
+    if described is not None:
         try:
-            about = json.loads(content)
-            config, classes = about["config"], about["classes"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{trained}: its metadata {_ABOUT!r} can't be read ({error})") from error
+            config, classes = {**described["config"], "output": str(output)}, described["classes"]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{trained}: what it says about its classifier can't be read ({error!r})") from error
         return About(parse_config(config, trained), classes)
     if (trained.parent / STATE).is_file():
-        return About(read_state(trained.parent)["config"], None)
+        return About(read_state(trained.parent)["config"].model_copy(update={"output": output}), None)
     return None
 
 

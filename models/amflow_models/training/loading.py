@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from amflow_models.data import collate
@@ -29,20 +31,23 @@ class TrainBatches(Sampler[list[Key]]):
         start, stop: range of steps.
         repeats: clips of each video in an epoch, whose videos are then fewer. A key's "epoch" is one number higher for
             each of them, so that their augmentations differ.
+        shares: probability of each clip to be drawn, with repetition, up to a factor, float32 (count,); None: each clip
+            occurs once in an epoch.
 
     Raises:
         ValueError: there are fewer clips than in a batch, or the batch is not a multiple of the processes.
     """
 
     def __init__(
-        self, count: int, batch: int, *, rank: int, world: int, seed: int, start: int, stop: int, repeats: int = 1
-    ) -> None:
+        self, count: int, batch: int, *, rank: int, world: int, seed: int, start: int, stop: int, repeats: int = 1,
+        shares: Tensor | None = None,
+    ) -> None:  # fmt: skip
         if batch % world:
             raise ValueError(f"training.batch: expected a multiple of the {world} processes, got {batch}")
         if count < batch:
             raise ValueError(f"training.batch: expected at most the {count} videos of the training list, got {batch}")
         self.count, self.batch, self.rank, self.world = count, batch, rank, world
-        self.seed, self.start, self.stop, self.repeats = seed, start, stop, repeats
+        self.seed, self.start, self.stop, self.repeats, self.shares = seed, start, stop, repeats, shares
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -63,8 +68,19 @@ class TrainBatches(Sampler[list[Key]]):
         sampler = RepeatAugSampler(
             range(self.count), num_replicas=1, rank=0, num_repeats=self.repeats, selected_round=0
         )
-        sampler.set_epoch(self.seed * 1_000_003 + epoch)  # which it takes as the seed of its order
-        return [(epoch * self.repeats + place % self.repeats, index) for place, index in enumerate(sampler)]
+        seed = self.seed * 1_000_003 + epoch
+        sampler.set_epoch(seed)  # which it takes as the seed of its order
+        if self.shares is None:
+            return [(epoch * self.repeats + place % self.repeats, index) for place, index in enumerate(sampler)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(self.shares, self.count, replacement=True, generator=generator).tolist()
+        seen: Counter[int] = Counter()
+        order = []
+        for place in sampler:
+            index = drawn[place]
+            order.append((epoch * self.count + seen[index], index))
+            seen[index] += 1
+        return order
 
 
 class EvaluationBatches(Sampler[list[Key]]):

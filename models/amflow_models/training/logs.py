@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -26,10 +26,18 @@ class Log:
         step: the last step that is done. Later lines in the files are dropped: they were written by a run that was cut
             off, and this run repeats their steps.
         main: whether this is the main process.
+        track: is called with the values by name and the step, besides, as accelerate's trackers are; None: nothing is.
     """
 
-    def __init__(self, output: Path, total: int, step: int, main: bool) -> None:
-        self.output, self.main = output, main
+    def __init__(
+        self,
+        output: Path,
+        total: int,
+        step: int,
+        main: bool,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self.output, self.main, self.track = output, main, track
         self.console = Console(quiet=not main)
         if not main:
             return
@@ -62,6 +70,8 @@ class Log:
             writer.writerow([step, *values.values()])
         for key, value in values.items():
             self.board.add_scalar(f"{name}/{key}", value, step)
+        if self.track is not None:
+            self.track({f"{name}/{key}": value for key, value in values.items()}, step)
 
     def step(self, step: int, message: str) -> None:
         """Moves the progress bar."""

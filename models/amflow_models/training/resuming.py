@@ -10,8 +10,8 @@ from amflow_models.training.config import Config
 # Options that change no weight of the run, by name or by section. `amflow train --resume` takes any value of them.
 FREE = (
     "output", "evaluation", "data.root", "data.train", "data.validation", "data.test", "data.classes", "data.labels",
-    "data.workers", "data.strict", "training.keep", "training.save_every", "training.validate_every", "training.best",
-    "training.skip_not_finite",
+    "data.workers", "data.strict", "data.missing", "data.subset", "training.keep", "training.save_every",
+    "training.validate_every", "training.best", "training.skip_not_finite", "training.wandb",
 )  # fmt: skip
 # Options that change the rounding of the same computation, as the number of processes does.
 ROUNDING = ("training.compile", "training.recompute", "training.parallel")

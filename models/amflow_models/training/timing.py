@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 FIRST_STEPS = 10
 _WARM_UP, _PROFILED = 1, 3  # the first steps build and compile kernels; the profiler slows its step down
@@ -41,14 +42,15 @@ class Pace:
         if not self.main or self.done != _PROFILED:
             yield
             return
-        activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        kind = self.device.type
         begin = time.perf_counter()
-        with profile(activities=activities) as profiled:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints lines of its own
+        with profile(use_kineto=False, use_device=None if kind == "cpu" else kind) as profiled:
             yield
+            if kind != "cpu":
+                torch.accelerator.synchronize()
             seconds = time.perf_counter() - begin
-        self.flow = _flow_share(profiled, self.device, seconds)
+        self.flow = _flow_share(profiled, kind, seconds)
 
     def add(self, waiting: float, whole: float) -> None:
         """Adds the seconds of the step that was done last."""
@@ -78,21 +80,14 @@ class Pace:
         )
 
 
-def _flow_share(profiled: profile, device: torch.device, seconds: float) -> float | None:
-    """The share of the ops of AM flow in the work that was profiled; None if the profiler saw no device."""
-    flow = total = 0.0
-    for event in profiled.events() or ():
-        parent, inside = event.cpu_parent, False
-        while parent is not None:
-            inside = inside or parent.name.startswith("amflow::")
-            parent = parent.cpu_parent
-        if device.type == "cuda":
-            total += event.self_device_time_total
+def _flow_share(profiled: profile, kind: str, seconds: float) -> float:
+    """The share of the ops of AM flow in the time of what was profiled, on a kind of device."""
+    microseconds = 0.0
+    for event in profiled.function_events or ():
+        inside = event.cpu_parent is not None and event.cpu_parent.name.startswith("amflow::")
         if event.name.startswith("amflow::") and not inside:
-            flow += event.device_time_total if device.type == "cuda" else event.cpu_time_total
-    if device.type == "cpu":
-        total = seconds * 1e6
-    return min(1.0, flow / total) if total else None
+            microseconds += event.cpu_time_total if kind == "cpu" else event.device_time_total
+    return min(1.0, microseconds / seconds / 1e6)
 
 
 @torch.no_grad()

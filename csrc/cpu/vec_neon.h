@@ -1,0 +1,73 @@
+// NEON, the vectors of every 64-bit ARM CPU, with bf16 dot products if compiled for them; vec.h says what each function
+// does.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace amflow::AMFLOW_ISA {
+
+using vec = float32x4_t;
+constexpr int W = 4;
+constexpr int STRIP_VECTORS = 8;
+constexpr int TILE_VECTORS = 4;  // there are 32 registers
+constexpr int tile_rows(int V) { return V == 4 ? 6 : V == 3 ? 8 : 12; }
+
+inline vec set1(float x) { return vdupq_n_f32(x); }
+inline vec set1_bits(uint32_t x) { return vreinterpretq_f32_u32(vdupq_n_u32(x)); }
+inline vec load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, vec x) { vst1q_f32(p, x); }
+inline vec fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+inline vec bit_xor(vec a, vec b) {
+  return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+inline vec abs(vec x) { return vabsq_f32(x); }
+inline vec max(vec a, vec b) { return vmaxq_f32(a, b); }
+inline vec round(vec x) { return vrndnq_f32(x); }
+// Adds n, as a fixed-point number with 23 fractional bits, to the exponent. 1 * 2^-127 gives 0, whose bits are 0; from
+// any other x that would be a subnormal number instead of a slightly larger one.
+inline vec scale_by_pow2(vec x, vec n) {
+  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vcvtq_n_s32_f32(n, 23)));
+}
+inline vec fraction(vec x, vec& exponent) {
+  x = max(x, set1(-127.f));  // 2^x is 0 for -127 and below
+  exponent = vrndmq_f32(x);
+  return x - exponent;
+}
+
+inline vec multiply_by_sign(vec x, vec d) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(d), sign = vandq_u32(bits, vdupq_n_u32(1u << 31));
+  return vreinterpretq_f32_u32(vbicq_u32(veorq_u32(vreinterpretq_u32_f32(x), sign), vceqzq_f32(d)));
+}
+
+template <int h>
+inline void split(vec a, vec b, vec& lo, vec& hi) {
+  if constexpr (h == 2) {
+    const float64x2_t x = vreinterpretq_f64_f32(a), y = vreinterpretq_f64_f32(b);
+    lo = vreinterpretq_f32_f64(vzip1q_f64(x, y));
+    hi = vreinterpretq_f32_f64(vzip2q_f64(x, y));
+  } else {
+    lo = vtrn1q_f32(a, b);
+    hi = vtrn2q_f32(a, b);
+  }
+}
+
+inline vec load(const uint16_t* p, bool is_bf16) {
+  const uint16x4_t bits = vld1_u16(p);
+  return is_bf16 ? vreinterpretq_f32_u32(vshll_n_u16(bits, 16)) : vcvt_f32_f16(vreinterpret_f16_u16(bits));
+}
+inline void store_f16(uint16_t* p, vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define AMFLOW_DOT_BF16
+using bf16_pair = bfloat16x4_t;  // the instruction broadcasts the first two
+inline bf16_pair load_pair(const char* p) {
+  float pair;  // in a vector register, not in a general one
+  __builtin_memcpy(&pair, p, 4);
+  return vreinterpret_bf16_f32(float32x2_t{pair, 0.f});
+}
+inline vec dot_bf16(bf16_pair b, vec x, vec sum) { return vbfdotq_lane_f32(sum, vreinterpretq_bf16_f32(x), b, 0); }
+#endif
+
+}  // namespace amflow::AMFLOW_ISA
