@@ -1,4 +1,4 @@
-"""Compiles the native libraries ahead of time on request; everything else is in pyproject.toml.
+"""What pyproject.toml can't say: libraries compiled ahead of time, and the README's links on a package index.
 
 AMFLOW_BUILD=1 pip install . --no-build-isolation     (needs torch, ninja and a C++ compiler)
 AMFLOW_CUDA=1 pip install . --no-build-isolation      (needs nvcc too; for the GPUs in TORCH_CUDA_ARCH_LIST)
@@ -6,19 +6,51 @@ AMFLOW_CUDA=1 pip install . --no-build-isolation      (needs nvcc too; for the G
 
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
+PICTURES = (".gif", ".jpg", ".png", ".svg")
 
 
 def asked_for(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+AHEAD_OF_TIME = asked_for("AMFLOW_BUILD") or asked_for("AMFLOW_CUDA")
+
+
+class LinkedDistribution(Distribution):
+    """The README's relative links lead to the repository if [project.urls] has its address, as Source."""
+
+    def parse_config_files(self, *arguments: Any, **options: Any) -> None:
+        super().parse_config_files(*arguments, **options)
+        source = (self.metadata.project_urls or {}).get("Source")
+        if source:
+            self.metadata.long_description = absolute_links(
+                self.metadata.long_description, source.rstrip("/"), self.metadata.version
+            )
+
+    def has_ext_modules(self) -> bool:
+        return AHEAD_OF_TIME
+
+
+def absolute_links(readme: str, source: str, version: str) -> str:
+    """Markdown whose relative links lead to the files of a version's tag, those of pictures to their bytes."""
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link[0].endswith(PICTURES) else "blob"
+        return f"{source}/{view}/v{version}/{link[0]}"
+
+    return re.sub(r"(?<=\]\()(?![a-z]+:|#)[^)\s]+", absolute, readme)
 
 
 class BuildWithLibraries(build_py):
@@ -41,12 +73,14 @@ class BuildWithLibraries(build_py):
                 _ext.install(built, _ext.ahead_of_time(library, target))
 
 
-class BinaryDistribution(Distribution):
-    def has_ext_modules(self) -> bool:
-        return True
+class PlatformWheel(bdist_wheel):
+    """The libraries use no API of Python and the stable one of torch: one wheel serves every version of both."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
-if asked_for("AMFLOW_BUILD") or asked_for("AMFLOW_CUDA"):
-    setup(cmdclass={"build_py": BuildWithLibraries}, distclass=BinaryDistribution)
-else:
-    setup()
+setup(
+    distclass=LinkedDistribution,
+    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel} if AHEAD_OF_TIME else {},
+)

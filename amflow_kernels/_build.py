@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,8 +179,11 @@ def build_key(library: Library) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def compile_library(library: Library, folder: Path) -> Path:
-    """Compiles a library in `folder`, in parallel. The compilers' output goes to the file LOG there."""
+def compile_library(library: Library, folder: Path, say: Callable[[str], None] | None = None) -> Path:
+    """Compiles a library in `folder`, in parallel. The compilers' output goes to the file LOG there.
+
+    `say` gets a line when a file is done: how many are, of how many, and its name.
+    """
     if importlib.util.find_spec("ninja") is None:
         raise BuildError("the build tool ninja is not installed: pip install ninja")
     sources, torch_dir = source_dir(), Path(torch.__file__).parent
@@ -193,8 +197,10 @@ def compile_library(library: Library, folder: Path) -> Path:
         else f"libs = -L{_ninja_escape(str(torch_dir / 'lib'))} -ltorch_cpu",
         "rule cxx",
         "  command = $cxx $flags $own -c $in -o $out",
+        "  description = $out",
         "rule link",
         "  command = $cxx -shared $in $libs -o $out",
+        "  description = $out",
     ]
     if library.cuda:
         options = " ".join([*_NVCC_FLAGS, *architectures()])
@@ -202,8 +208,10 @@ def compile_library(library: Library, folder: Path) -> Path:
             f"nvcc = {_ninja_escape(nvcc())} -ccbin $cxx",
             "rule nvcc",
             f"  command = $nvcc {options} $own -c $in -o $out",
+            "  description = $out",
             "rule link_cuda",
             "  command = $nvcc -shared $in $libs -o $out",
+            "  description = $out",
         ]
     for name, (source, own) in library.objects.items():
         rule = "nvcc" if source.endswith(".cu") else "cxx"
@@ -214,10 +222,20 @@ def compile_library(library: Library, folder: Path) -> Path:
     (folder / "build.ninja").write_text("\n".join(lines))
     log = folder / LOG
     jobs = ["-j", str(_nvcc_jobs())] if library.cuda else []
-    with log.open("w") as out:
-        status = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder), *jobs], stdout=out, stderr=subprocess.STDOUT, check=False
-        ).returncode
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), *jobs]
+    env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as ninja,
+    ):
+        assert ninja.stdout is not None
+        for line in ninja.stdout:
+            out.write(line)
+            if say is not None and re.match(r"\[\d+/\d+\] ", line):
+                say(line.rstrip())
+    status = ninja.returncode
     if status != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BuildError(f"compiling failed (exit status {status}):\n{tail}")

@@ -43,6 +43,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "amflow_kernels"
 
 
+def presence(library: _build.Library) -> str:
+    """Where a library is or comes from, in words, without building it."""
+    loaded = binary(library)
+    if loaded is not None:
+        return str(loaded)
+    file = ahead_of_time(library, Path(__file__).parent)
+    if _is_whole(file):
+        return str(file)
+    return f"not built yet, sources in {_build.source_dir() / library.sources[0]}"
+
+
 def ahead_of_time(library: _build.Library, package: Path) -> Path:
     """The file that setup.py installs; its name changes with the sources, so that a stale one is not loaded."""
     return package / f"{library.name}_{_build.source_key(library)}.so"
@@ -87,7 +98,7 @@ def _cached(library: _build.Library, folder: Path) -> Path:
         start = time.monotonic()
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=folder))
         try:
-            install(_build.compile_library(library, scratch), file)
+            install(_build.compile_library(library, scratch, _say), file)
         except _build.BuildError as error:
             log = (scratch / _build.LOG).replace(folder / _build.LOG)
             raise _build.BuildError(f"{error}\nwhole log: {log}") from error

@@ -30,12 +30,12 @@ def am_flow(
 ) -> Tensor:
     """AM flow of a clip: how much each key token's attention changes from frame t to frame t + lag.
 
-    With a dimension of frames, or with frames folded into the batch::
+    With a dimension of frames, or with frames folded into the batch:
 
         flow = am_flow(q, k)                    # q, k (B, T, heads, N, D) -> (B, T - 1, heads, N)
         flow = am_flow(q, k, num_frames=T)      # q, k (B * T, heads, N, D), as an image model calls its attention
 
-    With ``A[t] = softmax_keys(scale * q[t] @ k[t].T)``::
+    With ``A[t] = softmax_keys(scale * q[t] @ k[t].T)``:
 
         flow[t] = softmax_keys(|A[t] - A[t + lag]| / temperature).T @ 1        t = 0 .. T - lag - 1
 
@@ -79,7 +79,7 @@ def am_flow(
         `torch.vmap`; forward mode and gradients by transforms of `torch.func` raise.
 
     **Layouts that look right and are not.** Shapes alone can't tell these from (B, T, heads, N, D), and the result
-    would be of something else::
+    would be of something else:
 
         (B, T, N, heads, D)     flash-attention packages, and timm before it transposes: q.transpose(2, 3)
         (B, heads, T, N, D)     models of video: q.transpose(1, 2)
@@ -162,7 +162,7 @@ def am_flow_matmul(
 ) -> Tensor:
     """The motion operator of a clip times token features: M x, M^T x, P x or P^T x, with M and P never formed.
 
-    With ``A[t] = softmax_keys(scale * q[t] @ k[t].T)``::
+    With ``A[t] = softmax_keys(scale * q[t] @ k[t].T)``:
 
         M[t] = |A[t] - A[t + lag]|                        t = 0 .. T - lag - 1
         P[t] = softmax_keys(M[t] / temperature)
@@ -191,7 +191,7 @@ def am_flow_matmul(
     transposed all rows of its pair. Any other -inf logit is a weight of 0.
 
     Raises:
-        As `am_flow`.
+        TypeError, ValueError, RuntimeError: as `am_flow`.
     """
     problem = MatmulProblem(
         clips_of("q", q, num_frames), clips_of("k", k, num_frames), x=x, scale=scale, lag=lag, temperature=temperature,

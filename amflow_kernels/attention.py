@@ -40,7 +40,7 @@ def am_flow_attention(
 ) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention` of every frame, and the AM flow of the same attention maps.
 
-    A drop-in for the attention call of an image model that sees the frames of a clip side by side in its batch::
+    A drop-in for the attention call of an image model that sees the frames of a clip side by side in its batch:
 
         out, flow = am_flow_attention(q, k, v, num_frames=T)    # q, k, v, out (B * T, heads, N, D)
 

@@ -21,7 +21,7 @@ __all__ = ["AMFlowStream"]
 class AMFlowStream:
     """AM flow as frames arrive: keeps copies of q and k of the last `lag` frames, never an attention map.
 
-    The flows are those of `am_flow` on the whole clip (with the CPU kernels bit for bit), without gradients::
+    The flows are those of `am_flow` on the whole clip (with the CPU kernels bit for bit), without gradients:
 
         stream = AMFlowStream()
         for frame in video:

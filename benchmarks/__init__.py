@@ -1,10 +1,13 @@
 """Measurements of this library.
 
 Time and memory compared with the peers in `providers.py`, on a CPU:
-    pytest benchmarks/                             prints tables; --bench-results JSON saves a summary
+    pytest benchmarks/                             prints tables within 5 minutes; --bench-minutes gives more time
+        --bench-shape 1x8x12x257x64                measures your own (B, T, heads, N, D)
+        --bench-results JSON                       saves a summary
+        --bench-smoke                              a minute, to see that it runs
     python -m benchmarks.plot JSON -o PNG          plots a summary
 
-Other commands:
+Other commands, which describe their options with --help; only --write overwrites committed results:
     python -m benchmarks.precision                 errors of float32, 16-bit and the centred form: docs/precision.md
     python -m benchmarks.training_step             the cost of adapters in training and inference
     python -m benchmarks.motion                    accuracy of adapters on tasks that only motion can solve

@@ -28,6 +28,7 @@ from amflow_kernels import record_am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import Problem
 from benchmarks.dino import DinoViT
+from benchmarks.result_files import add_write
 from benchmarks.tables import Table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
@@ -368,7 +369,7 @@ def summary(verdicts: list[Verdict]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names of families; all by default")
-    parser.add_argument("--write", action="store_true", help="write docs/families.md")
+    add_write(parser, PAGE)
     options = parser.parse_args(arguments)
     verdicts = []
     for family in FAMILIES:

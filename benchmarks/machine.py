@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import amflow_kernels
+from amflow_kernels.doctor import cpu_model
 from benchmarks.timing import cache_bytes
 
 
 def machine() -> dict[str, Any]:
     """Processor, threads and versions; nothing that identifies this machine."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -27,11 +27,3 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "amflow_kernels": amflow_kernels.__version__,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

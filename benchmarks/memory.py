@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from benchmarks.providers import DIRECTIONS, PROVIDERS, Provider, make_inputs
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import Shape
 
 Result = TypeVar("Result")
 WARM_UP = Shape(1, 2, 2, 33, 64)
@@ -99,12 +99,12 @@ def main() -> None:
     """Prints the figures of one probe as a line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("provider", choices=list(PROVIDERS))
-    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("shape", type=Shape.parse, metavar="BxTxHEADSxNxD")
     parser.add_argument("direction", choices=DIRECTIONS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps(probe(PROVIDERS[args.provider], SHAPES[args.shape], args.direction)))
+    print(json.dumps(probe(PROVIDERS[args.provider], args.shape, args.direction)))
 
 
 if __name__ == "__main__":

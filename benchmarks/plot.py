@@ -21,12 +21,10 @@ COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F
 
 
 def draw(times: list[Row], machine: Row, output: Path) -> None:
-    """Bars of each peer's time relative to that of am_flow, by shape, one panel for each direction."""
+    """Bars of each peer's time divided by that of am_flow, by shape, one panel for each direction."""
     times = [row for row in times if row["function"] == "am_flow"]
     labels = {row["provider"]: row["label"] for row in times}
-    peers = {
-        row["provider"]: f"{row['label']} / {labels[row['baseline']]}" for row in times if row["baseline"] in labels
-    }
+    peers = {row["provider"]: _compared(row, labels) for row in times if row["baseline"] in labels}
     directions = unique(times, "direction")
     figure, axes = plt.subplots(len(directions), 1, figsize=(12, 4.2 * len(directions)), squeeze=False)
     for axis, direction in zip(axes[:, 0], directions, strict=True):
@@ -37,12 +35,18 @@ def draw(times: list[Row], machine: Row, output: Path) -> None:
             dict(zip(peers, COLOURS, strict=False)),
         )
     handles = [Patch(color=colour, label=label) for colour, label in zip(COLOURS, peers.values(), strict=False)]
-    figure.suptitle("Time relative to am_flow, by shape (B,T,H,N,D). Above 1x am_flow is faster. * little to gain here")
+    figure.suptitle("Times of others / am_flow's, by shape (B,T,H,N,D): larger is better. * little to gain here")
     figure.legend(handles=handles, fontsize=8, ncols=len(handles), loc="upper center", bbox_to_anchor=(0.5, 0.965))
     figure.text(0.5, 0.005, caption(machine), ha="center", fontsize=8)
     figure.tight_layout(rect=(0, 0.02, 1, 0.98))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130)
+
+
+def _compared(row: Row, labels: dict[str, str]) -> str:
+    """The other's time / ours."""
+    names = row["label"], labels[row["baseline"]]
+    return " / ".join(reversed(names) if row["ours"] else names)
 
 
 def _panel(axis: Axes, direction: str, rows: list[Row], colours: dict[str, str]) -> None:
@@ -53,7 +57,7 @@ def _panel(axis: Axes, direction: str, rows: list[Row], colours: dict[str, str])
         if row["provider"] not in shown:
             continue
         x = shapes.index(row["shape"]) + (shown.index(row["provider"]) - (len(shown) - 1) / 2) * width
-        # Bars start at 1: those that go up are slower than am_flow, those that go down are faster.
+        # Bars start at 1: those that go up say that am_flow is faster, those that go down that it is slower.
         axis.bar(x, row["ratio"] - 1, width, bottom=1, color=colours[row["provider"]])
         text = f"{row['ratio']:.1f}" if row["ratio"] >= 9.95 else f"{row['ratio']:.2g}"
         offset, align = ((0, 2), "bottom") if row["ratio"] >= 1 else ((0, -2), "top")
@@ -65,7 +69,7 @@ def _panel(axis: Axes, direction: str, rows: list[Row], colours: dict[str, str])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.yaxis.set_minor_formatter(lambda value, _: "")
     axis.set_xticks(range(len(shapes)), [_tick(shape, rows) for shape in shapes], fontsize=8)
-    axis.set_ylabel("time / time of am_flow")
+    axis.set_ylabel("times as fast")
     axis.set_title(direction, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -1,10 +1,11 @@
-"""Measures what float32, the centred form and 16-bit inputs mean for AM flow; writes docs/precision.md and its data.
+"""Measures what float32, the centred form and 16-bit inputs mean for AM flow; prints docs/precision.md.
 
-python -m benchmarks.precision
+python -m benchmarks.precision --write
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from amflow_kernels import am_flow
 from amflow_kernels import testing as tt
 from amflow_kernels.integrations.timm import record_qk
 from amflow_kernels.problem import Problem
-from benchmarks.result_files import RESULTS, Row, dumps
+from benchmarks.result_files import RESULTS, Row, add_write, dumps
 from benchmarks.tables import Table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "precision.md"
@@ -154,11 +155,19 @@ The reference in eager PyTorch centres in the same way.
 
 
 def main() -> None:
-    """Measures, and writes the page and its data."""
+    """Measures and prints the page; with ``--write``, writes it and its data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_write(parser, RESULT, PAGE)
+    write = parser.parse_args().write
     clips, steps = [clip_row(*clip) for clip in CLIPS], [step_row(step) for step in STEPS]
     results = {"torch": torch.__version__, "clips": clips, "steps": steps}
-    RESULT.write_text(dumps(results))
-    PAGE.write_text(page(results))
+    if write:
+        RESULT.write_text(dumps(results))
+        PAGE.write_text(page(results))
     print(page(results))
 
 

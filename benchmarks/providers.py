@@ -64,7 +64,7 @@ class Provider:
     name: str
     label: str
     build: Callable[[Shape], Callable[..., Tensor | tuple[Tensor, ...]]]  # the function for inputs of a shape
-    baseline: str | None  # the provider by whose time its time is divided
+    baseline: str | None  # the provider that its time is compared with
     function: str = "am_flow"  # the public function whose table and rounds it belongs to
     ours: bool = False
     dtype: torch.dtype = torch.float32
@@ -155,9 +155,21 @@ PROVIDERS = {
 }  # fmt: skip
 
 
+def has_bf16_units(device: str = "cpu") -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices of a device in hardware."""
+    from amflow_models.training.parallel import cpu_has_bf16  # slow to import, and only measurements need it
+
+    return device != "cpu" or cpu_has_bf16()
+
+
+def is_left_out(provider: Provider) -> bool:
+    """Whether a peer is not measured here: PyTorch in bfloat16 on a CPU that emulates it takes minutes."""
+    return not provider.ours and provider.dtype == torch.bfloat16 and not has_bf16_units(provider.device)
+
+
 def names(function: str, direction: str) -> list[str]:
     """The providers measured in the same rounds: those of a function, then their baselines."""
-    own = [p for p in PROVIDERS.values() if p.function == function and direction in p.directions]
+    own = [p for p in PROVIDERS.values() if p.function == function and direction in p.directions and not is_left_out(p)]
     return list(dict.fromkeys([*(p.name for p in own), *(p.baseline for p in own if p.baseline)]))
 
 

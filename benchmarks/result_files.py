@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().with_name("results")
+ROOT = RESULTS.parents[1]
 
 Row = dict[str, Any]
+
+
+def add_write(parser: Any, *files: Path) -> None:
+    """Adds ``--write``, without which no command changes a committed file, to an argparse parser."""
+    names = " and ".join(str(file.relative_to(ROOT)) for file in files)
+    parser.add_argument("--write", action="store_true", help=f"overwrite {names}")
 
 
 def dumps(document: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The shapes that are timed, by name: (B, T, heads, N, D) as in ``q`` and ``k``."""
+"""The shapes that are timed: (B, T, heads, N, D) as in ``q`` and ``k``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ class Shape(NamedTuple):
     H: int
     N: int
     D: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """The shape that `str` writes, such as 1x8x12x257x64.
+
+        Raises:
+            ValueError: it is none, or has fewer than two frames.
+        """
+        numbers = text.split("x")
+        if len(numbers) != len(cls._fields) or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
+            raise ValueError(f"expected a shape BxTxHEADSxNxD, such as 1x8x12x257x64, got {text!r}")
+        shape = cls(*map(int, numbers))
+        if shape.T < 2:
+            raise ValueError(f"expected at least 2 frames (the second number), got {text!r}")
+        return shape
 
     def __str__(self) -> str:
         return "x".join(map(str, self))
@@ -46,6 +61,7 @@ HARD = {
     Shape(1, 2, 3, 50, 64): "a tiny clip: mostly call overhead",
 }
 
-SHAPES = {str(shape): shape for shape in (*TYPICAL, *HARD)}
-MEMORY_SHAPES = {str(shape): shape for shape in (TYPICAL[0], TYPICAL[-1])}
+SHAPES = (*TYPICAL, *HARD)
+MEMORY_SHAPES = (TYPICAL[-1],)
+SMOKE = Shape(1, 2, 3, 50, 64)
 NOTES = {str(shape): note for shape, note in HARD.items()}

@@ -69,27 +69,33 @@ def tables(times: list[Row], memory: list[Row]) -> list[Table]:
     return [*result, _memory(memory)] if memory else result
 
 
+def line(rows: list[Row], times: dict[str, list[float]]) -> str:
+    """The rows of a function, shape and direction in one line: each median."""
+    cells = [f"{row['label']} {_ms(median(times[row['provider']]))}" for row in rows]
+    return f" {', '.join(cells)} ms"
+
+
 def _times(name: str, rows: list[Row]) -> Table:
     """Times of one of our providers at every shape, their bound, and the peers' times as multiples of them."""
     ours = {row["shape"]: row for row in rows if row["provider"] == name}
     first = next(iter(ours.values()))
     labels = {row["provider"]: row["label"] for row in rows}
     peers = unique([row for row in rows if row["baseline"] == name and not row["ours"]], "provider")
-    ratios = {(row["shape"], row["provider"]): row["ratio"] for row in rows}
+    ratios = {(row["shape"], row["provider"]): row["ratio"] for row in rows if row["baseline"]}
+    ratios |= {(shape, row["baseline"]): row["ratio"] for shape, row in ours.items() if row["baseline"]}
     header = ["(B,T,H,N,D)", f"{first['label']} ms", "spread", "bound ms", "floor ms", "bound / time"]
-    header += [f"time / {labels[first['baseline']]}"] if first["baseline"] in labels else []
+    compared = [first["baseline"], *peers] if first["baseline"] in labels else peers
     body = []
     for shape, row in ours.items():
         line = [f"{shape} *" if shape in NOTES else shape, _ms(row["median"]), f"{row['spread']:.0%}"]
         line += [_ms(row["bound"]), _ms(FLOOR * row["bound"]), f"{row['bound'] / row['median']:.0%}"]
-        line += [f"{row['ratio']:.2f}"] if first["baseline"] in labels else []
-        line += [_ratio(ratios[shape, peer]) if (shape, peer) in ratios else "" for peer in peers]
+        line += [_ratio(ratios[shape, peer]) if (shape, peer) in ratios else "" for peer in compared]
         body.append(line)
     rates = [round(row["peak_flops"] / 1e9) for row in ours.values()]
     notes = [f"* {shape}: {NOTES[shape]}" for shape in ours if shape in NOTES]
-    if peers:
-        compared = ", ".join(labels[peer] for peer in peers)
-        notes.append(f"{compared}: time divided by that of {first['label']}; above 1x the peer is slower.")
+    if compared:
+        others = ", ".join(labels[peer] for peer in compared)
+        notes.append(f"{others}: time divided by that of {first['label']}; above 1x {first['label']} is faster.")
     notes += [
         f"bound: {PRODUCTS[first['function'], first['direction']]} at the rate of a large matmul in the same rounds, "
         f"{_range(rates)} GFLOP/s; floor: bound + 20%.",
@@ -99,7 +105,7 @@ def _times(name: str, rows: list[Row]) -> Table:
     if max(rates) > BUSY * min(rates) or median(row["spread"] for row in ours.values()) > BUSY - 1:
         notes.append("Other work ran on the machine: times varied too much for these figures to be reliable.")
     title = f"Time, {first['function']}, {first['direction']}, {first['dtype']}"
-    return Table(title, header + [labels[peer] for peer in peers], body, notes)
+    return Table(title, header + [labels[peer] for peer in compared], body, notes)
 
 
 def _range(values: list[int]) -> str:

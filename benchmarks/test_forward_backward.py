@@ -6,11 +6,10 @@ import pytest
 
 from benchmarks.conftest import CLOCK, TimeRow
 from benchmarks.providers import FORWARD_BACKWARD, rows
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import Shape
 
 
 @pytest.mark.parametrize(("function", "provider"), rows(FORWARD_BACKWARD))
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_forward_backward(time_row: TimeRow, shape: str, function: str, provider: str) -> None:
+def test_forward_backward(time_row: TimeRow, shape: Shape, function: str, provider: str) -> None:
     time_row(function, shape, FORWARD_BACKWARD, provider)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from math import ceil
 from pathlib import Path
@@ -13,14 +14,17 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from amflow_kernels import explain
-from benchmarks.providers import PRODUCTS, PROVIDERS, Inputs, Provider, make_inputs, names
+from benchmarks.providers import PRODUCTS, PROVIDERS, Inputs, Provider, has_bf16_units, make_inputs, names
 from benchmarks.shapes import Shape
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 MIN_TURN, MAX_REPEATS = 2e-3, 50  # of one provider in a round: seconds, calls
-PEAK_SIZE = 2048  # of a square matrix product that is large enough to run at the peak
+LONGEST = 3.0  # seconds of a peer's call, beyond which it is left out: five rounds would take too long
+PEAK_SIZES = (2048, 1024, 512, 256)  # of a square matrix product; the largest runs at the peak
+PEAK_SECONDS = 0.1  # of such a product, at most
 
 
 class Series(NamedTuple):
@@ -28,23 +32,44 @@ class Series(NamedTuple):
 
     times: dict[str, list[float]]
     info: dict[str, dict[str, Any]]
+    left_out: dict[str, float]  # peers that were too slow, and the seconds of their first call
 
 
-def measure(function: str, shape: Shape, direction: str, seconds: float) -> Series:
+def measure(function: str, shape: Shape, direction: str, seconds: float, min_rounds: int = MIN_ROUNDS) -> Series:
     """Time a function and its peers at one shape, with the machine's matmul peak taken in the same rounds."""
-    providers = [PROVIDERS[name] for name in names(function, direction)]
-    inputs = {key: _rotation(shape, *key, direction) for key in {(p.dtype, p.device) for p in providers}}
-    calls = {p.name: _on(p.prepare(shape, direction), inputs[p.dtype, p.device]) for p in providers}
-    times = interleave(calls | {_peak_name(*key): _peak(*key) for key in inputs}, seconds)
+    providers = {name: PROVIDERS[name] for name in names(function, direction)}
+    inputs = {key: _rotation(shape, *key, direction) for key in {(p.dtype, p.device) for p in providers.values()}}
+    calls = {p.name: _on(p.prepare(shape, direction), inputs[p.dtype, p.device]) for p in providers.values()}
+    left_out = {name: too_slow for name, p in providers.items() if (too_slow := _trial(calls[name], p)) is not None}
+    calls = {name: call for name, call in calls.items() if name not in left_out}
+    peaks = {key: Peak.of(*key) for key in {_peak_key(providers[name]) for name in calls}}
+    times = interleave(calls | {_peak_name(*key): peak for key, peak in peaks.items()}, seconds, min_rounds)
     medians = {name: median(durations) for name, durations in times.items()}
-    info = {p.name: _row(p, function, shape, direction, medians, next(inputs[p.dtype, p.device])) for p in providers}
-    for provider in providers:
-        q1, _, q3 = quantiles(times[provider.name], n=4, method="inclusive")
-        info[provider.name]["spread"] = (q3 - q1) / medians[provider.name]
-    return Series({p.name: times[p.name] for p in providers}, info)
+    rates = {key: 2 * peak.size**3 / medians[_peak_name(*key)] for key, peak in peaks.items()}
+    info = {}
+    for name in calls:
+        p = providers[name]
+        info[name] = _row(p, function, shape, direction, medians, rates[_peak_key(p)], next(inputs[p.dtype, p.device]))
+        q1, _, q3 = quantiles(times[name], n=4, method="inclusive")
+        info[name]["spread"] = (q3 - q1) / medians[name]
+    return Series({name: times[name] for name in calls}, info, left_out)
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def _trial(call: Callable[[], object], provider: Provider) -> float | None:
+    """Calls once, which builds, compiles and starts thread pools, and if that was slow a second time.
+
+    Returns:
+        The seconds of a call if a peer is so slow that it is left out, otherwise None.
+    """
+    seconds = _mean_duration(call, 1)
+    if seconds > LONGEST:
+        seconds = _mean_duration(call, 1)
+    return seconds if seconds > LONGEST and not provider.ours else None
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], seconds: float, min_rounds: int = MIN_ROUNDS
+) -> dict[str, list[float]]:
     """Durations of every call, from rounds that run each once in a new random order.
 
     A call too short for the clock is repeated, and its duration is the mean.
@@ -60,7 +85,7 @@ def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
     try:
         begin = perf_counter()
         for round_ in range(MAX_ROUNDS):
-            if round_ >= MIN_ROUNDS and perf_counter() - begin > seconds:
+            if round_ >= min_rounds and perf_counter() - begin > seconds:
                 break
             shuffle(order)
             for name in order:
@@ -100,27 +125,63 @@ def _on(call: Callable[[Inputs], object], inputs: Iterator[Inputs]) -> Callable[
     return lambda: call(next(inputs))
 
 
+def _peak_key(provider: Provider) -> tuple[torch.dtype, str]:
+    """The dtype and device whose peak bounds a provider: without units for bfloat16, it computes in float32."""
+    return (provider.dtype if has_bf16_units(provider.device) else torch.float32), provider.device
+
+
 def _peak_name(dtype: torch.dtype, device: str) -> str:
     return f"peak {dtype} {device}"
 
 
-def _peak(dtype: torch.dtype, device: str) -> Callable[[], object]:
-    a, b, out = torch.randn(3, PEAK_SIZE, PEAK_SIZE, device=device).to(dtype)
+@dataclass(frozen=True)
+class Peak:
+    """A square matrix product, as large as this machine multiplies in `PEAK_SECONDS`."""
 
-    def call() -> None:
+    operands: tuple[Tensor, Tensor, Tensor]  # two factors and the result
+
+    @property
+    def size(self) -> int:
+        return self.operands[0].shape[0]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: str) -> Peak:
+        """The product whose time the smallest predicts to be short enough."""
+        peak = cls._of_size(PEAK_SIZES[-1], dtype, device)
+        peak()
+        seconds = _mean_duration(peak, 1)
+        fits = [n for n in PEAK_SIZES if seconds * (n / peak.size) ** 3 <= PEAK_SECONDS]
+        return cls._of_size(fits[0], dtype, device) if fits else peak
+
+    @classmethod
+    def _of_size(cls, size: int, dtype: torch.dtype, device: str) -> Peak:
+        a, b, out = torch.randn(3, size, size, device=device).to(dtype)
+        return cls((a, b, out))
+
+    def __call__(self) -> None:
+        a, b, out = self.operands
         torch.matmul(a, b, out=out)
-        if device != "cpu":
-            torch.accelerator.synchronize(device)
+        if a.device.type != "cpu":
+            torch.accelerator.synchronize(a.device)
 
-    return call
+
+def ratio(provider: Provider, seconds: float, baseline_seconds: float) -> float:
+    """How many times as fast as the other this library is: the other's time divided by ours."""
+    return baseline_seconds / seconds if provider.ours else seconds / baseline_seconds
 
 
 def _row(
-    provider: Provider, function: str, shape: Shape, direction: str, medians: dict[str, float], inputs: Inputs
+    provider: Provider,
+    function: str,
+    shape: Shape,
+    direction: str,
+    medians: dict[str, float],
+    peak: float,
+    inputs: Inputs,
 ) -> dict[str, Any]:
-    """A row without its durations; seconds and FLOP/s."""
+    """A row without its durations; seconds and FLOP/s. Without its baseline a row has no ratio."""
     own = provider.function == function  # otherwise it serves only as the baseline of others
-    baseline = provider.baseline if own else None
+    baseline = provider.baseline if own and provider.baseline in medians else None
     info: dict[str, Any] = {
         "function": function,
         "shape": str(shape),
@@ -131,10 +192,9 @@ def _row(
         "device": provider.device,
         "ours": provider.ours and own,
         "baseline": baseline,
-        "ratio": medians[provider.name] / medians[baseline] if baseline else 1.0,
+        "ratio": ratio(provider, medians[provider.name], medians[baseline]) if baseline else 1.0,
     }
     if info["ours"]:
-        peak = 2 * PEAK_SIZE**3 / medians[_peak_name(provider.dtype, provider.device)]
         maps, operators = PRODUCTS[function, direction]
         bound = (maps * shape.map_flops() + operators * shape.operator_flops()) / peak
         info |= {

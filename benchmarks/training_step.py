@@ -19,11 +19,12 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import machine
 from benchmarks.memory import peak_growth
-from benchmarks.result_files import RESULTS, dumps
+from benchmarks.result_files import RESULTS, add_write, dumps
 from benchmarks.tables import Table
 from benchmarks.timing import interleave
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = RESULTS / "training_step_cpu.json"
 BACKBONE, CLASSES = "vit_small_patch14_dinov2", 10
 KINDS = ("inference", "training step")
 _FLOW: dict[str, Any] = {"blocks": "all", "gate": "am_flow"}
@@ -99,12 +100,12 @@ def table(rows: list[dict[str, Any]], kind: str) -> Table:
 
 
 def main() -> None:
-    """Measures, prints the figures and saves them under benchmarks/results/."""
+    """Measures and prints the figures; with ``--write``, saves them under benchmarks/results/."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
     parser.add_argument("--size", type=int, default=224, help="width and height of a frame in pixels")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=90, help="time for the rounds of one kind")
-    parser.add_argument("--out", type=Path, default=RESULTS / "training_step_cpu.json")
+    add_write(parser, RESULT)
     parser.add_argument("--probe", nargs=4, metavar=("MODEL", "KIND", "SIZE", "FRAMES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.probe:
@@ -115,7 +116,8 @@ def main() -> None:
     for kind in KINDS:
         print(table(rows, kind).plain())
     setting = {"backbone": BACKBONE, "size": args.size, "frames": args.frames, "clips": 1}
-    args.out.write_text(dumps({"machine": machine(), "setting": setting, "rows": rows}))
+    if args.write:
+        RESULT.write_text(dumps({"machine": machine(), "setting": setting, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,15 @@ class Implementation(Protocol):
     Attributes:
         devices: the types of device whose tensors it takes; None: any.
         dtypes: the dtypes it takes; None: any.
+        ran_on: NVIDIA's compute capabilities, as 90, on which its kernels ran and were correct, by a result of the GPU
+            suite in benchmarks/results.
         backward_by: the name of the implementation whose backward serves this one; None: its own. `forward` then saves
             nothing: the row sums of a peaked map are useless to products that are rounded differently.
     """
 
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
+    ran_on: frozenset[int] = frozenset()
     backward_by: str | None = None
 
     def unsupported(self, problem: MapPairs) -> str | None:
@@ -40,6 +43,10 @@ class Implementation(Protocol):
     def unavailable(self) -> str | None:
         """Why it can't run in this process, or None. Builds or loads what it needs."""
         return None
+
+    def presence(self) -> str:
+        """Where its kernels come from, for `amflow doctor`, without building any."""
+        return "in PyTorch"
 
     def not_chosen(self, problem: MapPairs) -> str | None:
         """Why impl=None does not take it for this problem, though it could run, or None."""

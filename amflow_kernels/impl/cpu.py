@@ -23,6 +23,11 @@ class Cpu(Implementation):
             return f"the CPU capability is {_capability()}, the kernels need AVX2, AVX-512 or a 64-bit ARM CPU"
         return _ext.load(_build.CPU)
 
+    def presence(self) -> str:
+        loaded = _ext.binary(_build.CPU) is not None
+        isa = f", {torch.ops.amflow_native.isa(_vector_bits())}" if loaded and _vector_bits() else ""
+        return f"{_ext.presence(_build.CPU)}{isa}"
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         flow = torch.empty(problem.flow_shape, dtype=torch.float32)
         torch.ops.amflow_native.am_flow(flow, *_maps(problem), problem.reduction, problem.center, _vector_bits())

@@ -47,6 +47,9 @@ class Cuda(Implementation):
             return "PyTorch finds no GPU"
         return _ext.load(_build.CUDA)
 
+    def presence(self) -> str:
+        return _ext.presence(_build.CUDA)
+
     def not_chosen(self, problem: MapPairs) -> str | None:
         major, minor = torch.cuda.get_device_capability(problem.q.device)
         if 10 * major + minor in CHOSEN_ON:

@@ -219,7 +219,7 @@ def record_am_flow(
 ) -> Iterator[dict[str, BlockFlow]]:
     """Records the AM flow of a model's attention layers while it runs inside the ``with`` block.
 
-    For any model of images that calls ``scaled_dot_product_attention`` or has `nn.MultiheadAttention`::
+    For any model of images that calls ``scaled_dot_product_attention`` or has `nn.MultiheadAttention`:
 
         with record_am_flow(model, num_frames=T) as flows:
             out = model(frames)         # (B * T, 3, height, width), the frames of a clip side by side
@@ -290,7 +290,7 @@ def record_qk(model: nn.Module, *, layers: Layers = None) -> Iterator[dict[str, 
     """Records q and k of a model's attention layers while it runs inside the ``with`` block.
 
     They are the tensors that enter the attention: after q/k norm and rotary embedding, before the scale. Attention
-    stays fused. For the model's output, wrappers, checkpointing, copies and threads see `record_am_flow`::
+    stays fused. For the model's output, wrappers, checkpointing, copies and threads see `record_am_flow`:
 
         with record_qk(vit) as qk:
             vit(frames)                                  # (B * T, 3, height, width)
@@ -305,7 +305,7 @@ def record_qk(model: nn.Module, *, layers: Layers = None) -> Iterator[dict[str, 
         windows, N, D). A second forward replaces its values.
 
     Raises:
-        As `record_am_flow`.
+        TypeError, ValueError, RuntimeError: as `record_am_flow`.
     """
     check_recordable(model)
     root = unwrap(model)

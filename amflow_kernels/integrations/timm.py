@@ -39,7 +39,7 @@ def record_am_flow(
     """Records the AM flow of every block of a timm vision transformer while the model runs inside the ``with`` block.
 
     As `amflow_kernels.record_am_flow`, by index of the block, and always with a grid. What is said there of wrappers,
-    checkpointing, copies, threads and overlapping recorders holds here::
+    checkpointing, copies, threads and overlapping recorders holds here:
 
         with record_am_flow(vit, num_frames=T) as flows:
             out = vit(frames)           # (B * T, 3, height, width), the frames of a clip side by side
@@ -82,7 +82,7 @@ def record_am_flow(
 def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Records q and k of the attention layers of a timm ViT while the model runs inside the ``with`` block.
 
-    As `amflow_kernels.record_qk`, by index of the block::
+    As `amflow_kernels.record_qk`, by index of the block:
 
         with record_qk(vit) as qk:
             vit(frames)                                  # (B * T, 3, height, width)
@@ -98,7 +98,7 @@ def record_qk(model: nn.Module, *, blocks: Iterable[int] | None = None) -> Itera
         are not copied and stay attached to the autograd graph. A second forward replaces the dict's values.
 
     Raises:
-        As `record_am_flow`.
+        TypeError, ValueError, RuntimeError: as `record_am_flow`.
 
     However the ``with`` block ends, the model is left as it was.
     """

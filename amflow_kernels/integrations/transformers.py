@@ -1,6 +1,6 @@
 """AM flow of vision models of the transformers library: the attention implementation "am_flow".
 
-Importing this module registers it::
+Importing this module registers it:
 
     import amflow_kernels.integrations.transformers as am
     model = Dinov2Model.from_pretrained(..., attn_implementation="am_flow")

@@ -20,7 +20,7 @@ import torch
 
 from amflow_kernels import _build
 from benchmarks.gpu import triton_report
-from benchmarks.result_files import RESULTS, dumps
+from benchmarks.result_files import RESULTS, add_write, dumps
 from benchmarks.tables import Table
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "cuda_report.md"
@@ -147,18 +147,23 @@ Rows: blocks x groups of warps x rows; keys: warps that share rows x keys.
 
 def main() -> int:
     """The command; returns its exit status."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.cuda_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    add_write(parser, RESULT, REPORT)
+    write = parser.parse_args().write
     with tempfile.TemporaryDirectory() as folder:
         built = build(Path(folder))
         torch.ops.load_library(str(built))
         table = rows(built)
         results = {"nvcc": release(), "rows": table}
+        text = page(results, model(table, 2), model(table, 0))
+    if write:
         RESULT.write_text(dumps(results))
-        REPORT.write_text(page(results, model(table, 2), model(table, 0)))
+        REPORT.write_text(text)
+    print(text)
     return 0
 
 

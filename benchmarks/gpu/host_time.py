@@ -8,6 +8,7 @@ launch and PyTorch's CUDA kernels come on top.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from statistics import quantiles
@@ -61,6 +62,11 @@ def rows() -> list[list[str]]:
 
 def main() -> None:
     """The command."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.host_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     torch.set_num_threads(1)
     heads = ["path", "call", "launches", "quartile", "median us", "quartile"]
     print(Table("Host time", heads, rows(), []).plain())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -67,8 +68,13 @@ def _sanitize(machine: Gpu, impls: Sequence[str]) -> dict[str, Any]:
     return {"wrong": wrong, **({"skipped": f"not through in time: {', '.join(slow)}"} if slow else {})}
 
 
-def main(impl: str, device: str) -> None:
+def main() -> None:
     """The problems that a tool watches."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitizer", description=__doc__)
+    parser.add_argument("impl", help="the implementation that runs")
+    parser.add_argument("device", help="where: cuda, or cpu without a GPU")
+    args = parser.parse_args()
+    impl, device = args.impl, args.device
     lookups = install()
     machine = Gpu(lookups) if device == Gpu.device else NoGpu(lookups)
     with machine.ready():
@@ -81,4 +87,4 @@ def main(impl: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

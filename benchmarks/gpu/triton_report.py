@@ -34,7 +34,7 @@ from amflow_kernels.impl.triton import configs, launch
 from amflow_kernels.impl.triton.saved import saved_sizes
 from amflow_kernels.problem import MatmulProblem, Problem
 from benchmarks.gpu import compile_matrix, executed, layouts, offsets
-from benchmarks.result_files import RESULTS, dumps
+from benchmarks.result_files import RESULTS, add_write, dumps
 from benchmarks.tables import Table
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "triton_report.md"
@@ -391,10 +391,16 @@ def main() -> int:
         action="store_true",
         help="fail if a figure of sm_90 is worse than committed, or a sum has several orders",
     )
-    if not parser.parse_args().check:
+    add_write(parser, RESULT, REPORT)
+    args = parser.parse_args()
+    if args.check and args.write:
+        parser.error("--check compares with the committed figures, --write replaces them: expected one of the two")
+    if not args.check:
         results = {"triton": triton.__version__, "rows": rows(ARCHITECTURES, execute=True)}
-        RESULT.write_text(dumps(results))
-        REPORT.write_text(page(results))
+        if args.write:
+            RESULT.write_text(dumps(results))
+            REPORT.write_text(page(results))
+        print(page(results))
         return 0
     reasons = regressions(rows((90,), execute=False), json.loads(RESULT.read_text())) + several_orders(90)
     reasons += narrow_offsets(90)

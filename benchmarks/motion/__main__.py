@@ -20,7 +20,7 @@ from benchmarks.motion import report, sheet
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 from benchmarks.motion.train import SETTINGS, Setting, train_job
-from benchmarks.result_files import RESULTS, dumps
+from benchmarks.result_files import RESULTS, add_write, dumps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.plot:
             report.plot(json.loads(args.results.read_text()), args.plot)
     else:
-        out = args.out or RESULTS / f"motion_{args.setting}.json"
+        name = f"motion_{args.setting}.json"
+        out = RESULTS / name if args.write else args.out or Path(name)
         workers = args.workers or (1 if args.device == "cuda" else os.cpu_count() or 1)
         setting = SETTINGS[args.setting]
         setting = replace(setting, precision=args.precision or setting.precision)
@@ -105,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     runs.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="(default: that of the setting)")
-    runs.add_argument("--out", type=Path, default=None, metavar="JSON")
+    files = runs.add_mutually_exclusive_group()
+    files.add_argument(
+        "--out", type=Path, default=None, metavar="JSON", help="(default: motion_SETTING.json in this folder)"
+    )
+    add_write(files, *(RESULTS / f"motion_{setting}.json" for setting in SETTINGS))
     tables = commands.add_parser("report", help="print the table of results, and draw a plot of them")
     tables.add_argument("results", type=Path)
     tables.add_argument("--plot", type=Path, default=None, metavar="PNG")

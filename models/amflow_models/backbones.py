@@ -13,7 +13,9 @@ from amflow_models.suggestions import check_known
 OFFLINE_BACKBONE = "vit_small_patch14_dinov2"
 
 
-def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int | None = None) -> nn.Module:
+def create_backbone(
+    name: str, weights: str | Path | None = "hub", img_size: int | tuple[int, int] | None = None
+) -> nn.Module:
     """Creates a vision transformer or Hiera of timm that maps an image to one vector, in eval mode.
 
     Args:
@@ -21,7 +23,8 @@ def create_backbone(name: str, weights: str | Path | None = "hub", img_size: int
             or ``hiera_base_224`` (T, S, B, L).
         weights: ``"hub"``, timm's pretrained weights; ``"offline"``, DINOv2 ViT-S/14 from the demo extra; a safetensors
             or PyTorch file; None, random weights.
-        img_size: side of the square input in pixels; None uses the model's own. Position embeddings are resampled.
+        img_size: height and width of the input in pixels, or the side of a square one; None uses the model's own.
+            Position embeddings are resampled.
 
     Raises:
         ValueError: an unknown name (the nearest known ones are named), a size that the model does not support, or a

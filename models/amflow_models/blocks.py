@@ -16,7 +16,7 @@ from amflow_kernels.dispatch import Impl
 from amflow_kernels.integrations.reading import AttentionReader
 from amflow_models.adapters import FORMS, Adapter, Form, in_clips, pool
 from amflow_models.alignment import AligningEncoder
-from amflow_models.gates import GATES, Gate, GateKind
+from amflow_models.gates import FLOW_GATES, GATES, Gate, GateKind
 from amflow_models.suggestions import check_known
 from amflow_models.temporal import UNITS, TemporalUnit, UnitKind
 
@@ -66,7 +66,7 @@ class AdapterOptions:
         check_known("form", self.form, FORMS)
         check_known("unit", self.unit, UNITS)
         check_known("gate", self.gate, GATES)
-        if self.align and self.gate not in ("am_flow", "raw"):
+        if self.align and self.gate not in FLOW_GATES:
             raise ValueError(f"align: the gate {self.gate!r} takes no AM flow that could be of aligned frames")
 
 
@@ -137,8 +137,10 @@ class AdaptedBlock(nn.Module):
         if isinstance(x, list):  # DINOv3's blocks take a list of tensors, one for each size of crop
             crops = [[part[i] if isinstance(part, list) else part for part in args] for i in range(len(x))]
             return [self.forward(crop, *rest, **kwargs) for crop, rest in zip(x, crops, strict=True)]
-        if self.temporal and len(x) % self.options.num_frames:
-            raise ValueError(f"num_frames: expected a divisor of the {len(x)} images, got {self.options.num_frames}")
+        if self.temporal and x.shape[0] % self.options.num_frames:
+            raise ValueError(
+                f"num_frames: expected a divisor of the {x.shape[0]} images, got {self.options.num_frames}"
+            )
         block: Any = self.block
         if self.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
             # A transformers layer that checkpoints itself would recompute its attention outside of our reader, so the
@@ -181,8 +183,8 @@ class AdaptedBlock(nn.Module):
             aligned = read_qk(self.block, self.name, aligned_tokens, *args, **kwargs)
 
         def on_attention(q: Tensor, k: Tensor, v: Tensor, keep: str) -> Tensor | None:
-            if len(q) != len(x):
-                raise RuntimeError(f"{self.name}: expected q and k of {len(x)} images, got q {tuple(q.shape)}")
+            if q.shape[0] != x.shape[0]:
+                raise RuntimeError(f"{self.name}: expected q and k of {x.shape[0]} images, got q {tuple(q.shape)}")
             q, k, v = (in_clips(part, frames) for part in (q, k, v))
             if aligned is not None:
                 q_next, k_next = (in_clips(part, frames - 1) for part in aligned)

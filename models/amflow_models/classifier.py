@@ -19,6 +19,7 @@ class VideoClassifier(nn.Module):
         num_classes: number of logits.
         num_frames: T.
         adapters: whether the backbone gets adapters; otherwise only the head trains.
+        dropout: share of the head's inputs that are set to 0 in training.
         options: options of `add_adapters`: blocks, form, unit, gate, ...
 
     Attributes:
@@ -31,7 +32,14 @@ class VideoClassifier(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, num_frames: int, *, adapters: bool = True, **options: Any
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        num_frames: int,
+        *,
+        adapters: bool = True,
+        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -47,13 +55,14 @@ class VideoClassifier(nn.Module):
             raise ValueError(
                 f"backbone: expected one without a head (num_classes=0), got {backbone.num_classes} classes"
             )
-        check_options(options, "adapters", "num_classes")
+        check_options(options, "adapters", "num_classes", "dropout")
         if adapters:
             add_adapters(backbone, num_frames=num_frames, verbose=False, **options)
         else:
             find_blocks(backbone)
             backbone.requires_grad_(False)
         self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -69,4 +78,4 @@ class VideoClassifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Args: clips, as for `features`. Returns logits (B, classes)."""
-        return self.head(self.features(clips))
+        return self.head(self.dropout(self.features(clips)))

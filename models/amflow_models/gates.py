@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from amflow_models.suggestions import check_known
 
-GateKind = Literal["am_flow", "raw", "frame_difference", "constant"]
+GateKind = Literal["am_flow", "raw", "frame_difference", "flow_times_difference", "constant"]
 GATES = get_args(GateKind)
+FLOW_GATES = ("am_flow", "raw", "flow_times_difference")  # which take AM flow
 EPS = 1e-12  # added to a standard deviation; that of AM flow is 1e-4 to 1e-2
 
 
@@ -27,7 +28,8 @@ class Gate(nn.Module):
     Args:
         kind: ``"am_flow"``, as above; ``"raw"``, weight = flow, the paper's formula to the letter;
             ``"frame_difference"``, as ``"am_flow"`` with the norm of the difference of the adapter's input tokens
-            between frames instead of the flow; ``"constant"``, weight = gain.
+            between frames instead of the flow; ``"flow_times_difference"``, as ``"am_flow"`` with the product of that
+            norm and of the flow above its least in the frame; ``"constant"``, weight = gain.
 
     Raises:
         ValueError: an unknown kind.
@@ -42,12 +44,12 @@ class Gate(nn.Module):
     @property
     def needs_flow(self) -> bool:
         """Whether `forward` takes a flow."""
-        return self.kind in ("am_flow", "raw")
+        return self.kind in FLOW_GATES
 
     @property
     def centred(self) -> bool:
         """Whether `forward` takes the centred flow, flow - Nq / Nk, which keeps full relative precision."""
-        return self.kind == "am_flow"
+        return self.kind != "raw"
 
     def forward(self, x: Tensor, flow: Tensor | None) -> Tensor:
         """Computes the weights.
@@ -64,14 +66,23 @@ class Gate(nn.Module):
         """
         if self.kind == "constant":
             return self.gain
-        change = flow if self.needs_flow else (x[:, 1:] - x[:, :-1]).float().norm(dim=-1)
-        if change is None:
+        if self.needs_flow and flow is None:
             raise ValueError(f"flow: expected a tensor for the gate {self.kind!r}, got None")
-        change = pairs_to_frames(change.float())
+        change = pairs_to_frames(self._change(x, flow))
         if self.kind == "raw":
             return change
         std, mean = torch.std_mean(change, dim=-1, correction=0, keepdim=True)
         return 1 + self.gain * (change - mean) / (std + EPS)
+
+    def _change(self, x: Tensor, flow: Tensor | None) -> Tensor:
+        """How much each token changes from a frame to the next: (B, T - 1, N), float32."""
+        if flow is not None and self.kind != "flow_times_difference":
+            return flow.float()
+        difference = (x[:, 1:] - x[:, :-1]).float().norm(dim=-1)
+        if flow is None:
+            return difference
+        # Without its least value, the flow is 1 plus a thousandth and would not change the product.
+        return (flow.float() - flow.float().amin(-1, keepdim=True)) * difference
 
     def extra_repr(self) -> str:
         return self.kind

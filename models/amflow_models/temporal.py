@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amflow_models.suggestions import check_known
 
-UnitKind = Literal["conv", "lstm", "gru", "transformer", "set"]
+UnitKind = Literal["conv", "tcn", "lstm", "gru", "transformer", "set"]
 UNITS = get_args(UnitKind)
 
 
@@ -19,7 +19,8 @@ class TemporalUnit(nn.Module):
     """Mixes the frames of a clip, for each token or for the mean over tokens.
 
     Args:
-        kind: ``"conv"``, a convolution over three frames; ``"lstm"``, ``"gru"``, forward in time; ``"transformer"``,
+        kind: ``"conv"``, a convolution over three frames; ``"tcn"``, two such convolutions with dilations 1 and 2 and
+            residuals (arXiv 1803.01271, not causal); ``"lstm"``, ``"gru"``, forward in time; ``"transformer"``,
             one pre-norm encoder layer over the frames, with a sinusoidal position embedding; ``"set"``, the same
             without the embedding: blind to the order of frames, for comparison.
         width: channels r of the bottleneck.
@@ -38,6 +39,8 @@ class TemporalUnit(nn.Module):
         self.mix: nn.Module
         if kind == "conv":
             self.mix = nn.Conv1d(width, width, 3, padding=1)
+        elif kind == "tcn":
+            self.mix = nn.Sequential(*(DilatedConvolution(width, dilation) for dilation in (1, 2)))
         elif kind in ("transformer", "set"):
             heads = next(h for h in (4, 2, 1) if width % h == 0)
             self.mix = nn.TransformerEncoderLayer(
@@ -60,6 +63,8 @@ class TemporalUnit(nn.Module):
         z = rearrange(z, "b t n r -> (b n) t r")
         if self.kind == "conv":
             z = nn.functional.gelu(rearrange(self.mix(rearrange(z, "m t r -> m r t")), "m r t -> m t r"))
+        elif self.kind == "tcn":
+            z = rearrange(self.mix(rearrange(z, "m t r -> m r t")), "m r t -> m t r")
         elif self.kind == "transformer":
             z = self.mix(z + sinusoidal_embedding(z.shape[1], z.shape[2], z))
         elif self.kind == "set":
@@ -70,6 +75,17 @@ class TemporalUnit(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {'pooled' if self.pooled else 'per token'}"
+
+
+class DilatedConvolution(nn.Module):
+    """``z + gelu(conv(z))`` along the frames of (B, r, T): a convolution over three frames, `dilation` apart."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + nn.functional.gelu(self.conv(z))
 
 
 def sinusoidal_embedding(frames: int, width: int, like: Tensor) -> Tensor:

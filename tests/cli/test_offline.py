@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
-from amflow_models.cli import visualize
+from amflow_models.cli.drawing import video_writer
 from amflow_models.cli.offline import IMAGENET_MEAN, IMAGENET_STD, iterate_frames, read_frames
 from amflow_models.data import spatial_crops
 from PIL import Image
@@ -65,13 +66,7 @@ def test_bad_arguments_and_short_videos_are_refused(tmp_path: Path) -> None:
 def test_the_overlay_video_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg would take it for the end of a protocol."""
     monkeypatch.chdir(tmp_path)
-    flow = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
-    images = torch.zeros(3, 64, 64), torch.ones(3, 64, 64)
-    drawing = visualize._overlay_video(Path("a:b.mp4"))
-    next(drawing)
-    drawing.send(
-        visualize.Pair((0, 1), images, {0: visualize.Pictures(flow, flow, flow, flow[..., None].expand(4, 4, 3))})
-    )
-    drawing.close()
+    with video_writer(Path("a:b.mp4")) as write:
+        write(np.zeros((64, 96, 3), np.uint8))
     with av.open(str(tmp_path / "a:b.mp4")) as container:
         assert len(list(container.decode(video=0))) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from amflow_models.data.lists import SMARTHOME_CROSS_SUBJECT
+from amflow_models.data.published import SMARTHOME_CROSS_SUBJECT
 from list_files import write
 
 

@@ -68,8 +68,8 @@ def test_classes_without_a_video_are_errors_only_in_training_lists(copies: list[
     a, b, _, _ = copies
     report = check_lists({"train": listing((a, 0)), "test": listing((b, 0))}, 3)
     train, test = report.problems
-    assert (train.where, train.count, train.examples, train.warning) == ("train", 2, ("run", "2"), False)
-    assert (test.where, test.count, test.examples, test.warning) == ("test", 2, ("run", "2"), True)
+    assert (train.where, train.count, train.cases, train.warning) == ("train", 2, ("run", "2"), False)
+    assert (test.where, test.count, test.cases, test.warning) == ("test", 2, ("run", "2"), True)
     check_lists({"test": listing((b, 0))}, 3).raise_for_problems()
 
 
@@ -86,7 +86,7 @@ def test_missing_and_unreadable_files_are_counted(copies: list[Path], tmp_path: 
     assert kinds(lists) == {("train", "videos that can't be read"): 3, ("train", "missing files"): 1}
     assert kinds(lists, open_videos=False) == {("train", "missing files"): 1}
     report = check_lists(lists, 2)
-    examples = [example for problem in report.problems for example in problem.examples]
+    examples = [example for problem in report.problems for example in problem.cases]
     for part in ("b.mp4: can't be read", "c.mp4: can't be read as a video (it is empty)", "no.mp4"):
         assert any(part in example for example in examples)
     assert "missing files" in str(report)
@@ -121,13 +121,13 @@ def test_folders_with_more_frames_than_their_list_says_are_warnings(tmp_path: Pa
     names = [f"img_{number:05}.png" for number in range(4)]
     save_frames(tmp_path / "a", *names, *(f"flow_x_{number:05}.png" for number in range(3)))
 
-    def problems(frames: int, start_index: int | None) -> list[str]:
-        video = Video(tmp_path / "a", 0, frames, "img_{:05}.png", start_index)
+    def problems(frames: int, start: int | None) -> list[str]:
+        video = Video(tmp_path / "a", 0, frames, "img_{:05}.png", 0, start)
         report = check_lists({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick)
         report.raise_for_problems()
         return [str(problem) for problem in report.problems]
 
-    assert problems(4, None) == problems(3, 1) == []
+    assert problems(4, None) == problems(4, 0) == problems(3, 0) == problems(3, 1) == []
     assert problems(3, None) == [f"test: folders with more frames than the list says: 1 ({tmp_path / 'a'}: 4, not 3)"]
 
 
@@ -137,6 +137,16 @@ def test_folders_of_several_series_are_errors_without_a_template(tmp_path: Path,
     for template, errors in ((None, {("test", "videos that can't be read"): 1}), ("img_{}.png", {})):
         video = Video(tmp_path / "a", 0, 2, template)
         assert kinds({"test": VideoList((video,), ("0",), "")}, 1, open_videos=not quick) == errors
+
+
+def test_classes_that_two_lists_name_differently_are_errors() -> None:
+    """As where each list numbers its own classes, and one lacks a class."""
+    lists = {
+        name: VideoList((Video(Path(f"{name}.mp4"), 0),), classes, "")
+        for name, classes in (("train", ("cut", "sit", "walk")), ("test", ("cut", "walk")), ("same", ("cut",)))
+    }
+    errors = {place: count for place, count in kinds(lists, 3, open_videos=False).items() if "names" in place[1]}
+    assert errors == {("train, test", "classes with different names"): 1}
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -177,7 +187,7 @@ def test_a_file_with_several_labels_is_an_error(copies: list[Path], tmp_path: Pa
     a, b, _, _ = copies
     link = tmp_path / "link.mp4"
     link.symlink_to(a)
-    assert kinds({"train": listing((a, 0), (b, 1), (link, 1))}) == {("train", "videos with several labels"): 1}
+    assert kinds({"train": listing((a, 0), (b, 1), (link, 1))}) == {("train", "videos with several labels"): 2}
 
 
 def test_one_error_lists_all_problems(copies: list[Path], tmp_path: Path) -> None:
@@ -209,6 +219,72 @@ def test_the_commands_exit_status_and_output(
     assert main(["check", good, "--kind", "mmaction", "--classes", names, "--quick"]) == 0
 
 
+def test_the_command_writes_the_good_lines_and_the_bad_ones_with_reasons(
+    copies: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new list is read as the old one, from its own folder or from the root; every bad name is in the file."""
+    monkeypatch.setenv("COLUMNS", "300")
+    copies[1].write_text("no video")
+    lines = ["a.mp4 0", "b.mp4 1", "my dir/c.mp4 1", "d.mp4 7", *(f"no {number}.mp4 0" for number in range(5))]
+    path = write(tmp_path / "train.txt", "\n".join(lines))
+    clean, bad = tmp_path / "clean.txt", tmp_path / "clean.bad.txt"
+    check = ["check", str(path), "--kind", "mmaction", "--num-classes", "2", "--write-clean", str(clean)]
+    assert main(check) == 1
+    assert f"{clean}: 2 good videos, kind mmaction" in capsys.readouterr().out
+    assert clean.read_text() == "a.mp4 0\nmy dir/c.mp4 1\n"
+    rejected = dict(line.split("\t") for line in bad.read_text().splitlines())
+    assert list(rejected) == [str(tmp_path / name) for name in ("b.mp4", "d.mp4", *(f"no {n}.mp4" for n in range(5)))]
+    assert rejected[str(copies[1])].startswith("videos that can't be read: can't be read as a video (Invalid data")
+    assert rejected[str(copies[3])] == "labels above 1: 7"
+    assert rejected[str(tmp_path / "no 4.mp4")] == "missing files"
+    assert main(["check", str(clean), "--kind", "mmaction", "--num-classes", "2"]) == 0
+    (tmp_path / "lists").mkdir()
+    for folder, expected in (
+        (tmp_path, "a.mp4 0\nmy dir/c.mp4 1\n"),
+        (tmp_path / "my dir", f"{copies[0]} 0\nc.mp4 1\n"),
+    ):
+        videos = write(tmp_path / "absolute.txt", f"{copies[0]} 0\n{copies[2]} 1\n{copies[3]} 7\n")
+        clean = tmp_path / "lists" / "clean.txt"
+        main(["check", str(videos), *check[2:-1], str(clean), "--root", str(folder)])
+        assert clean.read_text() == expected
+    capsys.readouterr()
+    for words, everything in (([], False), (["--all"], True)):
+        main(["check", str(path), "--kind", "mmaction", "--num-classes", "2", *words])
+        assert ("no 4.mp4" in capsys.readouterr().out) is everything
+
+
+def test_a_clean_list_of_a_kind_that_names_classes_has_their_names(
+    tmp_path: Path, copies: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies[0].rename(tmp_path / "1.webm")
+    labels = write(tmp_path / "labels.json", '{"Falling": "1", "Rising": "0"}')
+    entries = write(tmp_path / "train.json", '[{"id": "1", "template": "Rising"}, {"id": "2", "template": "Falling"}]')
+    clean = tmp_path / "clean.txt"
+    words = ["check", str(entries), "--kind", "ssv2", "--labels", str(labels), "--write-clean", str(clean)]
+    assert main(words) == 1
+    assert clean.read_text() == "1.webm 0\n"
+    assert (tmp_path / "clean.classes.txt").read_text() == "Rising\nFalling\n"
+
+
+def test_a_clean_list_of_folders_keeps_the_numbers_of_frames(tmp_path: Path) -> None:
+    for name in "ab":
+        save_frames(tmp_path / name, "img_1.png", "img_2.png")
+    path = write(tmp_path / "list.txt", "a 2 0\nb 3 0\n")
+    clean = tmp_path / "clean.txt"
+    main(["check", str(path), "--kind", "mmaction_frames", "--num-classes", "1", "--write-clean", str(clean)])
+    assert clean.read_text() == "a 2 0\n"
+
+
+def test_a_subset_may_lack_classes_in_training(copies: list[Path], tmp_path: Path) -> None:
+    lists = {"train": listing((copies[0], 0))}
+    assert kinds(lists) == {("train", "classes without a video"): 1}
+    assert kinds(lists, subset=True) == {}
+    path = str(write(tmp_path / "train.txt", "a.mp4 0\n"))
+    words = ["check", path, "--kind", "mmaction", "--num-classes", "2"]
+    assert main(words) == 1
+    assert main([*words, "--subset"]) == 0
+
+
 def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = ["check", str(smarthome), "--kind", "smarthome", "--quick", "--split"]
     assert main([*check, "cross_view2"]) == 0
@@ -229,7 +305,16 @@ def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: py
         (["check", "LIST", "--kind", "smarthome"], "--split"),
         (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--labels", "."], "no use for it"),
         (["check", "LIST", "--kind", "smarthome", "--split", "cross_view1", "--template", "{}.jpg"], "no use for it"),
-        (["check", "LIST", "--kind", "ssv2", "--start-index", "1"], "--start-index: --kind ssv2 has no use for it"),
+        (
+            ["check", "LIST", "LIST", "--kind", "mmaction", "--num-classes", "2", "--write-clean", "c"],
+            "expected one list",
+        ),
+        (
+            ["check", "LIST", "--kind", "mmaction", "--num-classes", "2", "--write-clean", "no/c"],
+            "there is no folder no",
+        ),
+        (["check", "LIST", "--kind", "tar", "--start-index", "1"], "--start-index: --kind tar has no use for it"),
+        (["check", "LIST", "--kind", "hmdb51", "--split", "cross_view1"], "--split: expected one of split1, split2"),
     ],
 )
 def test_wrong_usage_of_the_command_is_explained(

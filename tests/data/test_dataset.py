@@ -163,8 +163,8 @@ def test_clips_are_of_the_frames_that_the_template_names(tmp_path: Path, train: 
         Image.new("L", (40, 32), 100 + number).save(tmp_path / f"img_{number:05}.png")
         Image.new("L", (40, 32), 0).save(tmp_path / f"flow_x_{number:05}.png")
 
-    def clip(template: str | None, start_index: int | None) -> list[int]:
-        listed = VideoList((Video(tmp_path, 0, 4, template, start_index),), ("walk",), "made up")
+    def clip(template: str | None, start: int | None) -> list[int]:
+        listed = VideoList((Video(tmp_path, 0, 4, template, start=start),), ("walk",), "made up")
         item = VideoDataset(
             listed, frames=4, size=16, train=train, sampling="dense", stride=1, augment=False, strict=True
         )[0, 0]

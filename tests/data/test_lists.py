@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from amflow_models.data import SPLITS, Video, VideoList, lists, read_list
+from amflow_models.data import Video, VideoList, lists, read_list
 from amflow_models.data import __main__ as command
 from amflow_models.data.__main__ import main
-from amflow_models.data.lists import FORMATS, SMARTHOME_CROSS_SUBJECT, SMARTHOME_CROSS_VIEW, ListFormat
+from amflow_models.data.formats import ListFormat
+from amflow_models.data.lists import FORMATS
+from amflow_models.data.published import SMARTHOME_CROSS_SUBJECT, SMARTHOME_CROSS_VIEW, SMARTHOME_SPLITS
 from amflow_models.training.build import read_lists
 from amflow_models.training.config import Data
 from list_files import write
@@ -198,7 +200,7 @@ def test_smarthome_splits_are_the_published_ones(smarthome: Path) -> None:
         "cross_view2/validation": ({2, 3, 19, 20, 25}, {5}, 19),
         "cross_view2/test": ({2, 3, 19, 20, 25}, {2}, 19),
     }
-    assert set(fields) == set(SPLITS)
+    assert set(fields) == set(SMARTHOME_SPLITS)
     for split, (persons, cameras, count) in fields.items():
         listed = read_list("smarthome", smarthome, split=split)
         expected = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 from amflow_models.data import TrainTransform, names_directions, spatial_crops
@@ -35,6 +38,34 @@ def test_a_transform_treats_frames_alike_and_depends_only_on_its_seed(augment: b
         results.append(result[0])
         torch.set_rng_state(before)
     assert len({result.numpy().tobytes() for result in results}) > 50
+
+
+@pytest.mark.parametrize("name", ["train", "crops"])
+def test_frames_are_resized_one_by_one_to_the_same_bits(name: str) -> None:
+    """No frame of full size is kept once the next one is asked for."""
+    clip = torch.randint(0, 256, (5, 3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = TrainTransform(32, scale=(0.3, 1.0), flip=True, augment=True)
+
+    def transformed(frames: Iterable[Tensor]) -> Tensor:
+        return transform(frames, 11) if name == "train" else spatial_crops(frames, 32, 3)
+
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def decode() -> Iterator[Tensor]:
+        for number in range(len(clip)):
+            alive = sum(frame() is not None for frame in earlier)
+            assert alive <= 1, f"{alive} frames are kept at frame {number}"
+            frame = clip[number].clone()
+            earlier.append(weakref.ref(frame))
+            yield frame
+            del frame
+
+    result = transformed(decode())
+    assert torch.equal(result, transformed(clip))
+    if name == "train":  # as torchvision transforms a whole clip
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(11)
+            assert torch.equal(result, transform.steps(transform.crop(clip)))
 
 
 def test_half_of_the_clips_are_flipped_or_none() -> None:

@@ -27,6 +27,7 @@ def write_video(
     varying: bool = False,
     options: dict[str, str] | None = None,
     size: tuple[int, int] = (HEIGHT, WIDTH),
+    pixels: str = "yuv420p",
     drop: int = 0,
     earlier: int = 0,
     **container_options: Any,
@@ -44,7 +45,7 @@ def write_video(
     time = start
     with av.open(str(path), "w", **container_options) as container:
         stream: Any = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.gop_size = gop
         stream.codec_context.thread_count = 1  # the same file every time
         if varying or start:

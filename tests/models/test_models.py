@@ -256,10 +256,18 @@ def test_gates_are_their_formulas() -> None:
     moved[:, 1:, 2] += 10  # one token changes between the first frames
     moved = moved[:, [0, 1, 1, 1]]
     assert Gate("frame_difference")(moved, None)[:, 0].argmax(-1).tolist() == [2, 2]
+    product = Gate("flow_times_difference")
+    difference = (x[:, 1:] - x[:, :-1]).norm(dim=-1)
+    change = (flow - flow.amin(-1, keepdim=True)) * difference
+    frames = torch.stack([change[:, 0], change[:, :2].mean(1), change[:, 1:].mean(1), change[:, 2]], 1)
+    std, mean = torch.std_mean(frames, -1, correction=0, keepdim=True)
+    assert torch.allclose(product(x, flow), 1 + (frames - mean) / std, atol=1e-4)
+    assert torch.allclose(product(x, flow + 1), product(x, flow), atol=1e-3)  # centred or not
+    assert torch.equal(product(x, torch.zeros(2, 3, 7)), torch.ones(2, 4, 7))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["conv", "lstm", "gru", "transformer"])
+@pytest.mark.parametrize("kind", ["conv", "tcn", "lstm", "gru", "transformer"])
 def test_units_see_the_order_of_frames_but_no_other_token(kind: str) -> None:
     z = torch.randn(2, 4, 5, 8)
     unit = TemporalUnit(kind, 8)

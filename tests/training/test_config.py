@@ -12,13 +12,26 @@ from amflow_models.training.config import CONFIGS, load_config
 
 def test_shipped_configs_are_valid() -> None:
     """Without and with changes; each has the number of classes of its data set, and the precision is automatic."""
-    names = [path.stem for path in CONFIGS.glob("*.yaml")]
+    names = [path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "own_data"]
     assert len(names) >= 5
     for name in names:
         config = load_config(name)
         assert config.training.precision == "auto"
         assert config.data.num_classes == {"k": 400, "s": 174, "t": 31}[name[0] if name[1] != "m" else "t"]
         assert load_config(name, [f"output=/elsewhere/{name}"]).output == Path(f"/elsewhere/{name}")
+
+
+def test_the_number_of_classes_is_that_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the config for one's own data, which has no number; a given number counts."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data: .*classes\.txt: can't be read"):
+        load_config("own_data")
+    assert load_config("own_data", ["data.num_classes=7"]).data.num_classes == 7
+    Path("classes.txt").write_text("walk\nrun\n")
+    assert load_config("own_data").data.num_classes == 2
+    Path("elsewhere").mkdir()
+    Path("elsewhere/names.txt").write_text("a\nb\nc\n")
+    assert load_config("own_data", ["data.root=elsewhere", "data.classes=names.txt"]).data.num_classes == 3
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,16 @@ def test_every_clip_is_tested_in_equally_many_batches(count: int, batch: int, wo
     assert [len(part) for part in parts] == [len(EvaluationBatches(count, batch, rank=0, world=world))] * world
 
 
+@pytest.mark.parametrize(("batch", "world", "views", "videos"), [(16, 1, 30, 1), (16, 1, 3, 5), (16, 4, 2, 2)])
+def test_a_loaded_batch_has_no_more_clips_than_the_batch_or_than_a_video(
+    batch: int, world: int, views: int, videos: int
+) -> None:
+    for rank in range(world):
+        steps = list(EvaluationBatches(40, batch, rank=rank, world=world, views=views))
+        assert max(map(len, steps)) == videos
+        assert videos * views <= max(batch / world, views)
+
+
 def test_scores_are_those_counted_by_hand() -> None:
     """The mean over classes leaves out classes without videos."""
     probabilities = torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]])

@@ -21,7 +21,7 @@ from amflow_models.training.build import build_model
 from amflow_models.training.checkpoints import Checkpoints, find_trained
 from amflow_models.training.config import load_config
 from torch import Tensor, nn
-from training_runs import command, environment, rows, run
+from training_runs import RECIPES, command, environment, rows, run, same_weights
 
 
 def test_a_run_goes_from_lists_to_scores(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,13 +56,13 @@ def test_a_run_goes_from_lists_to_scores(config_file: Path, capsys: pytest.Captu
     )
 
 
-@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize(("at", "options"), [(3, RECIPES), (4, ["training.ema=0.9"])], ids=["recipes", "plain"])
 def test_an_interrupted_run_is_resumed_to_the_bit(
-    at: int, config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at: int, options: list[str], config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C in a step, or in the last one of an epoch: the step is finished and saved, and nothing else changes."""
     output = load_config(config_file).output
-    words = ["--config", str(config_file), "training.ema=0.9"]
+    words = ["--config", str(config_file), *options]
     assert train.main([*words, f"output={output}_whole"]) == 0
     step = train._Run._train_step
 
@@ -79,10 +79,13 @@ def test_an_interrupted_run_is_resumed_to_the_bit(
     assert f"interrupted after step {at}" in capsys.readouterr().out
     assert train.main([*words, "--resume"]) == 0
     assert rows(output) == rows(Path(f"{output}_whole"))
-    assert len(rows(output, "validation", ("step", "loss"))) == 2
-    assert rows(output, "validation", ("step", "loss")) == rows(Path(f"{output}_whole"), "validation", ("step", "loss"))
+    for name in ("validation", "validation_ema"):
+        found = rows(output, name, ("step", "loss"))
+        assert len(found) == 2
+        assert found == rows(Path(f"{output}_whole"), name, ("step", "loss"))
+    assert (output / "best.json").read_bytes() == Path(f"{output}_whole/best.json").read_bytes()
     for name in ("model.safetensors", "ema.safetensors"):
-        assert find_trained(output, name).read_bytes() == find_trained(Path(f"{output}_whole"), name).read_bytes()
+        assert same_weights(find_trained(output, name), find_trained(Path(f"{output}_whole"), name))
 
 
 @pytest.mark.slow
@@ -108,7 +111,7 @@ def test_a_killed_run_is_resumed_to_the_bit(config_file: Path, tmp_path: Path) -
     assert rows(cut) == rows(whole)
     assert rows(cut, "validation", ("step", "loss", "top1")) == rows(whole, "validation", ("step", "loss", "top1"))
     for name in ("model.safetensors", "ema.safetensors"):
-        assert (find_trained(cut, name)).read_bytes() == find_trained(whole, name).read_bytes()
+        assert same_weights(find_trained(cut, name), find_trained(whole, name))
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(config_file: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -22,6 +23,10 @@ TINY = {
     "training": {"epochs": 2, "warmup_epochs": 0.5, "batch": 4, "precision": "fp32", "lr": 1e-3},
     "evaluation": {"clips": 2, "crops": 3, "batch": 4},
 }  # fmt: skip
+RECIPES = [
+    "training.mixup=0.8", "training.cutmix=1", "data.random_erasing=0.5", "data.repeats=2", "model.dropout=0.2",
+    "model.drop_path=0.3", "training.ema=0.9", "training.base_batch=8", "training.skip_not_finite=1",
+]  # fmt: skip
 EXACT = ("step", "loss", "lr", "gradient_norm")  # columns of train.csv that are not times
 
 
@@ -59,6 +64,12 @@ def run(config: Path, *words: str, processes: int = 1) -> str:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'models'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two files hold the same bits. Their metadata may differ: it has the config, with the run's folder."""
+    one, other = load_file(a), load_file(b)
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
 def difference(a: Path, b: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ class Triton(Implementation):
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
         return _interpreter_fault() if interpreted() else None
+
+    def presence(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "no: Triton is not installed"
+        return f"by Triton {importlib.metadata.version('triton')}{', interpreted' if interpreted() else ''}"
 
     def not_chosen(self, problem: MapPairs) -> str | None:
         return "it has not yet run on an AMD GPU" if torch.version.hip is not None else None

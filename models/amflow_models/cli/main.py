@@ -33,7 +33,11 @@ COMMANDS = {
     ),
     "train": Command("amflow_models.train", "train", "train a video classifier with AM-flow adapters"),
     "evaluate": Command("amflow_models.evaluate", "train", "test a trained video classifier"),
-    "data": Command("amflow_models.data.__main__", "train", "data check: find problems in lists of videos"),
+    "predict": Command("amflow_models.cli.predict", "train", "classify videos with a trained video classifier"),
+    "export": Command("amflow_models.export", "train", "export a trained classifier with torch.export"),
+    "data": Command(
+        "amflow_models.data.__main__", "train", "data list: list videos; data check: find problems in lists"
+    ),
     "doctor": Command("amflow_models.cli.doctor", None, "print versions, devices, and which kernels run here"),
 }
 

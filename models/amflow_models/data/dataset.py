@@ -10,11 +10,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from amflow_models.data.lists import Video, VideoList
-from amflow_models.data.reading import UnreadableVideo, VideoReader
+from amflow_models.data.reading import UnreadableVideo
 from amflow_models.data.sampling import check_least, dense, uniform, views
 from amflow_models.data.transforms import TrainTransform, names_directions, spatial_crops
-from amflow_models.data.video import open_video
+from amflow_models.data.video import frames_of, open_listed
+from amflow_models.data.videos import Video, VideoList
 from amflow_models.suggestions import check_known
 
 Item = dict[str, Any]
@@ -90,6 +90,11 @@ class VideoDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.videos.videos)
 
+    @property
+    def views(self) -> int:
+        """Number of views of each item."""
+        return self.clips * self.crops
+
     def name(self, index: int) -> str:
         """The path of a video, for messages."""
         return str(self.videos.videos[index].path)
@@ -110,27 +115,28 @@ class VideoDataset(Dataset[Item]):
                 error = error or str(problem)
         if self.train:
             raise ValueError(f"none of the {len(self)} videos of {self.videos.source} can be read; first: {error}")
-        clips = torch.zeros(self.clips * self.crops, self.frames, 3, self.size, self.size, dtype=torch.uint8)
+        clips = torch.zeros(self.views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
         return {"clips": clips, "label": video.label, "index": index, "error": error, "valid": False}
 
     def _train_clip(self, video: Video, epoch: int, index: int) -> Tensor:
         frames_seed, transform_seed = _seeds(2, self.seed, epoch, index)
         generator = Generator().manual_seed(frames_seed)
-        with _open(video) as reader:
-            total = _total(video, len(reader))
+        with open_listed(video) as reader:
+            total = frames_of(video, len(reader))
             if self.stride is None:
                 indices = uniform(total, self.frames, generator)
             else:
                 indices = dense(total, self.frames, self.stride, generator)
-            clip = reader.read(indices.tolist())
-        return self.transform(clip, transform_seed)[None]
+            wanted, places = (indices + (video.start or 0)).unique(return_inverse=True)
+            clip = self.transform(reader.iterate(wanted.tolist()), transform_seed)
+        return clip[places][None]
 
     def _test_clips(self, video: Video) -> Tensor:
-        with _open(video) as reader:
-            indices = views(_total(video, len(reader)), self.frames, self.clips, self.stride)
-            frames = reader.read(indices.flatten().tolist())
-        crops = spatial_crops(frames, self.size, self.crops)  # (crops, clips * T, 3, size, size)
-        return crops.unflatten(1, (self.clips, self.frames)).transpose(0, 1).flatten(0, 1).contiguous()
+        with open_listed(video) as reader:
+            indices = views(frames_of(video, len(reader)), self.frames, self.clips, self.stride)
+            wanted, places = (indices + (video.start or 0)).unique(return_inverse=True)
+            crops = spatial_crops(reader.iterate(wanted.tolist()), self.size, self.crops)
+        return crops[torch.arange(self.crops)[:, None], places[:, None]].flatten(0, 1)  # (clips, crops, T, ...) first
 
 
 class SyntheticDataset(Dataset[Item]):
@@ -190,17 +196,6 @@ def collate(items: list[Item]) -> dict[str, Any]:
     batch["clips"] = torch.stack([item["clips"] for item in items])
     batch["errors"] = [item["error"] for item in items if item["error"]]
     return batch
-
-
-def _open(video: Video) -> VideoReader:
-    return open_video(video.path, video.template, video.start_index)
-
-
-def _total(video: Video, available: int) -> int:
-    """Number of frames to sample from: of a folder, the number in its list."""
-    if video.frames is not None and available < video.frames:
-        raise UnreadableVideo(video.path, f"has {available} frames, and its list says {video.frames}")
-    return available if video.frames is None else video.frames
 
 
 def _seeds(count: int, *numbers: int) -> list[int]:

@@ -71,7 +71,8 @@ class FrameFolder(VideoReader):
         path: the folder.
         template: names of the frames, such as ``"img_{:05}.jpg"`` (`FrameTemplate.parse`). None: those of the jpg and
             png files of the folder, which must form a single series.
-        start_index: number of the first frame; pictures with smaller numbers are not read. None: the smallest number.
+        start_index: number of the first frame, which must be the smallest one that the folder has: a frame before it
+            would be left out, or the numbers are off by one. None: whatever the smallest number is.
 
     Attributes:
         files: the frames' files, in order.
@@ -79,7 +80,7 @@ class FrameFolder(VideoReader):
     Raises:
         ValueError: the template can't be read, or a start_index is negative or comes without a template.
         UnreadableVideo: the folder does not exist, has no frame, has pictures of several series and there is no
-            template, or does not have the frame `start_index`.
+            template, or its first frame is not `start_index`.
     """
 
     def __init__(self, path: str | Path, template: str | None = None, start_index: int | None = None) -> None:
@@ -139,11 +140,9 @@ def frame_files(path: Path, template: str | None = None, start_index: int | None
             return [path / name for name in names]
     series = _only_series(path, names) if template is None else FrameTemplate.parse(template)
     numbers = sorted(number for number in map(series.number, names) if number is not None)
-    if start_index is not None and numbers:
-        if start_index not in numbers:
-            first = series.name(start_index)
-            raise UnreadableVideo(path, f"start_index: expected the first frame {first}, there is no such file")
-        numbers = numbers[numbers.index(start_index) :]
+    if start_index is not None and numbers and start_index != numbers[0]:
+        first, there = series.name(start_index), series.name(numbers[0])
+        raise UnreadableVideo(path, f"start_index: expected the first frame {first}, the folder begins with {there}")
     return [path / series.name(number) for number in numbers]
 
 

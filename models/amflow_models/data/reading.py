@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -33,9 +34,11 @@ class VideoReader(ABC):
 
     Attributes:
         path: path of the video.
+        frame_rate: frames per second, the mean of a variable rate; None where it is not known, as in folders.
     """
 
     path: Path
+    frame_rate: Fraction | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,9 +1,13 @@
-"""Transforms of clips, uint8 (T, 3, H, W), before batching: all frames of a clip are transformed alike."""
+"""Transforms of clips before batching: all frames of a clip are transformed alike.
+
+Frames come one by one, and each is resized before the next one is decoded: a clip of large frames is never in memory.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,22 +35,21 @@ class TrainTransform:
     """
 
     def __init__(self, size: int, *, scale: tuple[float, float], flip: bool, augment: bool) -> None:
-        steps: list[torch.nn.Module] = [
-            v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        ]
+        self.crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        steps: list[torch.nn.Module] = []
         if flip:
             steps.append(v2.RandomHorizontalFlip())
         if augment:
             steps.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR))
         self.steps = torch.nn.Sequential(*steps)
 
-    def __call__(self, clip: Tensor, seed: int) -> Tensor:
-        """Transforms a clip; the result is a function of clip and seed.
+    def __call__(self, frames: Iterable[Tensor], seed: int) -> Tensor:
+        """Transforms a clip; the result is a function of its frames and the seed.
 
         torchvision draws from PyTorch's global CPU generator, whose state is restored afterwards.
 
         Args:
-            clip: uint8 (T, 3, H, W).
+            frames: T frames of one size, uint8 (3, H, W), or a clip (T, 3, H, W).
             seed: seed of the random choices.
 
         Returns:
@@ -54,14 +57,19 @@ class TrainTransform:
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.steps(clip)
+            place: dict[str, Any] = {}
+            cropped = []
+            for frame in frames:
+                place = place or self.crop.make_params([frame])
+                cropped.append(self.crop.transform(frame, place))
+            return self.steps(torch.stack(cropped))
 
 
-def spatial_crops(clip: Tensor, size: int, crops: int = 1) -> Tensor:
+def spatial_crops(frames: Iterable[Tensor], size: int, crops: int = 1) -> Tensor:
     """Resizes the short side to `size` and crops squares.
 
     Args:
-        clip: uint8 (T, 3, H, W).
+        frames: T frames, uint8 (3, H, W), or a clip (T, 3, H, W).
         size: side of the crops, in pixels.
         crops: 1, the centre; 3, the beginning, middle and end of the longer side.
 
@@ -73,11 +81,15 @@ def spatial_crops(clip: Tensor, size: int, crops: int = 1) -> Tensor:
     """
     if crops not in (1, 3):
         raise ValueError(f"crops: expected 1 or 3, got {crops}")
-    height, width = clip.shape[-2:]
+    return torch.stack([_squares(frame, size, crops) for frame in frames], 1)
+
+
+def _squares(frame: Tensor, size: int, crops: int) -> Tensor:
+    height, width = frame.shape[-2:]
     scale = size / min(height, width)
     shape = [max(size, round(height * scale)), max(size, round(width * scale))]
-    clip = v2.functional.resize(clip, shape, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    frame = v2.functional.resize(frame, shape, interpolation=InterpolationMode.BICUBIC, antialias=True)
     spare = [side - size for side in shape]
     halves = [1] if crops == 1 else [0, 1, 2]  # position of the crop, in halves of the spare pixels
     corners = [(spare[0] * half // 2, spare[1] * half // 2) for half in halves]
-    return torch.stack([clip[..., y : y + size, x : x + size] for y, x in corners])
+    return torch.stack([frame[..., y : y + size, x : x + size] for y, x in corners])

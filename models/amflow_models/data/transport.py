@@ -7,7 +7,6 @@ also where another transport stream begins. Layout of the packets: ISO/IEC 13818
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -15,18 +14,17 @@ _SIZE, _SYNC = 188, 0x47  # bytes of a packet, and the first one
 _SPACINGS = (188, 192)  # bytes from packet to packet; camcorders write four bytes before each
 
 
-def breaks_only_at_joins(path: Path, stream: int, keyframes: Mapping[int, bool]) -> bool:
+def breaks_only_at_joins(content: np.ndarray, stream: int, keyframes: Mapping[int, bool]) -> bool:
     """Whether the packets of a stream are complete, except that other transport streams may follow the first.
 
     Where another one begins, the stream goes on with a keyframe, and either its time falls back or the counter of the
     program table's packets jumps as well.
 
     Args:
-        path: the file.
+        content: the file, uint8.
         stream: identifier of the stream's packets.
         keyframes: whether time falls back at a keyframe, by the position of its first packet in the file.
     """
-    content = np.memmap(path, np.uint8, "r")
     fitting = [n for n in _SPACINGS if len(content) % n == 0 and (content[n - _SIZE :: n] == _SYNC).all()]
     if not fitting:
         return False

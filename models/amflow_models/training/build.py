@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from amflow_kernels.integrations.block_finder import find_blocks
 from amflow_models.backbones import create_backbone
+from amflow_models.blocks import AdaptedBlock
 from amflow_models.classifier import VideoClassifier
 from amflow_models.data import SyntheticDataset, VideoDataset, VideoList, check_lists, read_list
 from amflow_models.data.lists import format_of
@@ -21,6 +24,10 @@ from amflow_models.training.config import Config
 from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
+_ADVICE = (
+    "  `amflow data check --all` names every case, --write-clean writes a list without them; data.missing=skip leaves "
+    "missing videos out, data.subset=true trains without some classes"
+)
 SYNTHETIC_STEPS = 20  # per epoch of synthetic clips
 _ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
 
@@ -45,7 +52,7 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
     backbone: Any = create_backbone(wanted.backbone, weights, wanted.img_size)
     options = {name: getattr(wanted, name) for name in _ADAPTERS}
     start = None if grown or synthetic else wanted.start
-    placement = start.blocks if start else wanted.blocks
+    placement = wanted.blocks if start is None or start.blocks is None else start.blocks
     try:
         path, blocks = find_blocks(backbone)
         if wanted.depth is not None:
@@ -54,15 +61,26 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
             backbone.set_submodule(path, blocks[: wanted.depth])
         if wanted.pool is not None:
             backbone.reset_classifier(0, wanted.pool)
-        model = VideoClassifier(backbone, config.data.num_classes, config.data.frames, blocks=placement, **options)
+        model = VideoClassifier(
+            backbone, config.data.num_classes, config.data.frames, blocks=placement, dropout=wanted.dropout, **options
+        )
     except TypeError as error:
         raise ValueError(f"model.backbone {wanted.backbone}: {error}") from error
     if start is not None:
         trained = find_trained(start.trained)
         check_backbone(trained, config)
-        load_trained(model, trained)
+        try:
+            load_trained(model, trained, head=start.head == "trained")
+        except ValueError as error:
+            other = "of another shape: head." in str(error)
+            hint = "; with model.start.head=new it starts with a new head, for other classes" if other else ""
+            raise ValueError(f"{error}{hint}") from error
         grow_am_flow(model.backbone, wanted.blocks, verbose=False)
         model.report = report_of(model)
+    if wanted.drop_path:
+        adapted = [block for block in model.modules() if isinstance(block, AdaptedBlock)]
+        for number, block in enumerate(adapted, 1):
+            block.adapter.drop_path = torch.tensor(wanted.drop_path * number / len(adapted))
     if config.training.recompute:
         backbone.set_grad_checkpointing(True)
     return model
@@ -70,13 +88,13 @@ def build_model(config: Config, *, synthetic: bool = False, grown: bool = True) 
 
 def image_size(config: Config, model: VideoClassifier) -> int:
     """Side of the backbone's input, in pixels."""
-    return config.model.img_size or int(_pretrained(model.backbone, "input_size")[-1])
+    return config.model.img_size or int(pretrained(model.backbone, "input_size")[-1])
 
 
 def normalisation(model: VideoClassifier, device: torch.device) -> Images:
     """A function that normalises uint8 clips (B, T, 3, H, W) for the backbone: float32, on the device."""
     mean, std = (
-        torch.tensor(_pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
+        torch.tensor(pretrained(model.backbone, name), device=device).view(3, 1, 1) for name in ("mean", "std")
     )
     return lambda clips: (clips.to(device, non_blocking=True) / 255 - mean) / std
 
@@ -91,6 +109,7 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
 
     Raises:
         ValueError: a list can't be read, the number of classes is wrong, or a check fails: all problems are listed.
+            With `data.missing: skip`, missing videos are no problem; the lists' `missing` names them.
     """
     data, lists = config.data, {}
     list_format = format_of(data.kind)
@@ -107,13 +126,30 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
             named = len(lists[split].classes)
             if named != data.num_classes and (data.classes is not None or list_format.names_classes):
                 raise ValueError(f"data.num_classes: expected the {named} that have names, got {data.num_classes}")
+            if data.missing == "skip":
+                lists[split] = _existing(lists[split], split, say=check)
     if check:
         checked = {split: lists[split] for split in distinct.values()}
-        report = check_lists(checked, data.num_classes, open_videos=False)
-        report.raise_for_problems()
+        report = check_lists(checked, data.num_classes, open_videos=False, subset=data.subset)
+        try:
+            report.raise_for_problems()
+        except ValueError as error:
+            raise ValueError(f"{error}\n{_ADVICE}") from None
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)
     return lists
+
+
+def _existing(videos: VideoList, split: str, *, say: bool) -> VideoList:
+    """The list without videos that do not exist, whose number is printed to stderr if `say`."""
+    with ThreadPoolExecutor() as pool:  # network file systems answer slowly
+        exists = list(pool.map(lambda video: video.file.exists(), videos.videos))
+    missing = [str(video.path) for video, there in zip(videos.videos, exists, strict=True) if not there]
+    if missing and say:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        print(f"warning: {split}: {len(missing)} of {len(exists)} videos are missing: {shown}", file=sys.stderr)
+    kept = tuple(video for video, there in zip(videos.videos, exists, strict=True) if there)
+    return replace(videos, videos=kept, missing=tuple(missing))
 
 
 def digest(lists: dict[str, VideoList]) -> str:
@@ -122,9 +158,10 @@ def digest(lists: dict[str, VideoList]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def class_names(config: Config, videos: VideoList) -> list[str]:
-    """A name for every class: a list without names may end before the last class."""
-    return [*videos.classes, *map(str, range(len(videos.classes), config.data.num_classes))]
+def class_names(config: Config, videos: VideoList | None) -> list[str] | None:
+    """The names of the classes; None if the list, or its absence, gives them none."""
+    named = config.data.classes is not None or format_of(config.data.kind).names_classes
+    return list(videos.classes) if videos is not None and named else None
 
 
 def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool, views: bool = False) -> Any:
@@ -150,8 +187,9 @@ def dataset(config: Config, videos: VideoList | None, size: int, *, train: bool,
     )  # fmt: skip
 
 
-def _pretrained(backbone: nn.Module, name: str) -> Any:
-    pretrained: Any = getattr(backbone, "pretrained_cfg", None)
-    if not pretrained:
+def pretrained(backbone: nn.Module, name: str) -> Any:
+    """An entry of timm's `pretrained_cfg`, such as "mean". Raises ValueError if the backbone has none."""
+    config: Any = getattr(backbone, "pretrained_cfg", None)
+    if not config:
         raise ValueError(f"backbone: expected one of timm with a pretrained_cfg, got {type(backbone).__name__}")
-    return pretrained[name]
+    return config[name]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from amflow_models.blocks import AdapterOptions
+from amflow_models.data.formats import read_classes
 from amflow_models.suggestions import check_known, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -22,25 +23,42 @@ class _Section(BaseModel):
 
 
 class Start(_Section):
-    """The start of a second stage: a model that was trained with AM flow in fewer blocks.
+    """The start of a run: a trained model, perhaps with AM flow in fewer blocks (a second stage) or of other classes.
 
     Attributes:
         trained: a run (its newest checkpoint), a checkpoint, or its `model.safetensors`.
-        blocks: the placement that it was trained with.
+        blocks: the placement that it was trained with; None: that of `model.blocks`.
+        head: "trained" takes its head, too; "new" starts with a new one, as for other classes.
     """
 
     trained: Path
-    blocks: Blocks
+    blocks: Blocks | None = None
+    head: Literal["trained", "new"] = "trained"
 
 
 class Model(_Section):
-    """A `VideoClassifier`: `backbone`, `weights`, `img_size` as for `create_backbone`, the rest as for `add_adapters`.
+    """A `VideoClassifier`.
 
     Attributes:
+        backbone: timm's name of a vision transformer or Hiera, as for `create_backbone`.
+        weights: the backbone's weights: "hub", "offline", a file, or None for random ones, as for `create_backbone`.
+        img_size: side of the input in pixels; None uses the backbone's own.
         depth: number of blocks that are used, from the first; None uses all.
         pool: the backbone's vector for an image: "avg", the mean of its tokens, or "token", the class token; None keeps
             the backbone's own choice.
-        start: the first stage, if this is the second.
+        blocks: the blocks with AM flow and a temporal unit: "all", "first_last", "third_stage", "none", or a list of
+            numbers; the other blocks have ordinary adapters.
+        form: "serial", "parallel" or "scaled_parallel" adapters.
+        bottleneck: channels of the adapters' bottleneck.
+        unit: temporal unit of the adapters with AM flow, as for `add_adapters`.
+        pooled: whether the unit sees the mean over tokens instead of each token.
+        centred: whether the mean over time is subtracted before the unit.
+        gate: source of the weights of tokens in the unit: "am_flow", or another one of `add_adapters`.
+        align: align frames before AM flow is computed, for moving cameras.
+        dropout: share of the head's inputs that are set to 0 in training.
+        drop_path: stochastic depth: probability that a clip leaves out the last block's adapter in training; that of
+            the other blocks rises linearly to it.
+        start: the trained model that the run starts from, if there is one.
     """
 
     backbone: str
@@ -56,6 +74,8 @@ class Model(_Section):
     centred: bool = AdapterOptions.centred
     gate: str = AdapterOptions.gate
     align: bool = AdapterOptions.align
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     start: Start | None = None
 
     @model_validator(mode="after")
@@ -71,16 +91,24 @@ class Data(_Section):
 
     Attributes:
         kind: format of the lists, see `amflow_models.data.read_list`.
-        train, validation, test: list files; for "smarthome" a folder, and the parts are those of the protocol `split`.
+        train, validation, test: list files; for "smarthome" and "hmdb51" a folder, and the parts are those of the
+            protocol `split`; for "tar" as for `read_list`.
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
         classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
-        num_classes: number of classes.
+        num_classes: number of classes; it may be left out where `classes` names them.
+        missing: what to do with videos of a list that do not exist: "error" stops before the first step, "skip" leaves
+            them out, and says how many.
+        subset: the lists hold a part of a data set, for a try: the training list may lack classes.
         frames: T, frames of a clip.
         sampling: "uniform" (one frame of each of T equal parts of the video) or "dense" (every `stride`-th frame).
         stride: distance in frames, for dense sampling.
         scale: least and largest share of a frame's area that a random crop has.
         augment: RandAugment, besides random crops and flips.
         flip: mirror clips at random; None mirrors unless class names speak of left and right.
+        random_erasing: probability that a box of a clip, the same in all frames, is filled with noise (timm's
+            RandomErasing, "pixel").
+        repeats: augmented clips of each video that an epoch has (timm's RepeatAugSampler). An epoch keeps its length,
+            so it sees one in `repeats` of the videos.
         workers: loader processes per training process.
         strict: stop at the first video that can't be read instead of leaving it out (`--strict`).
     """
@@ -96,14 +124,26 @@ class Data(_Section):
     template: str | None = None
     start_index: int | None = None
     num_classes: PositiveInt
+    missing: Literal["error", "skip"] = "error"
+    subset: bool = False
     frames: int = Field(ge=2)
     sampling: Literal["uniform", "dense"] = "dense"
     stride: PositiveInt = 2
     scale: tuple[float, float] = (0.08, 1.0)
     augment: bool = True
     flip: bool | None = None
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    repeats: PositiveInt = 1
     workers: int = Field(default=8, ge=0)
     strict: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_classes(cls, content: Any) -> Any:
+        """The number of classes is that of their names, if it is not there."""
+        if not isinstance(content, dict) or "num_classes" in content or not isinstance(content.get("classes"), str):
+            return content
+        return {**content, "num_classes": len(read_classes(Path(content.get("root") or "") / content["classes"]))}
 
 
 class Training(_Section):
@@ -114,16 +154,29 @@ class Training(_Section):
         batch: clips per step, over all processes.
         accumulate: number of parts that a step's batch is divided into, to save memory.
         lr, weight_decay, betas: of AdamW; `lr` is the peak.
+        base_batch: the batch that `lr` is meant for: the peak is `lr` times `batch` / `base_batch`. None: `lr` itself.
         clip_grad: norm that gradients are clipped to; None does not clip.
+        skip_not_finite: number of steps that a run may leave out because their loss or gradients are not finite; the
+            next one stops it.
         label_smoothing: of the cross-entropy.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 on GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM
-            flow is float32 in any case.
-        ema: decay of an exponential moving average of the trainable parameters; None keeps no average.
+        mixup, cutmix: alpha of mixup and of cutmix; 0 switches it off. Two neighbouring clips of a batch are mixed with
+            each other, all frames alike (timm's Mixup).
+        mixup_prob: probability that two clips are mixed at all.
+        mixup_switch_prob: where both are on, the probability of cutmix instead of mixup.
+        balance: for classes of unequal size: "loss" weights each class inversely to its number of training videos,
+            "sampler" draws videos in that way, with repetition; None leaves them as they are.
+        precision: "fp32", "bf16", "fp16" (autocast; fp16 with a gradient scaler and only on a GPU), or "auto": bf16 on
+            GPUs and on CPUs with AVX512_BF16 or AMX, else fp32. AM flow is float32 in any case.
+        ema: decay of an exponential moving average of the trainable parameters, which is saved and validated as well;
+            None keeps no average.
         recompute: store only the inputs of blocks and recompute the blocks in the backward pass.
         compile: compile each block with torch.compile.
         parallel: with several processes: "ddp", or "fsdp2", which also shards the frozen backbone.
+        validate_every: epochs between validations; the last epoch is always validated.
+        best: score of the validation whose best checkpoint is kept besides the newest, of the average if there is one.
         save_every: steps between checkpoints, besides the one at the end of each epoch; None saves only the latter.
-        keep: number of checkpoints to keep.
+        keep: number of the newest checkpoints to keep.
+        wandb: project at Weights & Biases that the run is logged to besides; needs the package wandb.
     """
 
     epochs: PositiveInt = 30
@@ -133,15 +186,25 @@ class Training(_Section):
     lr: PositiveFloat = 3e-4
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    base_batch: PositiveInt | None = None
     clip_grad: PositiveFloat | None = 1.0
+    skip_not_finite: int = Field(default=0, ge=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    balance: Literal["loss", "sampler"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float | None = Field(default=None, gt=0, lt=1)
     recompute: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    validate_every: PositiveInt = 1
+    best: Literal["top1", "top5", "mean_class", "loss"] = "top1"
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
+    wandb: str | None = None
 
 
 class Evaluation(_Section):
@@ -150,7 +213,8 @@ class Evaluation(_Section):
     Attributes:
         clips: number of clips in time.
         crops: 1 (the centre) or 3 (along the longer side).
-        batch: videos loaded at a time, over all processes; the model also takes this many clips at a time.
+        batch: the most clips that the model takes at a time, over all processes, and that are loaded together: whole
+            videos, at least one for each process. A loader process has two such batches in memory.
     """
 
     clips: PositiveInt = 1
@@ -159,7 +223,12 @@ class Evaluation(_Section):
 
 
 class Config(_Section):
-    """A run. `output` is the folder that it writes to; `seed` determines everything random."""
+    """A run.
+
+    Attributes:
+        output: the folder that it writes to.
+        seed: determines everything random.
+    """
 
     output: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -196,6 +265,23 @@ def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:
     for change in changes:
         _change(content, change)
     return parse_config(content, path)
+
+
+def change_config(config: Config, changes: Sequence[str], source: Path) -> Config:
+    """A config with changes.
+
+    Args:
+        config: the config.
+        changes: as for `load_config`.
+        source: the file that the config is from, for messages.
+
+    Raises:
+        ValueError: a key is unknown or a value is out of range. All problems are listed.
+    """
+    content = config.model_dump(mode="json")
+    for change in changes:
+        _change(content, change)
+    return parse_config(content, source)
 
 
 def parse_config(content: Any, source: Path) -> Config:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from amflow_models.files import write_text
 
 LINES = 50  # steps between lines of text, if there is no terminal for a progress bar
 
@@ -15,7 +17,8 @@ LINES = 50  # steps between lines of text, if there is no terminal for a progres
 class Log:
     """Logs the steps of a run. Only the main process writes and prints anything.
 
-    Files in `output`: `train.csv` with a line per step, `validation.csv` with a line per epoch, and TensorBoard's.
+    Files in `output`: `train.csv` with a line per step, `validation.csv` and, for the average, `validation_ema.csv`
+    with a line per validation, and TensorBoard's.
 
     Args:
         output: folder of the run.
@@ -23,17 +26,25 @@ class Log:
         step: the last step that is done. Later lines in the files are dropped: they were written by a run that was cut
             off, and this run repeats their steps.
         main: whether this is the main process.
+        track: is called with the values by name and the step, besides, as accelerate's trackers are; None: nothing is.
     """
 
-    def __init__(self, output: Path, total: int, step: int, main: bool) -> None:
-        self.output, self.main = output, main
+    def __init__(
+        self,
+        output: Path,
+        total: int,
+        step: int,
+        main: bool,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self.output, self.main, self.track = output, main, track
         self.console = Console(quiet=not main)
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         output.mkdir(parents=True, exist_ok=True)
-        for name in ("train", "validation"):
+        for name in ("train", "validation", "validation_ema"):
             _drop_lines_after(output / f"{name}.csv", step)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self.progress = Progress(
@@ -59,6 +70,8 @@ class Log:
             writer.writerow([step, *values.values()])
         for key, value in values.items():
             self.board.add_scalar(f"{name}/{key}", value, step)
+        if self.track is not None:
+            self.track({f"{name}/{key}": value for key, value in values.items()}, step)
 
     def step(self, step: int, message: str) -> None:
         """Moves the progress bar."""
@@ -89,6 +102,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     # If the process was killed while it wrote a line, the line is incomplete and its step is repeated.
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join([*lines[:1], *kept]))
-    part.replace(path)
+    write_text(path, "".join([*lines[:1], *kept]))

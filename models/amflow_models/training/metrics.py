@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amflow_models.files import written_whole
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -69,4 +71,5 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     figure.colorbar(image, label="fraction of the label's videos")
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110)

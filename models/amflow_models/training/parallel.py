@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_wandb_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,18 +41,27 @@ def cpu_has_bf16() -> bool:
     )
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator(precision: str, *, wandb: bool = False) -> Accelerator:
     """The accelerator of the processes that torchrun (or ``accelerate launch``) started, or of this one process.
 
     Args:
-        precision: "fp32" or "bf16", see `choose_precision`.
+        precision: "fp32", "bf16" or "fp16", see `choose_precision`.
+        wandb: log to Weights & Biases, too.
 
     Raises:
+        ValueError: the precision is fp16, and there is no GPU.
+        ModuleNotFoundError: wandb is wanted and not installed.
         RuntimeError: accelerate found another number of processes than were started.
     """
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("training.precision: fp16 needs a GPU, and there is none here; expected bf16, fp32 or auto")
+    if wandb and not is_wandb_available():
+        raise ModuleNotFoundError("training.wandb: the package wandb is missing: pip install wandb", name="wandb")
     # Without `cpu`, accelerate would treat each process on a CPU as a run of its own.
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision="no" if precision == "fp32" else precision
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with="wandb" if wandb else None,
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:

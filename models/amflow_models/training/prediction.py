@@ -57,7 +57,8 @@ def predict(
     """
     batch, classes = config.evaluation.batch, config.data.num_classes
     together = max(1, batch // accelerator.num_processes)  # clips per call of the model
-    batches = EvaluationBatches(len(dataset), batch, rank=accelerator.process_index, world=accelerator.num_processes)
+    processes = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    batches = EvaluationBatches(len(dataset), batch, views=dataset.views, **processes)
     probabilities = torch.zeros(len(dataset), classes)
     labels = torch.zeros(len(dataset), dtype=torch.int64)
     read = torch.zeros(len(dataset), dtype=torch.bool)

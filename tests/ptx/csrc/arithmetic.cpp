@@ -18,7 +18,14 @@ double deviation(u64 function, float x, float y = 0) {
   return static_cast<double>(random >> 11) * 0x1p-52 - 1;
 }
 
-// Reciprocals and quotients are made of significands: exponents don't change their relative errors.
+// The unit in the last place of the float nearest to x.
+double ulp(double x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  return std::ldexp(1., exponent - 24);
+}
+
+// Reciprocals and quotients are made of significands: exponents don't change their errors in units in the last place.
 float significand(float x) {
   int exponent;
   return std::frexp(std::fabs(x), &exponent);
@@ -26,27 +33,28 @@ float significand(float x) {
 
 float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x; }
 
-// Maximum relative error 2^-22. The manual promises exactly 1 only for 0 and subnormal numbers; all arguments that no
-// float beside 1 is nearer to give it here, since hardware makes a fixed-point number of the argument.
+// The maximum error is 2 units in the last place from the correctly rounded result. The manual promises exactly 1 only
+// for 0; all arguments that no float beside 1 is nearer to give it here, since hardware makes a fixed-point number of
+// the argument.
 float ex2(float x) {
   if (!(std::fabs(x) > 0x1p-25f)) return std::isnan(x) ? x : 1.f;
   if (std::isinf(x)) return x > 0 ? x : 0.f;
-  return static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + 0x1.8p-23 * deviation(EX2, x)));
+  const double rounded = static_cast<float>(std::exp2(static_cast<double>(x)));
+  return static_cast<float>(rounded + 2 * ulp(rounded) * deviation(EX2, x));
 }
 
-// Maximum relative error 2^-23, with the rounding to float.
+// The maximum error is 1 unit in the last place, half of which is the rounding to float.
 float rcp(float x) {
   const double exact = 1 / static_cast<double>(x);
   if (x == 0 || !std::isfinite(x)) return static_cast<float>(exact);
-  return static_cast<float>(exact * (1 + 0x1p-24 * deviation(RCP, significand(x))));
+  return static_cast<float>(exact + 0.5 * ulp(exact) * deviation(RCP, significand(x)));
 }
 
-// Maximum error of 2 units in the last place, hence relative 2^-23 at least, where the divisor's magnitude lies within
-// 2^-126 .. 2^126.
+// The maximum error is 2 units in the last place, half a unit of which is the rounding to float.
 float div_full(float a, float b) {
   const double exact = static_cast<double>(a) / b;
   if (!std::isfinite(exact) || exact == 0) return static_cast<float>(exact);
-  return static_cast<float>(exact * (1 + 0x1.8p-24 * deviation(DIV, significand(a), significand(b))));
+  return static_cast<float>(exact + 1.5 * ulp(exact) * deviation(DIV, significand(a), significand(b)));
 }
 
 // As the instructions: a NaN operand is ignored, and -0 is less than +0.
