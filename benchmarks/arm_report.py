@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import itertools
 import re
 import subprocess
 import tempfile
@@ -82,13 +83,16 @@ def error_rows() -> list[Row]:
     """For each instruction set, result and dtype: how many cases, and the largest error as a share of its budget."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for name in SUBJECTS:
-        subject = replace(c.SUBJECTS[name], all_rows=60)
+        subject = replace(c.SUBJECTS[name], all_rows=None)
+        flows, products = c.flow_cases(subject), c.matmul_cases(subject)
         with subject.context():
-            for cases, shares in ((c.flow_cases(subject), flow_shares), (c.matmul_cases(subject), matmul_shares)):
-                for case in cases:
-                    for result, share in shares(case, name):
-                        key = (name, result, str(case.dtype).removeprefix("torch."))
-                        found.setdefault(key, []).append(share)
+            runs = itertools.chain(
+                ((case, flow_shares(case, name)) for case in flows),
+                ((case, matmul_shares(case, name)) for case in products),
+            )
+            for case, shares in runs:
+                for result, share in shares:
+                    found.setdefault((name, result, str(case.dtype).removeprefix("torch.")), []).append(share)
     return [
         {"kernels": name, "result": result, "dtype": dtype, "cases": len(shares), "worst": round(max(shares), 3)}
         for (name, result, dtype), shares in sorted(found.items())
