@@ -1,20 +1,20 @@
-"""Executes the CPU kernels for 64-bit ARM under qemu and counts the instructions of their products; writes the tables
-of docs/arm.md and their data.
+"""Executes the CPU kernels for 64-bit ARM under qemu and counts the instructions of their products, for docs/arm.md.
 
-python -m benchmarks.arm_report
+python -m benchmarks.arm_report --write
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import datetime
-import itertools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from amflow_kernels import _build
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import MatmulProblem, Problem
-from benchmarks.result_files import RESULTS, Row, dumps
+from benchmarks.result_files import RESULTS, Row, add_write, dumps
 from benchmarks.tables import Table
 from tests.arm import executed, loops
 from tests.kernels import conformance as c
@@ -84,15 +84,13 @@ def error_rows() -> list[Row]:
     found: dict[tuple[str, str, str], list[float]] = {}
     for name in SUBJECTS:
         subject = replace(c.SUBJECTS[name], all_rows=None)
-        flows, products = c.flow_cases(subject), c.matmul_cases(subject)
         with subject.context():
-            runs = itertools.chain(
-                ((case, flow_shares(case, name)) for case in flows),
-                ((case, matmul_shares(case, name)) for case in products),
-            )
-            for case, shares in runs:
-                for result, share in shares:
-                    found.setdefault((name, result, str(case.dtype).removeprefix("torch.")), []).append(share)
+            tables: list[tuple[Any, Any]] = [(c.flow_cases, flow_shares), (c.matmul_cases, matmul_shares)]
+            for cases, shares in tables:
+                for case in cases(subject):
+                    for result, share in shares(case, name):
+                        key = (name, result, str(case.dtype).removeprefix("torch."))
+                        found.setdefault(key, []).append(share)
     return [
         {"kernels": name, "result": result, "dtype": dtype, "cases": len(shares), "worst": round(max(shares), 3)}
         for (name, result, dtype), shares in sorted(found.items())
@@ -200,7 +198,22 @@ def write_page(saved: Row) -> None:
     PAGE.write_text(page)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measures and prints; with ``--write``, writes the page's tables and their data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arm_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_write(parser, RESULT, PAGE)
+    write = parser.parse_args().write
     saved = document()
-    RESULT.write_text(dumps(saved))
-    write_page(saved)
+    for table in (error_table(saved), count_table(saved), loop_table(saved)):
+        print(table.plain(), end="\n\n")
+    if write:
+        RESULT.write_text(dumps(saved))
+        write_page(saved)
+
+
+if __name__ == "__main__":
+    main()

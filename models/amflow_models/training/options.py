@@ -27,7 +27,7 @@ _MARKS = re.compile(r"(<!-- (options|resuming) -->\n).*?(<!-- end -->)", re.S)
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
     """The text about each field in a section's docstring; fields that are described together share one."""
     attributes = (inspect.getdoc(section) or "").partition("Attributes:\n")[2]
-    found = {}
+    found: dict[str, str] = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): (.+?)(?=\n    \w|\n*\Z)", attributes, re.M | re.S):
         found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found
