@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_KEPT = 32 << 20  # bytes of tables: 4 million frames
+_KEPT = 8 << 20  # bytes of tables in a thread: a million frames, or 10 hours of video
 
 
 @dataclass(frozen=True)
