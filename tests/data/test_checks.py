@@ -285,6 +285,15 @@ def test_a_subset_may_lack_classes_in_training(copies: list[Path], tmp_path: Pat
     assert main([*words, "--subset"]) == 0
 
 
+def test_videos_may_have_several_labels_where_that_is_asked_for(copies: list[Path], tmp_path: Path) -> None:
+    """Several lines of a list, or several labels in one."""
+    assert copies[0].name == "a.mp4"
+    path = str(write(tmp_path / "list.txt", "a.mp4 0,2\na.mp4 1\n"))
+    words = ["check", path, "--kind", "mmaction", "--num-classes", "3"]
+    assert main(words) == 1
+    assert main([*words, "--multi-label"]) == 0
+
+
 def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = ["check", str(smarthome), "--kind", "smarthome", "--quick", "--split"]
     assert main([*check, "cross_view2"]) == 0
