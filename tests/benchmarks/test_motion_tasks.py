@@ -227,7 +227,7 @@ def test_photograph_and_digits_are_independent_of_the_class(task: str) -> None:
     drawn = scenes(task)
     rows = [
         [
-            CLIPS.index(scene.photograph[0]),
+            list(CLIPS).index(scene.photograph[0]),
             scene.photograph[1],
             *(value for d in scene.digits for value in (d.sample, d.side, d.outline, *d.fill)),
         ]

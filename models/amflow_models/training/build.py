@@ -27,7 +27,7 @@ from amflow_models.weights import load_trained
 SPLITS = ("train", "validation", "test")
 _ADVICE = (
     "  `amflow data check --all` names every case, --write-clean writes a list without them; data.missing=skip leaves "
-    "missing videos out, data.subset=true trains without some classes"
+    "missing videos out, data.subset=true trains without some classes, data.multi_label=true takes several labels"
 )
 SYNTHETIC_STEPS = 20  # per epoch of synthetic clips
 _ADAPTERS = ("form", "bottleneck", "unit", "pooled", "centred", "gate", "align")
