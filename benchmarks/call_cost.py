@@ -81,7 +81,7 @@ def calls() -> dict[str, Call]:
     native, bits = torch.ops.amflow_native, {"AVX2": 256, "AVX512": 512}[torch.backends.cpu.get_cpu_capability()]
     empty_flow = empty_op(ops.am_flow, lambda: (torch.empty(shape.flow()), torch.empty(0)))
     empty_matmul = empty_op(ops.am_flow_matmul, lambda: torch.empty(shape.features()))
-    folded = [t.flatten(0, 1) for t in (q, k, v)]
+    q_images, k_images, v_images = (t.flatten(0, 1) for t in (q, k, v))
     first, second = (tuple(t[:, n : n + 1] for t in (q, k)) for n in (0, 1))
     frame = [t[:, 0] for t in (q, k)]
     stream = AMFlowStream()
@@ -91,18 +91,18 @@ def calls() -> dict[str, Call]:
         "empty op": lambda: empty_flow(q, k, *flow_args),
         "empty op, motion operator": lambda: empty_matmul(q, k, None, None, x, *options, False, False, None),
         "empty autograd node": lambda: EmptyNode.apply(lambda: torch.empty(shape.flow()), q_grad, k, *flow_args),
-        "SDPA": lambda: scaled_dot_product_attention(folded[0], folded[1], folded[2]),
+        "SDPA": lambda: scaled_dot_product_attention(q_images, k_images, v_images),
         "native am_flow": lambda: native.am_flow.default(flow, q, k, None, None, *options, 0, False, bits),
         "native am_flow_matmul": lambda: native.am_flow_matmul.default(
             y, q, k, None, None, x, *options, False, False, bits
         ),
         "am_flow": lambda: am_flow(q, k),
-        "am_flow, folded": lambda: am_flow(*folded[:2], num_frames=shape.T),
+        "am_flow, folded": lambda: am_flow(q_images, k_images, num_frames=shape.T),
         "am_flow, gradients": lambda: am_flow(q_grad, k),
         "am_flow_pair": lambda: am_flow_pair(*first, *second),
         "am_flow_matmul": lambda: am_flow_matmul(q, k, x),
         "am_flow_matmul, gradients": lambda: am_flow_matmul(q_grad, k, x),
-        "am_flow_attention": lambda: am_flow_attention(folded[0], folded[1], folded[2], num_frames=shape.T),
+        "am_flow_attention": lambda: am_flow_attention(q_images, k_images, v_images, num_frames=shape.T),
         "AMFlowStream": lambda: stream(*frame),
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import precision, result_files, tables
+from benchmarks import call_cost, many_threads, precision, result_files, tables
 from benchmarks.shapes import NOTES
 
 RESULTS = sorted(result_files.RESULTS.glob("*.json"))
@@ -64,6 +64,21 @@ def test_tables_have_a_row_for_each_shape_and_mark_the_shapes_with_a_note(path: 
 
 def test_the_page_on_precision_is_made_from_its_committed_data() -> None:
     assert precision.page(json.loads(precision.RESULT.read_text())) == precision.PAGE.read_text()
+
+
+def test_the_page_of_benchmarks_has_the_simulated_cores_and_the_counted_calls() -> None:
+    page = (result_files.RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    assert many_threads.table(json.loads(many_threads.RESULT.read_text())["shares"], "avx512").markdown() in page
+    for row in json.loads(call_cost.RESULT.read_text())["overhead"]:
+        counts = f"{row['instructions'] / 1e3:.0f} | {row['yardstick'] / 1e3:.0f}"
+        assert f"| {row['call']} | {counts} | {row['multiple']:.1f}x |" in page
+
+
+def test_simulated_cores_wait_for_earlier_parts_of_a_sum() -> None:
+    """Two cores and three items: the second ends after the first, to whose sum it adds."""
+    items = [many_threads.Item(5, 1, 0), many_threads.Item(2, 1, 0), many_threads.Item(3, 0, 1)]
+    assert many_threads.duration(items, 1) == 12
+    assert many_threads.duration(items, 2) == 9
 
 
 def test_the_triton_report_is_made_from_its_committed_data() -> None:
