@@ -10,6 +10,7 @@ from torch import nn
 from amflow_models.cli.errors import CommandError
 from amflow_models.cli.offline import dinov2_vit_small
 from amflow_models.suggestions import check_known
+from amflow_models.unpickling import tensors_only
 
 OFFLINE_BACKBONE = "vit_small_patch14_dinov2"
 
@@ -29,8 +30,8 @@ def create_backbone(
 
     Raises:
         ValueError: an unknown name (the nearest known ones are named), a size that the model does not support,
-            weights that can't be downloaded, or a file that does not exist or does not fit (missing and unexpected
-            names are listed).
+            weights that can't be downloaded, or a file that does not exist, does not fit (missing and unexpected
+            names are listed), or holds objects that could run code.
         ModuleNotFoundError: timm, or a package of the demo extra, is missing.
     """
     import timm
@@ -57,9 +58,11 @@ def create_backbone(
             # only the weights that fit and leave the rest of the model random.
             heads: Any = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
             heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-            state = {key: x for key, x in load_state_dict(str(file)).items() if not key.startswith(heads)}
+            with tensors_only(file):
+                state = {key: x for key, x in load_state_dict(str(file)).items() if not key.startswith(heads)}
             options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
-        return timm.create_model(name, **options).eval()
+        with tensors_only(f"the pretrained weights of {name}"):
+            return timm.create_model(name, **options).eval()
     except ModuleNotFoundError:
         raise
     except Exception as error:  # errors of timm, of file readers and of the hub have no common base class
