@@ -81,7 +81,7 @@ def calls() -> dict[str, Call]:
     native, bits = torch.ops.amflow_native, {"AVX2": 256, "AVX512": 512}[torch.backends.cpu.get_cpu_capability()]
     empty_flow = empty_op(ops.am_flow, lambda: (torch.empty(shape.flow()), torch.empty(0)))
     empty_matmul = empty_op(ops.am_flow_matmul, lambda: torch.empty(shape.features()))
-    folded = [t.flatten(0, 1) for t in (q, k, v)]
+    folded: Any = [t.flatten(0, 1) for t in (q, k, v)]
     first, second = (tuple(t[:, n : n + 1] for t in (q, k)) for n in (0, 1))
     frame = [t[:, 0] for t in (q, k)]
     stream = AMFlowStream()
@@ -202,7 +202,7 @@ def count_with(requests: ctypes.CDLL) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.call_cost", description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    result_files.add_write(parser, RESULT)
     parser.add_argument("--count-with", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
