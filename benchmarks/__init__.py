@@ -11,8 +11,11 @@ Other commands, which describe their options with --help; only --write overwrite
     python -m benchmarks.precision                 errors of float32, 16-bit and the centred form: docs/precision.md
     python -m benchmarks.training_step             the cost of adapters in training and inference
     python -m benchmarks.motion                    accuracy of adapters on tasks that only motion can solve
+    python -m benchmarks.families                  record_am_flow on small models of every family: docs/families.md
+    python -m benchmarks.decoding                  reading of videos
+    python -m benchmarks.arm_report                the kernels for 64-bit ARM under an emulator: docs/arm.md
     python -m benchmarks.gpu.suite                 correctness, time and memory on a GPU; --dry-run without one
     python -m benchmarks.gpu.warm_cache            compiles the suite's kernels beforehand, without a GPU
-    python -m benchmarks.gpu.triton_report        figures of the compiled Triton kernels: docs/triton_report.md
+    python -m benchmarks.gpu.triton_report         figures of the compiled Triton kernels: docs/triton_report.md
     python -m benchmarks.gpu.cuda_report           figures of the compiled CUDA kernels: docs/cuda_report.md
 """

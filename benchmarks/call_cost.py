@@ -202,7 +202,7 @@ def count_with(requests: ctypes.CDLL) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.call_cost", description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    result_files.add_write(parser, RESULT)
     parser.add_argument("--count-with", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -108,7 +108,7 @@ def table(rows: list[Row], isa: str) -> Table:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_threads", description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULT.name}")
+    result_files.add_write(parser, RESULT)
     args = parser.parse_args()
     measured = rows()
     for isa in ISAS:
