@@ -243,7 +243,8 @@ def _require_second_frames(q_b: Tensor, k_b: Tensor) -> None:
 
 def _flow(problem: Problem, impl: str | None) -> Tensor:
     check_impl(impl, problem)
-    flow, _ = ops.am_flow(
+    flow, _ = ops.call_checked(
+        ops.am_flow, problem,
         *problem.frames, problem.lse, problem.lse_b, problem.logit_scale, problem.shift, float(problem.temperature),
         problem.head_reduction, problem.center, impl,
     )  # fmt: skip
@@ -252,7 +253,9 @@ def _flow(problem: Problem, impl: str | None) -> Tensor:
 
 def _product(problem: MatmulProblem, impl: str | None) -> Tensor:
     check_impl(impl, problem)
-    return ops.am_flow_matmul(
+    y: Tensor = ops.call_checked(
+        ops.am_flow_matmul, problem,
         *problem.frames, problem.x, problem.logit_scale, problem.shift, float(problem.temperature),
         problem.transpose, problem.softmax, impl,
     )  # fmt: skip
+    return y

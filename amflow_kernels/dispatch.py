@@ -71,24 +71,33 @@ def _no_backward(chosen: Implementation, problem: MapPairs) -> str | None:
 
 def choose(problem: MapPairs, impl: str | None) -> Choice:
     """The implementation for a problem. Raises RuntimeError if the one asked for can't run here."""
+    name, reasons = _choose(problem, impl)
+    device, dtype = problem.q.device.type, problem.q.dtype
+    if impl is not None:
+        return Choice(name, "asked for", fallback=False)
+    if name != _LAST_RESORT:
+        return Choice(name, "; ".join([f"fused kernel for {device} and {dtype}", *reasons]), fallback=False)
+    if dtype == torch.float64:
+        return Choice(name, "float64 is computed in plain PyTorch", fallback=False)
+    return Choice(name, "; ".join(reasons or [f"no fused kernel for {device}"]), fallback=True)
+
+
+def _choose(problem: MapPairs, impl: str | None) -> tuple[str, list[str]]:
+    """The name of the implementation for a problem, and why others, which are preferred to it, can't run."""
     if impl is not None:
         why_not = IMPLEMENTATIONS[impl].unavailable()
         if why_not:
             raise RuntimeError(f"amflow_kernels: impl={impl!r} can't run: {why_not}")
-        return Choice(impl, "asked for", fallback=False)
-    device, dtype = problem.q.device.type, problem.q.dtype
+        return impl, []
     reasons: list[str] = []
-    for name in _PREFERENCE.get(device, ()):
+    for name in _PREFERENCE.get(problem.q.device.type, ()):
         candidate = IMPLEMENTATIONS[name]
         why_not = candidate.unsupported(problem) or candidate.not_chosen(problem) or candidate.unavailable()
         why_not = why_not or _no_backward(candidate, problem)
         if why_not is None:
-            return Choice(name, "; ".join([f"fused kernel for {device} and {dtype}", *reasons]), fallback=False)
+            return name, reasons
         reasons.append(f"{name}: {why_not}")
-    if dtype == torch.float64:
-        return Choice(_LAST_RESORT, "float64 is computed in plain PyTorch", fallback=False)
-    reasons = reasons or [f"no fused kernel for {device}"]
-    return Choice(_LAST_RESORT, "; ".join(reasons), fallback=True)
+    return _LAST_RESORT, reasons
 
 
 _warned: set[str] = set()
@@ -99,17 +108,17 @@ def implementation(problem: MapPairs, impl: str | None) -> Implementation:
 
     Warns if no fused kernel can run where one was expected, and if the layout of q and k looks like another one.
     """
-    choice = choose(problem, impl)
-    if choice.fallback:
+    name, _ = _choose(problem, impl)
+    if name == _LAST_RESORT and (choice := choose(problem, impl)).fallback:
         _warn_once(
             f"no fused kernel runs here ({choice.reason}); plain PyTorch computes AM flow by blocks of query rows, "
-            f"slower than a kernel. impl={choice.name!r} asks for it without this warning.",
+            f"slower than a kernel. impl={name!r} asks for it without this warning.",
             RuntimeWarning,
         )
     doubt = _doubt_of_layout(problem)
     if doubt:
         _warn_once(doubt, UserWarning)
-    return IMPLEMENTATIONS[choice.name]
+    return IMPLEMENTATIONS[name]
 
 
 def _warn_once(message: str, category: type[Warning]) -> None:
@@ -120,7 +129,7 @@ def _warn_once(message: str, category: type[Warning]) -> None:
 
 def _doubt_of_layout(problem: MapPairs) -> str | None:
     """Why q and k may be in another layout than they are read in, or None."""
-    _, _, heads, *_, tokens, _ = problem.q.shape
+    heads, tokens = problem.heads, problem.Nq
     if tokens >= heads or problem.Nk >= heads:
         return None
     return (
@@ -143,8 +152,12 @@ def saved_size(problem: Problem, impl: str | None) -> int:
     """Elements of what a forward saves. Traced code must know it: it does not depend on what is available here."""
     if impl is not None:
         return IMPLEMENTATIONS[impl].saved_size(problem)
-    candidates = (IMPLEMENTATIONS[name] for name in _PREFERENCE.get(problem.q.device.type, ()))
-    return max((c.saved_size(problem) for c in candidates if c.unsupported(problem) is None), default=0)
+    size = 0
+    for name in _PREFERENCE.get(problem.q.device.type, ()):
+        candidate = IMPLEMENTATIONS[name]
+        if candidate.unsupported(problem) is None:
+            size = max(size, candidate.saved_size(problem))
+    return size
 
 
 def uses_lse(problem: MapPairs, impl: str | None) -> bool:
@@ -156,7 +169,7 @@ def uses_lse(problem: MapPairs, impl: str | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.frames):
         return False
-    return IMPLEMENTATIONS[choose(problem, impl).name].uses_lse(problem)
+    return IMPLEMENTATIONS[_choose(problem, impl)[0]].uses_lse(problem)
 
 
 @dataclass(frozen=True)

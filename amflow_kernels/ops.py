@@ -6,11 +6,19 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 """
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
+from torch._C import DispatchKey, DispatchKeySet
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+)
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -19,20 +27,74 @@ from amflow_kernels.impl.base import empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 _LIBRARY = library.Library("amflow", "FRAGMENT")
+_KERNELS: dict[OpOverload, Callable[..., Any]] = {}  # the functions of the ops
 
 
 def _op(function: Callable[..., Any]) -> OpOverload:
     """Makes a function the op ``amflow::<its name>``; the function's types are its schema.
 
     PyTorch's `custom_op` does the same, and lets each call pass through more Python. Like it, this one keeps
-    torch.compile out of the kernels, which it would trace where a graph break leaves a call to Python.
+    torch.compile out of the kernels.
     """
     name = function.__name__
     schema = library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _untraced(function), "CompositeExplicitAutograd")
     op: OpOverload = getattr(torch.ops.amflow, name).default
+    _KERNELS[op] = function
     return op
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile out of a kernel, which it would trace where a graph break leaves a call to Python.
+
+    PyTorch's own means imports torch._dynamo in the first call and costs each call as much as all checks. It is needed
+    only while torch.compile watches this thread.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    def kernel(*args: Any) -> Any:
+        return function(*args) if get_eval_frame_callback() is None else disabled(*args)
+
+    set_code_exec_strategy(kernel.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    return kernel
+
+
+class _Checked(threading.local):
+    """The problem that a public function calls an op with in this thread, and the op's arguments."""
+
+    problem: Any = None
+    arguments: tuple[Any, ...] = ()
+
+
+_checked = _Checked()
+
+
+def call_checked(op: OpOverload, problem: MapPairs, *arguments: Any) -> Any:
+    """Calls an op with the arguments of a problem, and spares it the checks that the problem has made."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    _checked.problem, _checked.arguments = problem, arguments
+    try:
+        return op(*arguments)
+    finally:
+        _checked.problem, _checked.arguments = None, ()
+
+
+def _checked_problem(*arguments: Any) -> Any:
+    """The problem that `call_checked` has handed over if an op's arguments are those of that call, else None.
+
+    Tensors must be the very same: a mode, a transform or autograd may have put others in their place.
+    """
+    if _checked.problem is None:
+        return None
+    for value, checked in zip(arguments, _checked.arguments, strict=False):
+        if value is not checked and not (type(value) is type(checked) and type(value) in _NUMBERS and value == checked):
+            return None
+    return _checked.problem if len(arguments) == len(_checked.arguments) else None
+
+
+_NUMBERS = (float, int, str)  # options that pass through PyTorch's dispatcher are equal and may be other objects
 
 
 @_op
@@ -54,11 +116,15 @@ def am_flow(
 
     lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them, and only without gradients.
     """
-    q, k, q_b, k_b = _readable(q, k, q_b, k_b)
-    problem = Problem(
-        q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
-        head_reduction=head_reduction, center=center,
+    problem = _checked_problem(
+        q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl
     )  # fmt: skip
+    if problem is None:
+        q, k, q_b, k_b = _readable(q, k, q_b, k_b)
+        problem = Problem(
+            q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
+            head_reduction=head_reduction, center=center,
+        )  # fmt: skip
     if _is_empty(problem):
         return _empty_flow(problem, impl)
     flow, saved = implementation(problem, impl).forward(problem)
@@ -147,11 +213,13 @@ def am_flow_matmul(
     impl: str | None,
 ) -> Tensor:
     """op x of every pair, with op = M or P, or its transpose: (B, P, *G, Nq, C), or (B, P, *G, Nk, C) transposed."""
-    q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
-    problem = MatmulProblem(
-        q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
-        softmax=softmax,
-    )  # fmt: skip
+    problem = _checked_problem(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, impl)
+    if problem is None:
+        q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
+        problem = MatmulProblem(
+            q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
+            softmax=softmax,
+        )  # fmt: skip
     return _empty_product(problem) if _is_empty(problem) else implementation(problem, impl).matmul(problem)
 
 
@@ -229,10 +297,9 @@ def _readable(*tensors: Any) -> list[Any]:
     strides than the example that they were made from.
     """
 
-    def readable(x: Tensor | None) -> bool:
-        return x is None or x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1
-
-    return [x if readable(x) else x.contiguous() for x in tensors]
+    return [
+        x if x is None or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors
+    ]
 
 
 def _check_gradient(name: str, value: Tensor, problem: MapPairs, shape: tuple[int, ...]) -> None:
@@ -360,7 +427,11 @@ def _register_autograd(
     PyTorch's `register_autograd` does the rest as well, but reads the schema in every call that needs gradients.
     """
 
+    own_kernel = _KERNELS[op]
+
     def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        if not keyset.raw_repr() & _BETWEEN:  # the dispatcher would call the op's own kernel next
+            return own_kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -380,7 +451,7 @@ def _register_autograd(
         needs_gradients = False
         for x in args:
             if isinstance(x, Tensor):
-                if forward_ad.unpack_dual(x).tangent is not None:
+                if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
                     raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
                 needs_gradients = needs_gradients or x.requires_grad
         if not (needs_gradients and torch.is_grad_enabled()):
@@ -390,8 +461,12 @@ def _register_autograd(
             raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
         return function.apply(keyset, *(args if arguments is None else arguments(*args)))
 
-    _LIBRARY.impl(op._opname, torch._disable_dynamo(kernel), "Autograd", with_keyset=True)
+    _LIBRARY.impl(op._opname, _untraced(kernel), "Autograd", with_keyset=True)
 
+
+# What may come between autograd and the kernel of an op on a CPU or a GPU: modes, functionalization, fake tensors, ...
+_OWN = DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.CUDA)
+_BETWEEN = torch._C._after_ADInplaceOrView_keyset.raw_repr() & ~_OWN.raw_repr()
 
 _GRADIENTS = (
     "amflow_kernels: AM flow has first-order gradients by backward() and torch.autograd.grad, also through torch.vmap"

@@ -24,6 +24,7 @@ MAX_FEATURES = 256
 MIN_TEMPERATURE = 1 / 64
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 class FlowOptions(TypedDict, total=False):
@@ -36,9 +37,9 @@ class FlowOptions(TypedDict, total=False):
     out_dtype: torch.dtype | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: then setting the fields would take as long as checking them
 class MapPairs:
-    """Pairs of attention maps, the input of both operators.
+    """Pairs of attention maps, the input of both operators. Its fields are not to be changed.
 
     Attributes:
         q: queries, (B, T, *G, Nq, D), G = (heads,) or (heads, windows). In pair form those of the first frames.
@@ -82,7 +83,7 @@ class MapPairs:
             raise TypeError(f"lag: expected an int, got {type(self.lag).__name__}")
         if self.lag < 1:
             raise ValueError(f"lag: expected at least 1, got {self.lag}")
-        if self.lag >= self.T:
+        if self.lag >= self.q.shape[1]:
             raise ValueError(f"q: expected more frames (T) than lag = {self.lag}, got T = {self.T}")
 
     def _check_pair_form(self) -> None:
@@ -156,7 +157,7 @@ class MapPairs:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Problem(MapPairs):
     """A call of `am_flow`, or in pair form of `am_flow_pair`.
 
@@ -179,10 +180,12 @@ class Problem(MapPairs):
         if self.head_reduction not in HEAD_REDUCTIONS:
             raise ValueError(f"head_reduction: expected one of {HEAD_REDUCTIONS}, got {self.head_reduction!r}")
         _check_bool("center", self.center)
-        _check_out_dtype(self.out_dtype, self.center)
-        names = ("lse_a", "q_a") if self.pair else ("lse", "q")
-        _check_lse(self.lse, self.q, *names)
-        if self.q_b is not None:
+        if self.out_dtype is not None:
+            _check_out_dtype(self.out_dtype, self.center)
+        if self.lse is not None:
+            names = ("lse_a", "q_a") if self.pair else ("lse", "q")
+            _check_lse(self.lse, self.q, *names)
+        if self.lse_b is not None and self.q_b is not None:
             _check_lse(self.lse_b, self.q_b, "lse_b", "q_b")
 
     @property
@@ -193,11 +196,11 @@ class Problem(MapPairs):
     @property
     def flow_shape(self) -> tuple[int, ...]:
         """(B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head reduction."""
-        groups = self.q.shape[2:-2] if self.head_reduction == "none" else self.q.shape[3:-2]
-        return (self.B, self.P, *groups, self.Nk)
+        B, T, *groups, _, _ = self.q.shape
+        return (B, T - self.shift, *(groups if self.head_reduction == "none" else groups[1:]), self.Nk)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MatmulProblem(MapPairs):
     """A call of `am_flow_matmul`, or in pair form of `am_flow_matmul_pair`.
 
@@ -328,9 +331,7 @@ def check_frames(q: Tensor | None, k: Tensor | None, q_name: str, k_name: str) -
         raise ValueError(
             f"{k_name}: expected {len(q_shape)} dimensions as {q_name}, got {len(k_shape)}: {tuple(k_shape)}"
         )
-    *q_lead, _, q_width = q_shape
-    *k_lead, _, k_width = k_shape
-    if q_lead != k_lead or q_width != k_width:
+    if q_shape[:-2] != k_shape[:-2] or q_shape[-1] != k_shape[-1]:
         raise ValueError(
             f"{k_name}: expected the shape of {q_name} but for the tokens (dimension -2), "
             f"{tuple(q_shape)}, got {tuple(k_shape)}"
@@ -350,8 +351,8 @@ def _check_tokens(name: str, value: Tensor | None) -> None:
             f"{name}: expected (B, T, heads, N, D) or (B, T, heads, windows, N, D), "
             f"got {len(shape)} dimensions: {tuple(shape)}{_cure_of_folded(name, value)}"
         )
-    _, _, heads, *windows, N, D = shape
-    if heads == 0 or 0 in windows:
+    N, D = shape[-2], shape[-1]
+    if shape[2] == 0 or shape[-3] == 0:
         raise ValueError(f"{name}: expected at least one head and window, got shape {tuple(shape)}")
     if N == 0:
         raise ValueError(f"{name}: expected at least one token (dimension -2), got shape {tuple(shape)}")
@@ -374,9 +375,7 @@ def _cure_of_folded(name: str, value: Tensor) -> str:
     return f"; if it is (B * T, heads, N, D), frames folded into the batch, {cures}"
 
 
-def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
-    if lse is None:
-        return
+def _check_lse(lse: Tensor, q: Tensor, name: str, q_name: str) -> None:
     if not isinstance(lse, Tensor):
         raise TypeError(f"{name}: expected None or a torch.Tensor, got {type(lse).__name__}")
     check_dense(name, lse)
@@ -391,9 +390,7 @@ def _check_lse(lse: Tensor | None, q: Tensor, name: str, q_name: str) -> None:
         )
 
 
-def _check_out_dtype(out_dtype: torch.dtype | None, center: bool) -> None:
-    if out_dtype is None:
-        return
+def _check_out_dtype(out_dtype: torch.dtype, center: bool) -> None:
     if not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"out_dtype: expected None or a torch.dtype, got {type(out_dtype).__name__}")
     if out_dtype not in _DTYPES:
@@ -413,7 +410,6 @@ def _check_bool(name: str, value: bool) -> None:
 def _check_number(name: str, value: float, dtype: torch.dtype) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    largest = torch.finfo(dtype).max
-    if not -largest <= value <= largest:  # math.isfinite does not trace when the number is symbolic
+    if not -_LARGEST[dtype] <= value <= _LARGEST[dtype]:  # math.isfinite does not trace when the number is symbolic
         overflow = f", which {dtype} can't hold" if abs(value) < float("inf") else ""
         raise ValueError(f"{name}: expected a finite number, got {value}{overflow}")

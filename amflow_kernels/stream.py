@@ -87,7 +87,8 @@ class AMFlowStream:
                 )
         q_frame, k_frame = (x.unsqueeze(1) if isinstance(x, Tensor) else x for x in (q, k))
         check_frames(q_frame, k_frame, "q", "k")
-        check_impl(self._options["impl"], MapPairs(q_frame, k_frame, q_b=q_frame, k_b=k_frame))
+        if self._options["impl"] is not None:
+            check_impl(self._options["impl"], MapPairs(q_frame, k_frame, q_b=q_frame, k_b=k_frame))
         for name, value, last in zip(("q", "k"), (q, k), self._frames[-1] if self._frames else (), strict=False):
             for what in ("shape", "dtype", "device"):
                 now, before = getattr(value, what), getattr(last, what)

@@ -17,11 +17,11 @@ struct PairGradient {
 // One worker's memory.
 struct Scratch : MapScratch {
   Map head_map;           // the map of one head, for mean_map
-  PairGradient pairs[2];  // backward: the two latest pairs of the chain
-  float* flow;            // forward: [pair of the chain][2][key_rows], see `add_exactly`
+  PairGradient pairs[2];  // backward: the two latest pairs of the item
+  float* flow;            // forward: [pair of the item][2][key_rows], see `add_exactly`
 };
 
-int64_t flow_size(const Plan& plan) { return (plan.chain_frames - 1) * 2 * plan.key_rows; }
+int64_t flow_size(const Plan& plan) { return (plan.item_frames - 1) * 2 * plan.key_rows; }
 
 Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena) {
   Scratch s{};
@@ -40,14 +40,14 @@ Scratch layout(const Problem& pb, const Plan& plan, bool backward, Arena& arena)
 
 // ---- work items
 
-Plan plan_forward(const Problem& pb) {
+Plan plan_forward(const Problem& pb, int64_t threads) {
   Plan plan = plan_common(pb);
   // Enough items for many threads. The number of groups depends on neither B nor T: a pair has the same bits in any
   // batch or clip.
   plan.groups = min(plan.strips, div_up(128, plan.heads * pb.G));
-  plan.items = num_chains(pb, plan) * plan.groups;
+  divide(pb, plan, threads);
   plan.summed_heads = pb.reduction == Reduction::mean ? pb.H : 1;
-  plan.sums = num_chains(pb, plan) / plan.summed_heads;
+  plan.sums = num_chains(pb, plan) * plan.parts / plan.summed_heads;
   plan.sum_floats = plan.summed_heads * plan.groups > 1 ? flow_size(plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, false, arena);
@@ -55,13 +55,14 @@ Plan plan_forward(const Problem& pb) {
   return plan;
 }
 
-Plan plan_backward(const Problem& pb) {
+Plan plan_backward(const Problem& pb, int64_t threads) {
   Plan plan = plan_common(pb);
   plan.groups =
       min(plan.strips, div_up(12, num_chains(pb, plan)));  // fewer than in the forward: each group has its own dk
-  plan.items = num_chains(pb, plan) * plan.groups;
+  plan.owns_frames = true;
+  divide(pb, plan, threads);
   plan.summed_heads = 1;
-  plan.sums = num_chains(pb, plan);
+  plan.sums = num_chains(pb, plan) * plan.parts;
   plan.sum_floats = plan.groups > 1 && pb.dtype != Dtype::f32 && wants_dk(pb) ? dk_size(pb, plan) : 0;
   Arena arena{nullptr};
   layout(pb, plan, true, arena);
@@ -79,7 +80,7 @@ int64_t flow_offset(const Problem& pb, const WorkItem& item, int64_t pair) {
 // The map whose change is measured: that of one head, or (mean_map) the mean over all heads.
 void compute_map(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
                  Scratch& s, Map& map) {
-  const bool last = frame + 1 == chain_length(pb, item.chain);
+  const bool last = frame + 1 == item.frames;
   const MapIndex next_frame = map_index(pb, item, last ? frame : frame + 1, 0);
   if (pb.reduction != Reduction::mean_map)
     return compute_head_map(pb, plan, map_index(pb, item, frame, 0), last ? nullptr : &next_frame, strip, s, map);
@@ -144,11 +145,9 @@ void forward(const Problem& pb, const Plan& plan, int64_t index, float* scratch)
   Scratch s = layout(pb, plan, false, arena);
   fill_zeros(s.flow, flow_size(plan));
   const WorkItem item = work_item_at(pb, plan, index);
-  const int64_t frames = chain_length(pb, item.chain);
-  if (frames < 2) return;
-  for (int64_t i = item.group * plan.strips / plan.groups; i < (item.group + 1) * plan.strips / plan.groups; ++i) {
+  for (int64_t i = first_strip(plan, item.group); i < first_strip(plan, item.group + 1); ++i) {
     const Strip strip = strip_at(pb, plan, item, i);
-    for (int64_t frame = 0; frame < frames; ++frame) {
+    for (int64_t frame = 0; frame < item.frames; ++frame) {
       Map &previous = s.maps[(frame + 1) % 2], &current = s.maps[frame % 2];
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
@@ -167,8 +166,8 @@ void finish_forward(const Problem& pb, const Plan& plan, int64_t index, float* s
   const int64_t position = reduction_slot(pb, plan, index).position;
   const bool last = position == plan.summed_heads * plan.groups - 1;
   const double base = pb.center ? 0. : static_cast<double>(pb.Nq) / pb.Nk;
-  for (int64_t frame = 0; frame + 1 < chain_length(pb, item.chain); ++frame) {
-    float* flow = pb.flow + flow_offset(pb, item, pair_index(pb, item.chain, frame));
+  for (int64_t frame = 0; frame + 1 < item.frames; ++frame) {
+    float* flow = pb.flow + flow_offset(pb, item, pair_index(pb, item, frame));
     const float *part = s.flow + frame * 2 * plan.key_rows, *part_low = part + plan.key_rows;
     if (position || !last) {
       float *const sum = sums + frame * 2 * plan.key_rows, *const low = sum + plan.key_rows;
@@ -262,7 +261,7 @@ void backward_map(const Problem& pb, const Plan& plan, const WorkItem& item, int
                   const Map& map, const Gradient& gradient, const vec* rho, Scratch& s) {
   for (int64_t head = 0; head < plan.map_heads; ++head) {
     const MapIndex index = map_index(pb, item, frame, head);
-    float* const dk = s.dk ? s.dk + (frame * plan.map_heads + head) * pb.Nk * plan.d_cols
+    float* const dk = s.dk ? s.dk + ((frame - item.own_begin) * plan.map_heads + head) * pb.Nk * plan.d_cols
                            : reinterpret_cast<float*>(dk_row(pb, index, 0));
     if (pb.reduction != Reduction::mean_map) {
       backward_logits(pb, plan, index, strip, map, gradient, rho, s, dk);
@@ -281,6 +280,7 @@ void backward_map(const Problem& pb, const Plan& plan, const WorkItem& item, int
 // The map is the second of the pair `before` and the first of the pair `after`; either may be missing.
 void backward_map(const Problem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
                   const Map& map, const PairGradient* before, const PairGradient* after, Scratch& s) {
+  if (!item.owns(frame)) return;
   const auto first = [&](int64_t v) {
     return [y = after->y, g = after->g, slope = after->slope[v], intercept = after->intercept[v]](
                int64_t j, int64_t offset) { return load(y + offset) * fma(slope, set1(g[j]), -intercept); };
@@ -305,7 +305,8 @@ void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
   const WorkItem item = work_item_at(pb, plan, index);
-  const int64_t frames = chain_length(pb, item.chain);
+  const int64_t frames = item.frames;
+  if (frames == 0) return;
   for (int64_t i = first_strip(plan, item.group); i < first_strip(plan, item.group + 1); ++i) {
     const Strip strip = strip_at(pb, plan, item, i);
     const PairGradient* before = nullptr;
@@ -319,7 +320,7 @@ void backward(const Problem& pb, const Plan& plan, int64_t index, float* scratch
       compute_map(pb, plan, item, frame, strip, s, current);
       if (frame == 0) continue;
       PairGradient& pair = s.pairs[frame % 2];
-      load_dflow(pb, item, pair_index(pb, item.chain, frame - 1), pair.g);
+      load_dflow(pb, item, pair_index(pb, item, frame - 1), pair.g);
       if (pb.inv_temperature > 1) backward_pair<true>(pb, plan, strip, previous, current, pair);
       else backward_pair<false>(pb, plan, strip, previous, current, pair);
       backward_map(pb, plan, item, frame - 1, strip, previous, before, &pair, s);

@@ -30,18 +30,24 @@ struct Problem {
   const float* dflow;  // same shape; backward only
 };
 
-// How a problem is divided into work items. This depends only on the problem, never on the number of threads, and
-// partial sums are added in the order of the groups: results have the same bits for any number of threads.
+// How a problem is divided into work items: results have the same bits for any number of threads.
 //
 // A chain is a sequence of frames in which every two neighbours form a pair: each map is computed once per chain. A
-// work item is one (batch, head, window, chain) and a group of its strips; a strip is a few vectors of queries
-// against all keys.
+// strip is a few vectors of queries against all keys. A work item is one (batch, head, window, chain), a group of its
+// strips and a part of its frames.
+//
+// Partial sums are added in the order of strips and groups, which depend only on the problem. Parts add nothing to each
+// other: a forward's part owns pairs, and a backward's part owns frames, whose gradients it computes from the pairs on
+// both sides. Where parts meet, both compute the same maps, so there are no more parts than the threads need.
 struct Plan {
-  int64_t heads;      // heads that are separate items (1 for mean_map)
-  int64_t map_heads;  // heads that are averaged in one map (H for mean_map)
-  int64_t chains, chain_frames;
-  int64_t strips, strip_vectors;  // strips of one map; vectors in all of them together
-  int64_t groups;                 // of strips
+  int64_t heads;                    // heads that are separate items (1 for mean_map)
+  int64_t map_heads;                // heads that are averaged in one map (H for mean_map)
+  int64_t chains, chain_frames;     // frames of the longest chain
+  int64_t parts;                    // of a chain
+  bool owns_frames;                 // parts own frames, not pairs
+  int64_t item_frames, own_frames;  // of the longest item: frames that it reads, frames that it may own
+  int64_t strips, strip_vectors;    // strips of one map; vectors in all of them together
+  int64_t groups;                   // of strips
   int64_t items;
   int64_t blocks, key_rows, d_cols;  // key blocks; Nk and D, padded
   int64_t scratch;                   // floats that each worker needs
@@ -59,7 +65,7 @@ struct ReductionSlot {
 // same scratch, once all items with a lower position in the same sum have finished.
 template <class Problem>
 struct Pass {
-  Plan (*plan)(const Problem&);
+  Plan (*plan)(const Problem&, int64_t threads);
   ReductionSlot (*slot)(const Problem&, const Plan&, int64_t item);
   void (*run)(const Problem&, const Plan&, int64_t item, float* scratch);
   void (*finish)(const Problem&, const Plan&, int64_t item, float* scratch, float* sum);

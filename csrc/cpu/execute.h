@@ -28,7 +28,7 @@ inline Buffer allocate(int64_t floats) {
 // work(worker) for every worker, on as many threads as it likes; a worker that is idle takes the next item.
 template <class Problem, class Parallel>
 void execute(const Problem& pb, const Pass<Problem>& pass, int64_t threads, const Parallel& parallel) {
-  const Plan plan = pass.plan(pb);
+  const Plan plan = pass.plan(pb, threads);
   const int64_t workers = plan.items < threads ? plan.items : threads;
   const int64_t stride = (plan.scratch + 15) / 16 * 16;  // no two workers share a cache line
   const Buffer scratch = allocate(workers * stride), sums = allocate(plan.sums * plan.sum_floats);

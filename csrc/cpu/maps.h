@@ -56,7 +56,11 @@ struct MapIndex {
 };
 
 struct WorkItem {
-  int64_t b, h, g, chain, group;
+  int64_t b, h, g, chain, part, group;
+  int64_t first, frames;       // the frames of the chain that it reads; other indices count from the first of them
+  int64_t own_begin, own_end;  // the frames, or the first frames of the pairs, whose results are its own
+
+  bool owns(int64_t frame) const { return own_begin <= frame && frame < own_end; }
 };
 
 // One worker's memory for maps and their gradients.
@@ -69,7 +73,7 @@ struct MapScratch {
   // For the gradient.
   float* dlogits;  // [KEY_BLOCK][lane]
   float* dq;       // [lane][d_cols], or null if it is accumulated in the result
-  float* dk;       // [frame][head][Nk][d_cols], or null if it is accumulated in the result
+  float* dk;       // [own frame][head][Nk][d_cols], or null if it is accumulated in the result
 };
 
 // Hands out scratch memory; without a base it only counts.
@@ -84,9 +88,7 @@ struct Arena {
 };
 
 int64_t map_size(const Plan& plan) { return STRIP_VECTORS * plan.key_rows * W; }
-int64_t dk_size(const Problem& pb, const Plan& plan) {
-  return plan.chain_frames * plan.map_heads * pb.Nk * plan.d_cols;
-}
+int64_t dk_size(const Problem& pb, const Plan& plan) { return plan.own_frames * plan.map_heads * pb.Nk * plan.d_cols; }
 
 bool wants_dk(const Problem& pb) { return pb.frames[0].dk || pb.frames[1].dk; }
 
@@ -134,35 +136,71 @@ Plan plan_common(const Problem& pb) {
 // Chains of all batches, heads and windows.
 int64_t num_chains(const Problem& pb, const Plan& plan) { return pb.B * plan.heads * pb.G * plan.chains; }
 
-// Items are numbered in row-major order of (b, h, g, chain, group).
+// Frames of a chain.
+int64_t chain_length(const Problem& pb, int64_t chain) { return pb.pair_form ? 2 : div_up(pb.T - chain, pb.lag); }
+
+// Time of an item, in units that only compare plans of one pass. Roughly, a map takes 3 units for each vector of
+// queries, and its gradient 5: two products and what they multiply.
+int64_t run_cost(const Plan& plan, int64_t vectors, int64_t frames, int64_t owned) {
+  return vectors * (plan.owns_frames ? 3 * frames + 5 * owned : frames);
+}
+
+// The same for adding the item's dk to the result: reading one and writing the other takes as long as a product of two
+// to four vectors.
+int64_t finish_cost(const Plan& plan, int64_t owned) { return plan.owns_frames && plan.groups > 1 ? 8 * owned : 0; }
+
+// Chooses the number of parts with which the last thread ends first, and completes what follows from it. Threads take
+// items one after the other; groups finish in turn.
+void divide(const Problem& pb, Plan& plan, int64_t threads) {
+  const int64_t whole = num_chains(pb, plan) * plan.groups;
+  const int64_t owned = max(1, plan.owns_frames ? plan.chain_frames : plan.chain_frames - 1);
+  int64_t best = INT64_MAX;
+  for (int64_t parts = 1; parts <= owned; ++parts) {
+    const int64_t own = div_up(owned, parts);
+    const int64_t frames = plan.owns_frames ? min(plan.chain_frames, own + min(2, parts - 1)) : own + 1;
+    const int64_t run = run_cost(plan, div_up(plan.strip_vectors, plan.groups), frames, own);
+    const int64_t finish = finish_cost(plan, own);
+    const int64_t time = div_up(whole * parts, threads) * (run + finish) + (plan.groups - 1) * finish;
+    if (time >= best) continue;
+    best = time;
+    plan.parts = parts;
+    plan.item_frames = frames;
+    plan.own_frames = own;
+  }
+  plan.items = whole * plan.parts;
+}
+
+// Items are numbered in row-major order of (b, h, g, chain, part, group).
 WorkItem work_item_at(const Problem& pb, const Plan& plan, int64_t index) {
   WorkItem item;
   item.group = index % plan.groups, index /= plan.groups;
+  item.part = index % plan.parts, index /= plan.parts;
   item.chain = index % plan.chains, index /= plan.chains;
   item.g = index % pb.G, index /= pb.G;
   item.h = index % plan.heads;
   item.b = index / plan.heads;
+  const int64_t length = chain_length(pb, item.chain), owned = plan.owns_frames ? length : length - 1;
+  const int64_t begin = item.part * owned / plan.parts, end = (item.part + 1) * owned / plan.parts;
+  item.first = plan.owns_frames ? max(0, begin - 1) : begin;
+  item.frames = begin == end ? 0 : min(length, end + 1) - item.first;  // a short chain may have empty parts
+  item.own_begin = begin - item.first, item.own_end = end - item.first;
   return item;
 }
 
 ReductionSlot reduction_slot(const Problem& pb, const Plan& plan, int64_t index) {
   const WorkItem item = work_item_at(pb, plan, index);
   const int64_t n = plan.summed_heads;
-  return {((item.b * (plan.heads / n) + item.h / n) * pb.G + item.g) * plan.chains + item.chain,
-          item.h % n * plan.groups + item.group};
+  const int64_t chain = ((item.b * (plan.heads / n) + item.h / n) * pb.G + item.g) * plan.chains + item.chain;
+  return {chain * plan.parts + item.part, item.h % n * plan.groups + item.group};
 }
 
-// Frames of a chain.
-int64_t chain_length(const Problem& pb, int64_t chain) { return pb.pair_form ? 2 : div_up(pb.T - chain, pb.lag); }
+// The frame t of the item's `frame`, or in pair form the pair, which is also the index of the pair (frame, frame + 1).
+int64_t pair_index(const Problem& pb, const WorkItem& item, int64_t frame) {
+  return pb.pair_form ? item.chain : item.chain + (item.first + frame) * pb.lag;
+}
 
 MapIndex map_index(const Problem& pb, const WorkItem& item, int64_t frame, int64_t head) {
-  const int64_t set = pb.pair_form ? frame : 0;
-  return {set, pb.pair_form ? item.chain : item.chain + frame * pb.lag, item.b, item.h + head, item.g};
-}
-
-// The pair (frame, frame + 1) of a chain.
-int64_t pair_index(const Problem& pb, int64_t chain, int64_t frame) {
-  return pb.pair_form ? chain : chain + frame * pb.lag;
+  return {pb.pair_form ? item.first + frame : 0, pair_index(pb, item, frame), item.b, item.h + head, item.g};
 }
 
 // The first strip of a group.
@@ -483,11 +521,11 @@ void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* 
 
 // Adds the item's dk, which is in its scratch, to the result; called in the order of the groups.
 void finish_dk(const Problem& pb, const Plan& plan, const WorkItem& item, const float* part, float* sums) {
-  for (int64_t frame = 0; frame < chain_length(pb, item.chain); ++frame)
+  for (int64_t frame = item.own_begin; frame < item.own_end; ++frame)
     for (int64_t head = 0; head < plan.map_heads; ++head) {
       const MapIndex index = map_index(pb, item, frame, head);
       if (!pb.frames[index.set].dk) continue;
-      const int64_t offset = (frame * plan.map_heads + head) * pb.Nk * plan.d_cols;
+      const int64_t offset = ((frame - item.own_begin) * plan.map_heads + head) * pb.Nk * plan.d_cols;
       add_rows(pb.dtype, pb.Nk, pb.D, plan.d_cols, part + offset, sums + offset, item.group == 0,
                item.group == plan.groups - 1, dk_row(pb, index, 0));
     }

@@ -28,18 +28,18 @@ struct Scratch : MapScratch {
   float* u;             // [lane][c_cols]
   float* transposed;    // [c_cols][lane]: u, or op v
   float* product_rows;  // [lane][c_cols]: op v
-  float* partial;       // [pair of the chain][Nk][c_cols]: op^T u, or null if it is accumulated in the result
-  float* columns;       // [pair of the chain][C][key_rows]: op^T u transposed, for few columns
-  double* v_sum;        // [pair of the chain][c_cols]: sum of v over the keys, for P only
-  double* wu_sum;       // [pair of the chain][c_cols]: sum of w u over the item's queries, for P only
+  float* partial;       // [pair of the item][Nk][c_cols]: op^T u, or null if it is accumulated in the result
+  float* columns;       // [pair of the item][C][key_rows]: op^T u transposed, for few columns
+  double* v_sum;        // [pair of the item][c_cols]: sum of v over the keys, for P only
+  double* wu_sum;       // [pair of the item][c_cols]: sum of w u over the item's queries, for P only
   // Backward.
   float* change;          // laid out as Map::p: M or e
-  PairGradient pairs[2];  // the two latest pairs of the chain
+  PairGradient pairs[2];  // the two latest pairs of the item
 };
 
 int64_t c_cols(const MatmulProblem& pb) { return round_up(pb.C, W); }
 
-int64_t partial_size(const MatmulProblem& pb, const Plan& plan) { return (plan.chain_frames - 1) * pb.Nk * c_cols(pb); }
+int64_t partial_size(const MatmulProblem& pb, const Plan& plan) { return (plan.item_frames - 1) * pb.Nk * c_cols(pb); }
 
 // Whether op^T u is computed, which is accumulated over strips.
 bool has_key_product(const MatmulProblem& pb) { return pb.out && pb.to_keys; }
@@ -56,7 +56,7 @@ bool wants_frames(const MatmulProblem& pb) { return wants_frame(pb.frames[0]) ||
 
 Scratch layout(const MatmulProblem& pb, const Plan& plan, bool backward, Arena& arena) {
   Scratch s{};
-  const int64_t cols = c_cols(pb), pairs = plan.chain_frames - 1;
+  const int64_t cols = c_cols(pb), pairs = plan.item_frames - 1;
   const auto take_doubles = [&](int64_t n) { return reinterpret_cast<double*>(arena.take(2 * n)); };
   take_map_scratch(plan, arena, s);
   s.block = arena.take(KEY_BLOCK * MAX_LANES);
@@ -82,11 +82,14 @@ int64_t dk_sums_size(const MatmulProblem& pb, const Plan& plan) {  // 0 if it is
   return plan.groups > 1 && wants_dk(pb) && pb.dtype != Dtype::f32 ? dk_size(pb, plan) : 0;
 }
 
-Plan plan_with(const MatmulProblem& pb, Plan plan, bool backward) {
-  plan.items = num_chains(pb, plan) * plan.groups;
+Plan plan_with(const MatmulProblem& pb, int64_t groups, bool backward, int64_t threads) {
+  Plan plan = plan_common(pb);
+  plan.owns_frames = backward && wants_frames(pb);
+  plan.groups = min(plan.strips, groups);
+  divide(pb, plan, threads);
   plan.summed_heads = 1;
   const bool reduced = has_key_product(pb) || wants_dk(pb);
-  plan.sums = reduced ? num_chains(pb, plan) : plan.items;
+  plan.sums = reduced ? num_chains(pb, plan) * plan.parts : plan.items;
   plan.sum_floats = dk_sums_size(pb, plan);
   if (plan.groups > 1 && has_key_product(pb) && pb.out_dtype != Dtype::f32) plan.sum_floats += partial_size(pb, plan);
   Arena arena{nullptr};
@@ -95,18 +98,14 @@ Plan plan_with(const MatmulProblem& pb, Plan plan, bool backward) {
   return plan;
 }
 
-Plan plan_forward(const MatmulProblem& pb) {
-  Plan plan = plan_common(pb);
+Plan plan_forward(const MatmulProblem& pb, int64_t threads) {
   // The number of groups depends on neither B nor T, so that a pair has the same bits in any batch or clip. There are
   // fewer for op^T u, since each group has its own.
-  plan.groups = min(plan.strips, div_up(pb.to_keys ? 48 : 128, plan.heads * pb.G));
-  return plan_with(pb, plan, false);
+  return plan_with(pb, div_up(pb.to_keys ? 48 : 128, pb.H * pb.G), false, threads);
 }
 
-Plan plan_backward(const MatmulProblem& pb) {
-  Plan plan = plan_common(pb);
-  plan.groups = min(plan.strips, div_up(12, num_chains(pb, plan)));
-  return plan_with(pb, plan, true);
+Plan plan_backward(const MatmulProblem& pb, int64_t threads) {
+  return plan_with(pb, div_up(12, num_chains(pb, plan_common(pb))), true, threads);
 }
 
 ReductionSlot product_slot(const MatmulProblem& pb, const Plan& plan, int64_t index) {
@@ -115,9 +114,9 @@ ReductionSlot product_slot(const MatmulProblem& pb, const Plan& plan, int64_t in
 
 // ---- reading u and v
 
-// The pair (frame, frame + 1) of the item's chain, as an index into u, v and the result.
+// The item's pair (frame, frame + 1), as an index into u, v and the result.
 MapIndex pair_map_index(const MatmulProblem& pb, const WorkItem& item, int64_t frame) {
-  return {0, pair_index(pb, item.chain, frame), item.b, item.h, item.g};
+  return {0, pair_index(pb, item, frame), item.b, item.h, item.g};
 }
 
 const char* row_at(const Rows& rows, const MapIndex& pair, int64_t i) {
@@ -314,7 +313,8 @@ void complete_key_product(const MatmulProblem& pb, const Plan& plan, const WorkI
   if (!has_key_product(pb)) return;
   const int64_t cols = c_cols(pb);
   alignas(64) float sum[MAX_COLS];
-  for (int64_t frame = 0; frame + 1 < chain_length(pb, item.chain); ++frame) {
+  for (int64_t frame = 0; frame + 1 < item.frames; ++frame) {
+    if (!item.owns(frame)) continue;
     float* const out = key_product(pb, pair_map_index(pb, item, frame), frame, s);
     for (int64_t c = 0; has_few_columns(pb) && c < pb.C; ++c)
       for (int64_t j = 0; j < pb.Nk; ++j) out[j * cols + c] = s.columns[(frame * pb.C + c) * plan.key_rows + j];
@@ -329,7 +329,7 @@ void complete_key_product(const MatmulProblem& pb, const Plan& plan, const WorkI
 
 void compute_map(const MatmulProblem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
                  Scratch& s) {
-  const bool last = frame + 1 == chain_length(pb, item.chain);
+  const bool last = frame + 1 == item.frames;
   const MapIndex next = map_index(pb, item, last ? frame : frame + 1, 0);
   compute_head_map(pb, plan, map_index(pb, item, frame, 0), last ? nullptr : &next, strip, s, s.maps[frame % 2]);
 }
@@ -338,7 +338,7 @@ void forward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* sc
   Arena arena{scratch};
   Scratch s = layout(pb, plan, false, arena);
   const WorkItem item = work_item_at(pb, plan, index);
-  const int64_t frames = chain_length(pb, item.chain);
+  const int64_t frames = item.frames;
   if (frames < 2) return;
   for (int64_t frame = 0; pb.softmax && !pb.to_keys && frame + 1 < frames; ++frame)
     sum_v(pb, pair_map_index(pb, item, frame), s.v_sum + frame * c_cols(pb));
@@ -360,7 +360,8 @@ void forward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* sc
 void finish_key_product(const MatmulProblem& pb, const Plan& plan, const WorkItem& item, const float* partial,
                         float* sums) {
   if (!partial) return;
-  for (int64_t frame = 0; frame + 1 < chain_length(pb, item.chain); ++frame) {
+  for (int64_t frame = 0; frame + 1 < item.frames; ++frame) {
+    if (!item.owns(frame)) continue;
     const int64_t offset = frame * pb.Nk * c_cols(pb);
     add_rows(pb.out_dtype, pb.Nk, pb.C, c_cols(pb), partial + offset, sums + offset, item.group == 0,
              item.group == plan.groups - 1, out_row(pb, pair_map_index(pb, item, frame), 0));
@@ -450,8 +451,9 @@ void backward_pair(const MatmulProblem& pb, const Plan& plan, const Strip& strip
 void backward_map(const MatmulProblem& pb, const Plan& plan, const WorkItem& item, int64_t frame, const Strip& strip,
                   const Map& map, const PairGradient* before, const PairGradient* after, Scratch& s) {
   const MapIndex index = map_index(pb, item, frame, 0);
-  if (!wants_frame(pb.frames[index.set])) return;
-  float* const dk = s.dk ? s.dk + frame * pb.Nk * plan.d_cols : reinterpret_cast<float*>(dk_row(pb, index, 0));
+  if (!item.owns(frame) || !wants_frame(pb.frames[index.set])) return;
+  float* const dk =
+      s.dk ? s.dk + (frame - item.own_begin) * pb.Nk * plan.d_cols : reinterpret_cast<float*>(dk_row(pb, index, 0));
   const auto run = [&](const auto& gradient, const vec* rho) {
     backward_logits(pb, plan, index, strip, map, gradient, rho, s, dk);
   };
@@ -479,7 +481,8 @@ void backward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* s
   Arena arena{scratch};
   Scratch s = layout(pb, plan, true, arena);
   const WorkItem item = work_item_at(pb, plan, index);
-  const int64_t frames = chain_length(pb, item.chain);
+  const int64_t frames = item.frames;
+  if (frames == 0) return;
   for (int64_t frame = 0; pb.softmax && frame + 1 < frames; ++frame)
     sum_v(pb, pair_map_index(pb, item, frame), s.v_sum + frame * c_cols(pb));
   for (int64_t i = first_strip(plan, item.group); i < first_strip(plan, item.group + 1); ++i) {
@@ -502,7 +505,7 @@ void backward(const MatmulProblem& pb, const Plan& plan, int64_t index, float* s
       outer_product(pb, plan, pair_at, strip, s.v_sum + (frame - 1) * c_cols(pb), s, pair.y);
       if (pb.softmax) backward_pair<true>(pb, plan, strip, previous, current, s.change, w, pair);
       else backward_pair<false>(pb, plan, strip, previous, current, nullptr, nullptr, pair);
-      if (pb.out) multiply(pb, plan, item, frame - 1, strip, s.change, w, true, s);
+      if (pb.out && item.owns(frame - 1)) multiply(pb, plan, item, frame - 1, strip, s.change, w, true, s);
       backward_map(pb, plan, item, frame - 1, strip, previous, before, &pair, s);
       before = &pair;
     }

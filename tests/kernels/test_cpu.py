@@ -36,8 +36,9 @@ def result_and_grads(problem: Problem | MatmulProblem, impl: str) -> list[Tensor
 
 
 def assert_bits_on_any_number_of_threads(problem: Problem | MatmulProblem, impl: str) -> None:
+    """With few threads, and with so many that the kernels cut the frames of a clip into parts."""
     results = []
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3, 5, 24):
         torch.set_num_threads(threads)
         results.append(result_and_grads(problem, impl))
     for result in results[1:]:
@@ -48,26 +49,48 @@ def assert_bits_on_any_number_of_threads(problem: Problem | MatmulProblem, impl:
 @pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("head_reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5, (1,), 197, 197, 24), (2, 3, (3, 2), 65, 70, 24), (1, 2, (3,), 577, 130, 8)])
+@pytest.mark.parametrize(
+    ("shape", "lag"),
+    [
+        ((1, 5, (1,), 197, 197, 24), 1),
+        ((2, 3, (3, 2), 65, 70, 24), 1),
+        ((1, 2, (3,), 577, 130, 8), 1),
+        ((1, 9, (1,), 33, 40, 16), 4),  # chains of two and of three frames
+        ((1, 5, (2,), 33, 40, 16), 3),  # and of one frame
+    ],
+)
 def test_the_number_of_threads_changes_no_bit_of_a_flow(
-    shape: tuple[Any, ...], dtype: torch.dtype, head_reduction: str, impl: str
+    shape: tuple[Any, ...], lag: int, dtype: torch.dtype, head_reduction: str, impl: str
 ) -> None:
     """Few work items or many, forward and backward."""
     q, k = tt.make_qk(*shape, dtype=dtype)
-    assert_bits_on_any_number_of_threads(Problem(q, k, head_reduction=head_reduction), impl)
+    assert_bits_on_any_number_of_threads(Problem(q, k, lag=lag, head_reduction=head_reduction), impl)
+
+
+@pytest.mark.subjects("cpu", "neon", "neon_bf16")
+def test_the_number_of_threads_changes_no_bit_of_explicit_pairs(impl: str) -> None:
+    q, k = tt.make_qk(1, 3, (2,), 70, 40, 24)
+    pairs = {"q_b": q.flip(1) + 0.1, "k_b": k.flip(1)}
+    assert_bits_on_any_number_of_threads(Problem(q, k, **pairs), impl)
+    x = tt.make_features(q, k, 16, lag=0)
+    assert_bits_on_any_number_of_threads(MatmulProblem(q, k, x=x, **pairs), impl)
 
 
 @pytest.mark.subjects("cpu", "neon", "neon_bf16")
 @pytest.mark.parametrize("operator", list(OPERATORS))
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize(("shape", "C"), [((1, 5, (1,), 197, 130, 24), 16), ((2, 3, (3, 2), 65, 70, 24), 7)])
+@pytest.mark.parametrize(
+    ("shape", "C", "lag"),
+    [((1, 5, (1,), 197, 130, 24), 16, 1), ((2, 3, (3, 2), 65, 70, 24), 7, 1), ((1, 9, (1,), 33, 40, 16), 2, 4)],
+)
 def test_the_number_of_threads_changes_no_bit_of_a_product(
-    shape: tuple[Any, ...], C: int, dtype: torch.dtype, operator: str, impl: str
+    shape: tuple[Any, ...], C: int, lag: int, dtype: torch.dtype, operator: str, impl: str
 ) -> None:
     q, k = tt.make_qk(*shape, dtype=dtype)
     transpose, softmax = OPERATORS[operator]
-    x = tt.make_features(q, k, C, lag=1, transpose=transpose, dtype=dtype)
-    problem = MatmulProblem(q, k, x=x, transpose=transpose, softmax=softmax, temperature=0.7 if softmax else 1.0)
+    x = tt.make_features(q, k, C, lag=lag, transpose=transpose, dtype=dtype)
+    temperature = 0.7 if softmax else 1.0
+    problem = MatmulProblem(q, k, x=x, lag=lag, transpose=transpose, softmax=softmax, temperature=temperature)
     assert_bits_on_any_number_of_threads(problem, impl)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, library
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair, ops
 from amflow_kernels import testing as tt
-from amflow_kernels.problem import MatmulProblem, Problem
+from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 from tests.kernels.conformance import BF16, FP16, FP32, OPERATORS, Subject
 from tests.kernels.op_calls import call_flow_op, clip_and_features
 
@@ -222,6 +223,67 @@ def test_the_inside_of_an_op_is_not_traced(requires_grad: bool) -> None:
         return counters["frames"]["total"]
 
     assert traced_frames(call_flow_op) == traced_frames(lambda q, k: torch.add(q[..., :5, :], k[..., :5, :]))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_call_is_checked_once(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the public function, which hands its problem to the op."""
+    checks: list[int] = []
+    check = MapPairs.__post_init__
+    monkeypatch.setattr(MapPairs, "__post_init__", lambda self: (checks.append(1), check(self))[1])
+    q, k, x = clip_and_features()
+    for call in (lambda: am_flow(q, k), lambda: am_flow_pair(q, k, q, k), lambda: am_flow_matmul(q, k, x)):
+        checks.clear()
+        q.requires_grad_(requires_grad)
+        call()
+        assert len(checks) == 1
+
+
+class ReplaceArgument(TorchDispatchMode):
+    """Calls the flow's op with another argument than it was called with."""
+
+    def __init__(self, position: int, value: Any) -> None:
+        super().__init__()
+        self.position, self.value = position, value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ops.am_flow:
+            args = (*args[: self.position], self.value, *args[self.position + 1 :])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (1, torch.zeros(1, 3, 2, 7, 5), "k: expected the shape of q"),
+        (7, 3, "q: expected more frames"),
+        (8, 0.0, "temp"),
+    ],
+    ids=["k", "lag", "temperature"],
+)
+def test_an_op_checks_what_the_public_function_has_not(position: int, value: Any, message: str) -> None:
+    """Where a mode calls the op with something else than the public function did, whose checks do not count then."""
+    q, k, _ = clip_and_features()
+    with ReplaceArgument(position, value), pytest.raises(ValueError, match=message):
+        am_flow(q, k)
+    with ReplaceArgument(8, 2.0):
+        flow = am_flow(q, k)
+    assert torch.equal(flow, am_flow(q, k, temperature=2.0))
+
+
+def test_eager_calls_do_not_import_the_compiler(cold_python: Callable[..., Any]) -> None:
+    """torch._dynamo takes longer to import than the rest of a first call."""
+    code = """
+import sys, warnings
+import torch
+from amflow_kernels import am_flow, am_flow_matmul
+warnings.simplefilter("ignore", RuntimeWarning)
+q, k = (x.requires_grad_() for x in torch.randn(2, 1, 3, 2, 9, 8))
+assert "torch._dynamo" not in sys.modules
+(am_flow(q, k).square().sum() + am_flow_matmul(q, k, torch.randn(1, 2, 2, 9, 4)).sum()).backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    cold_python(code)
 
 
 @pytest.mark.cpu
