@@ -91,7 +91,7 @@ def calls() -> dict[str, Call]:
         "empty op": lambda: empty_flow(q, k, *flow_args),
         "empty op, motion operator": lambda: empty_matmul(q, k, None, None, x, *options, False, False, None),
         "empty autograd node": lambda: EmptyNode.apply(lambda: torch.empty(shape.flow()), q_grad, k, *flow_args),
-        "SDPA": lambda: scaled_dot_product_attention(*folded),
+        "SDPA": lambda: scaled_dot_product_attention(folded[0], folded[1], folded[2]),
         "native am_flow": lambda: native.am_flow.default(flow, q, k, None, None, *options, 0, False, bits),
         "native am_flow_matmul": lambda: native.am_flow_matmul.default(
             y, q, k, None, None, x, *options, False, False, bits
@@ -102,7 +102,7 @@ def calls() -> dict[str, Call]:
         "am_flow_pair": lambda: am_flow_pair(*first, *second),
         "am_flow_matmul": lambda: am_flow_matmul(q, k, x),
         "am_flow_matmul, gradients": lambda: am_flow_matmul(q_grad, k, x),
-        "am_flow_attention": lambda: am_flow_attention(*folded, num_frames=shape.T),
+        "am_flow_attention": lambda: am_flow_attention(folded[0], folded[1], folded[2], num_frames=shape.T),
         "AMFlowStream": lambda: stream(*frame),
     }
 
