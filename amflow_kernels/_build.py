@@ -164,7 +164,9 @@ def source_key(library: Library) -> str:
 
 
 def build_key(library: Library) -> str:
-    """A hash of everything that a build on this machine depends on: `source_key`, compilers, GPUs and torch version."""
+    """A hash of everything that a build on this machine depends on: `source_key`, compilers, GPUs, torch version, and
+    the kind of machine, since machines of two kinds may share a home.
+    """
     if sys.platform != "linux" and (library.cuda or (sys.platform, MACHINE) != ("darwin", "aarch64")):
         where = "on Linux" if library.cuda else "on Linux and on macOS with Apple silicon"
         raise BuildError(f"{library.title.split(',')[0]} are built {where} only, this is {sys.platform} on {MACHINE}")
@@ -173,7 +175,7 @@ def build_key(library: Library) -> str:
         subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout for path in compilers
     ]
     options = architectures() if library.cuda else []
-    parts = (source_key(library), compilers, versions, options, torch.__version__)
+    parts = (source_key(library), compilers, versions, options, torch.__version__, sys.platform, MACHINE)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 

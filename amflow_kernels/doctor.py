@@ -94,7 +94,11 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" in known:
+        return known["model name"]
+    arm = [f"{key[4:]} {known[key]}" for key in ("CPU implementer", "CPU part") if key in known]  # which has no name
+    return ", ".join([platform.machine(), *arm])
 
 
 def gpu_lines() -> list[str]:

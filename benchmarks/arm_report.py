@@ -1,11 +1,11 @@
-"""Executes the CPU kernels for 64-bit ARM under qemu and counts the instructions of their products; writes the tables
-of docs/arm.md and their data.
+"""Executes the CPU kernels for 64-bit ARM under qemu and counts the instructions of their products, for docs/arm.md.
 
-python -m benchmarks.arm_report
+python -m benchmarks.arm_report --write
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import datetime
 import re
@@ -22,7 +22,7 @@ from torch import Tensor
 from amflow_kernels import _build
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import MatmulProblem, Problem
-from benchmarks.result_files import RESULTS, Row, dumps
+from benchmarks.result_files import RESULTS, Row, add_write, dumps
 from benchmarks.tables import Table
 from tests.arm import executed, loops
 from tests.kernels import conformance as c
@@ -198,7 +198,22 @@ def write_page(saved: Row) -> None:
     PAGE.write_text(page)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measures and prints; with ``--write``, writes the page's tables and their data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arm_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_write(parser, RESULT, PAGE)
+    write = parser.parse_args().write
     saved = document()
-    RESULT.write_text(dumps(saved))
-    write_page(saved)
+    for table in (error_table(saved), count_table(saved), loop_table(saved)):
+        print(table.plain(), end="\n\n")
+    if write:
+        RESULT.write_text(dumps(saved))
+        write_page(saved)
+
+
+if __name__ == "__main__":
+    main()

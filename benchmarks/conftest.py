@@ -31,10 +31,10 @@ SMOKE_SECONDS = 0.1
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("amflow benchmarks")
-    seconds = "time for the rounds of one function, shape and direction (default 1)"
-    group.addoption("--bench-seconds", type=float, default=1.0, help=seconds)
-    minutes = "time of all; what has not begun by then is left out (default 4)"
-    group.addoption("--bench-minutes", type=float, default=4.0, help=minutes)
+    seconds = "time for the rounds of one function, shape and direction (default 0.5)"
+    group.addoption("--bench-seconds", type=float, default=0.5, help=seconds)
+    minutes = "time of all; what has not begun by then is left out (default 4.5)"
+    group.addoption("--bench-minutes", type=float, default=4.5, help=minutes)
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch (default: PyTorch's own)")
     group.addoption(
         "--bench-shape",

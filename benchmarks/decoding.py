@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.memory import peak_growth
-from benchmarks.result_files import RESULTS, dumps
+from benchmarks.result_files import RESULTS, add_write, dumps
 from benchmarks.tables import Table
 from benchmarks.timing import interleave
 
@@ -276,7 +276,7 @@ def main() -> None:
     """Measures and prints; with --write saves the figures under benchmarks/results/."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10, help="time for the rounds of one file")
-    parser.add_argument("--write", action="store_true", help="save the figures as benchmarks/results/decoding_cpu.json")
+    add_write(parser, RESULTS / "decoding_cpu.json")
     parser.add_argument("--probe", nargs=3, metavar=("ITEM", "HOW", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

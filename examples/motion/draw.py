@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from amflow_models import Gate
+from amflow_models.files import written_whole
 from amflow_models.training.build import build_model, dataset, image_size, normalisation, read_lists
 from amflow_models.training.checkpoints import find_trained
 from amflow_models.training.config import load_config
@@ -77,7 +78,8 @@ def draw(clips: Tensor, flow: Tensor, labels: list[str], guesses: list[str], pat
             axes.set_yticks([])
         panels[row][0].set_ylabel(f"{labels[row]}\npredicted: {guesses[row]}")
     figure.suptitle("AM flow to the next frame, mean over blocks; the last frame as it is", fontsize=10)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=110)
 
 
 if __name__ == "__main__":

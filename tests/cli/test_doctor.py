@@ -36,7 +36,7 @@ def test_the_library_of_the_cpu_kernels_is_named_with_its_instruction_set(cpu_ke
     assert ran == "-"
     if cpu_kernels_run:
         assert usable == "yes"
-        assert re.match(r".*amflow_native\S*\.so, avx", present)
+        assert re.match(r".*amflow_native\S*\.so, (avx|neon)", present)
     else:
         assert "AVX2" in usable
 
@@ -89,6 +89,21 @@ def test_a_package_that_is_not_installed_itself_is_said_so(monkeypatch: pytest.M
 
     monkeypatch.setattr(importlib.metadata, "requires", requires)
     assert "amflow-kernels itself is not installed" in "\n".join(doctor.package_lines())
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64, implementer 0x41, part 0xd40"),
+    ],
+    ids=["x86", "arm"],
+)
+def test_the_processor_is_named_as_linux_names_it(cpuinfo: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ARM by numbers, as there is no name."""
+    monkeypatch.setattr(Path, "read_text", lambda _: cpuinfo)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    assert doctor.cpu_model() == expected
 
 
 def test_compilers_and_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

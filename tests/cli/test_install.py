@@ -16,15 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import amflow_kernels
 from amflow_kernels import _build, _ext
+from amflow_kernels.impl.cpu import Cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +92,7 @@ class Compiler:
 def library(cpu_kernels_run: bool) -> Path:
     """The compiled library that this process uses."""
     if not cpu_kernels_run:
-        pytest.skip("this CPU has no AVX2, nothing is ever compiled on it")
+        pytest.skip("there are no kernels for this CPU, nothing is ever compiled on it")
     assert _ext.load(_build.CPU) is None
     file = _ext.binary(_build.CPU)
     assert file is not None
@@ -257,19 +260,68 @@ def test_source_key_changes_with_any_source_of_the_library_and_with_nothing_else
     assert {source for source, _ in native.objects.values()} <= {str(path.relative_to(sources)) for path in own}
 
 
-def test_build_key_changes_with_the_sources_the_compiler_and_torch(
+def test_build_key_changes_with_the_sources_the_compiler_torch_and_the_machine(
     stand_in: Callable[..., Compiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [_build.build_key(_build.CPU)]
     with monkeypatch.context() as patch:
         patch.setattr(_build, "source_key", lambda _: "others")
         keys.append(_build.build_key(_build.CPU))
+    with monkeypatch.context() as patch:  # a compiler of the same name and version on another kind of machine
+        patch.setattr(_build, "MACHINE", "aarch64" if _build.MACHINE != "aarch64" else "x86_64")
+        keys.append(_build.build_key(_build.CPU))
     assert _build.build_key(_build.CPU) == keys[0]
     monkeypatch.setenv("CXX", str(stand_in("c++").path))
     keys.append(_build.build_key(_build.CPU))
     monkeypatch.setattr(_build.torch, "__version__", "2.99.0")
     keys.append(_build.build_key(_build.CPU))
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
+
+
+@pytest.mark.parametrize(
+    ("native", "platform", "machine", "error"),
+    [
+        (_build.CPU, "linux", "aarch64", None),
+        (_build.CPU, "darwin", "aarch64", None),
+        (_build.CPU, "darwin", "x86_64", "the CPU kernels are built on Linux and on macOS with Apple silicon only"),
+        (_build.CPU, "win32", "AMD64", "the CPU kernels are built on Linux and on macOS with Apple silicon only"),
+        (_build.CUDA, "darwin", "aarch64", "the CUDA kernels are built on Linux only, this is darwin on aarch64"),
+    ],
+)
+def test_platforms_without_a_build_are_told(
+    native: _build.Library, platform: str, machine: str, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(_build, "MACHINE", machine)
+    with pytest.raises(_build.BuildError, match=error) if error else nullcontext():
+        _build.build_key(native)
+
+
+def test_every_machine_has_its_own_instruction_sets() -> None:
+    """One compiled file per source and instruction set, and the bindings; nothing for a machine without kernels."""
+    objects = {machine: set(_build.cpu_library(machine).objects) for machine in ("x86_64", "aarch64", "ppc64le")}
+    assert "am_flow_avx512_bf16.o" in objects["x86_64"]
+    assert "matmul_neon_bf16.o" in objects["aarch64"]
+    assert objects["x86_64"] & objects["aarch64"] == objects["ppc64le"] == {"bindings.o"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "reason"),
+    [
+        ("aarch64", "DEFAULT", None),
+        ("aarch64", "SVE256", None),
+        ("x86_64", "DEFAULT", "the kernels need AVX2, AVX-512 or a 64-bit ARM CPU"),
+    ],
+)
+def test_arm_needs_no_capability_of_torch(
+    machine: str, capability: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NEON is there whatever torch calls its capability; x86 without AVX2 is told what is needed."""
+    monkeypatch.setattr(_build, "MACHINE", machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(_ext, "load", lambda library: None)
+    why_not = Cpu().unavailable()
+    assert why_not is None if reason is None else reason in str(why_not)
 
 
 def test_missing_ninja_is_an_error_that_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,17 @@ def test_a_subset_may_lack_classes_in_training(copies: list[Path], tmp_path: Pat
     assert main([*words, "--subset"]) == 0
 
 
+def test_the_command_accepts_several_labels_if_they_are_meant(copies: list[Path], tmp_path: Path) -> None:
+    """All of them are kept in a clean list."""
+    path, clean = write(tmp_path / "train.txt", "a.mp4 0,1\nno.mp4 0\n"), tmp_path / "clean.txt"
+    words = ["check", str(path), "--kind", "mmaction", "--num-classes", "2", "--multi-label"]
+    assert main([*words, "--write-clean", str(clean)]) == 1
+    assert clean.read_text() == "a.mp4 0\na.mp4 1\n"
+    words[1] = str(clean)
+    assert main(words) == 0
+    assert main(words[:-1]) == 1
+
+
 def test_the_command_checks_all_splits_of_a_protocol(smarthome: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = ["check", str(smarthome), "--kind", "smarthome", "--quick", "--split"]
     assert main([*check, "cross_view2"]) == 0

@@ -320,6 +320,7 @@ def test_tar_files_are_lists_of_videos(shards: tuple[Path, list[bytes]], tmp_pat
     assert not [problem for problem in check_lists({"test": listed}, 3).problems if not problem.warning]
     for pattern, count in (("train-{000..002}.tar", 11), ("train-{001..001}.tar", 4), ("train-002.tar", 3)):
         assert len(read_list("tar", folder / pattern).videos) == count
+        assert main(["check", str(folder / pattern), "--kind", "tar", "--num-classes", "3"]) == 0
 
 
 @pytest.mark.parametrize("train", [False, True])

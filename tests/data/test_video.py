@@ -303,6 +303,21 @@ def test_a_forked_process_can_free_what_reading_left_behind(tmp_path: Path) -> N
         process.kill()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads that Linux lists")
+def test_reading_starts_no_threads(tmp_path: Path) -> None:
+    """Loader processes are many; threads for each core in each of them would slow each other down."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    path = write_video(tmp_path / "a.mp4", size=(256, 256))
+    before = threads()
+    with VideoFile(path) as opened:
+        frames = opened.iterate(range(FRAMES))
+        for _ in frames:
+            assert threads() == before
+
+
 def test_a_display_matrix_without_a_direction_turns_nothing(tmp_path: Path) -> None:
     """Some programs write zeros."""
     path = write_video(tmp_path / "a.mp4", frames=3)

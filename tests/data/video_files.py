@@ -89,7 +89,7 @@ def write_with_cover(path: Path, *, only_cover: bool = False) -> Path:
     with av.open(str(path), "w") as container:
         cover: Any = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
-        cover.disposition = Disposition.attached_pic
+        cover.disposition = Disposition.attached_pic.value  # PyAV 18 takes both
         sound: Any = container.add_stream("aac", rate=8000, layout="mono")
         video: Any = None if only_cover else container.add_stream("libx264", rate=25)
         if video is not None:

@@ -206,7 +206,7 @@ def test_other_models_and_attention_implementations_are_refused() -> None:
 def test_attention_with_dropout_is_refused() -> None:
     model = make("vit", attention_probs_dropout_prob=0.1).train()
     with (
-        pytest.raises(RuntimeError, match=r"layers\.0\.attention: drops attention at random"),
+        pytest.raises(RuntimeError, match=r"layers?\.0\.attention.*: drops attention at random"),
         record_am_flow(model, num_frames=T),
     ):
         model(images())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amflow_kernels import am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair
+from amflow_kernels import _build, am_flow, am_flow_matmul, am_flow_matmul_pair, am_flow_pair
 from amflow_kernels import testing as tt
 from amflow_kernels.problem import MatmulProblem, Problem
 from tests.kernels.conformance import BF16, FP16, FP32, OPERATORS, ROOT
@@ -165,6 +165,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "slow", "-k", "{kind
 
 
 @pytest.mark.fallback
+@pytest.mark.skipif(_build.MACHINE == "aarch64", reason="every 64-bit ARM CPU has NEON")
 def test_below_avx2_impl_cpu_raises_and_chunked_runs_with_one_warning(cold_python: Callable[..., Any]) -> None:
     """Below AVX2 impl='cpu' raises the reason, and impl=None runs 'chunked' with one warning that names it."""
     code = """

@@ -185,6 +185,17 @@ def test_the_average_of_the_weights_is_another_classifier(run: Path, long_video:
     assert not torch.equal(plain(long_video).probabilities, average(long_video).probabilities)
 
 
+def test_the_best_checkpoint_is_taken_if_asked_for(
+    run: Path, long_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is only one here, which the run marked as the best."""
+    best = load_classifier(run / "run", best=True)
+    assert torch.equal(best(long_video).probabilities, load_classifier(run / "run")(long_video).probabilities)
+    (checkpoint,) = Checkpoints(run / "run", 2).all()
+    assert main(["predict", str(checkpoint), str(long_video), "--best"]) == 1
+    assert "expected a run with a best checkpoint" in capsys.readouterr().err
+
+
 def test_weights_of_no_run_are_refused(run: Path, classifier: TrainedClassifier, tmp_path: Path) -> None:
     save_trained(classifier.model, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match=r"bare\.safetensors: expected weights that `amflow train` wrote"):

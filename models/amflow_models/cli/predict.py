@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     videos = [video_path(video) for video in args.videos]
     outputs = _outputs(args.output, videos)
-    classifier = _load(args.checkpoint, args.ema, args.weights)
+    classifier = _load(args.checkpoint, args.best, args.ema, args.weights)
     failed = False
     for video, output in zip(videos, outputs, strict=True):
         try:
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write an overlay video with the prediction and the AM flow: a file that ends in .mp4, or for several "
         "videos a folder",
     )
+    parser.add_argument("--best", action="store_true", help="take the run's best checkpoint instead of its newest")
     parser.add_argument("--ema", action="store_true", help="take the exponential moving average of the weights")
     parser.add_argument(
         "--weights",
@@ -117,11 +118,11 @@ def _outputs(output: Path | None, videos: Sequence[Path]) -> list[Path | None]:
     return outputs
 
 
-def _load(checkpoint: Path, ema: bool, weights: str | None) -> TrainedClassifier:
+def _load(checkpoint: Path, best: bool, ema: bool, weights: str | None) -> TrainedClassifier:
     from amflow_models import load_classifier
 
     try:
-        return load_classifier(checkpoint, ema=ema, weights=weights)
+        return load_classifier(checkpoint, best=best, ema=ema, weights=weights)
     except ValueError as error:
         raise CommandError(" ".join(str(error).split())) from error
 

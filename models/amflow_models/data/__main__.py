@@ -116,7 +116,13 @@ def _check(options: argparse.Namespace) -> int:
     num_classes = options.num_classes
     if num_classes is None:
         num_classes = len(next(iter(lists.values())).classes)
-    report = check_lists(lists, num_classes, open_videos=not options.quick, subset=options.subset)
+    report = check_lists(
+        lists,
+        num_classes,
+        open_videos=not options.quick,
+        subset=options.subset,
+        several_labels=options.multi_label,
+    )
     Console().print(report.table(examples=None) if options.all else report)
     if options.write_clean is not None:
         _write_clean(options, report)
@@ -238,6 +244,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     check.add_argument("--quick", action="store_true", help="only check that files exist, without opening them")
     check.add_argument("--subset", action="store_true", help="training lists may lack classes (data.subset)")
+    check.add_argument("--multi-label", action="store_true", help="videos may have several labels (data.multi_label)")
     check.add_argument("--all", action="store_true", help="print every case of a problem, not only the first few")
     check.add_argument(
         "--write-clean",

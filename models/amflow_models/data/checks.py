@@ -104,7 +104,12 @@ def _listed(cases: Sequence[str], examples: int | None) -> str:
 
 
 def check_lists(
-    lists: Mapping[str, VideoList], num_classes: int, *, open_videos: bool = True, subset: bool = False
+    lists: Mapping[str, VideoList],
+    num_classes: int,
+    *,
+    open_videos: bool = True,
+    subset: bool = False,
+    several_labels: bool = False,
 ) -> Report:
     """Looks for problems in lists, in each one and between them.
 
@@ -113,8 +118,9 @@ def check_lists(
     - missing files, folders with fewer frames than their list says (with more: a warning) or with pictures of several
       series and no template, and videos that can't be opened;
     - files of macOS that were left out (a warning), and classes that have different names in two lists;
-    - a video with several labels, and videos that two lists share; paths that lead to the same file are the same video.
-      A video may occur several times with the same label: some lists balance their classes in this way.
+    - a video with several labels (unless `several_labels`), and videos that two lists share; paths that lead to the
+      same file are the same video. A video may occur several times with the same label: some lists balance their
+      classes in this way.
 
     Args:
         lists: the lists by name, such as {"train": ..., "validation": ...}.
@@ -122,6 +128,7 @@ def check_lists(
         open_videos: open every video and decode its first frame, in several threads; otherwise only check that it
             exists.
         subset: the lists hold a part of a data set, so that training lists may lack classes, too.
+        several_labels: a video may have several labels.
 
     Returns:
         The report of all problems.
@@ -159,7 +166,7 @@ def check_lists(
                 found.append((above, f": {video.label}"))
             if kind:
                 found.append((kind, detail))
-            if len(labels[file]) > 1:
+            if len(labels[file]) > 1 and not several_labels:
                 found.append((_SEVERAL, f": {sorted(labels[file])}"))
             for kind, detail in found:
                 cases.setdefault(kind, []).append(f"{video.path}{detail}")

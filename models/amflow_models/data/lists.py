@@ -146,14 +146,15 @@ def _line_reader(
                 fields = match.groupdict()
                 name = fields["path"].rstrip(strip)
                 name = name.strip(quote) if quote else name
-                label = parse_int(fields["label"], f"{where}: label")
+                labels = [parse_int(label, f"{where}: label") for label in fields["label"].split(",")]
                 frames = _number(fields, "frames", 1, f"{where}: total_frames")
                 start = _number(fields, "start", 0, f"{where}: start")
                 if is_macos_file(name):
                     ignored += 1
                     continue
-                highest = max(highest, label)
-                yield Video(given.root / name, label, frames, given.template, given.start_index, start)
+                highest = max(highest, *labels)
+                for label in labels:
+                    yield Video(given.root / name, label, frames, given.template, given.start_index, start)
 
         read = Videos(videos())
         names = tuple(map(str, range(highest + 1))) if given.classes is None else read_classes(given.classes)

@@ -61,7 +61,8 @@ class VideoReader(ABC):
         """Reads frames by number, in any order, with repetitions.
 
         Returns:
-            uint8 RGB (len(indices), 3, H, W), upright: rotation in the metadata is applied.
+            uint8 RGB (len(indices), 3, H, W), upright: rotation in the metadata is applied. In `torch.channels_last`
+            memory format, as decoders write frames.
 
         Raises:
             IndexError: there is no index, or one is not in [0, len).
@@ -72,8 +73,14 @@ class VideoReader(ABC):
         if not numbers:
             raise IndexError("indices: expected at least one, got none")
         wanted = sorted(set(numbers))
-        frames = dict(zip(wanted, self.iterate(wanted), strict=True))
-        return torch.stack([frames[number] for number in numbers])
+        clip = torch.empty(0)
+        for number, frame in zip(wanted, self.iterate(wanted), strict=True):
+            if not len(clip):
+                clip = torch.empty_like(frame[None].expand(len(numbers), -1, -1, -1), memory_format=torch.channels_last)
+            for place, other in enumerate(numbers):
+                if other == number:
+                    clip[place] = frame
+        return clip
 
     def iterate(self, indices: Iterable[int]) -> Iterator[Tensor]:
         """Reads frames one by one, so that they need not all be in memory.
@@ -82,7 +89,7 @@ class VideoReader(ABC):
             indices: numbers of frames in ascending order, without repetitions.
 
         Yields:
-            uint8 RGB (3, H, W), as in `read`.
+            uint8 RGB (3, H, W), as in `read`, also with the colours of a pixel next to each other.
 
         Raises:
             ValueError: the indices are in another order.
@@ -99,4 +106,4 @@ class VideoReader(ABC):
             if size is not None and shape != size:
                 raise UnreadableVideo(self.path, f"has frames of several sizes: {sorted((size, shape))}")
             size = shape
-            yield frame.permute(2, 0, 1).contiguous()
+            yield frame.permute(2, 0, 1)

@@ -38,6 +38,8 @@ from amflow_models.data.transport import breaks_only_at_joins
 from amflow_models.data.videos import Video, archive_of
 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams of cover art, not the video itself
+# Since PyAV 17, a converter of frames starts a thread for each core, unless told otherwise.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 _STRAIGHT = 0.0175  # tan(1 degree): a rotation this close to a multiple of 90 degrees is taken for one, as FFmpeg does
 
 
@@ -245,10 +247,10 @@ class VideoFile(VideoReader):
             self._orientation = _read_orientation(self.path, frame)
         if frame.rotation != self._orientation.rotation:
             raise UnreadableVideo(self.path, "its rotation changes, expected the same in all frames")
-        image = torch.from_numpy(self._reformatter.reformat(frame, format="rgb24").to_ndarray())
+        image = torch.from_numpy(self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray())
         if self._orientation.transposed:
             image = image.transpose(0, 1)
-        return image.flip(self._orientation.mirrored)
+        return image.flip(self._orientation.mirrored) if self._orientation.mirrored else image
 
     def _bytes(self) -> np.ndarray:
         return np.memmap(self.path, np.uint8, "r") if self._content is None else np.frombuffer(self._content, np.uint8)

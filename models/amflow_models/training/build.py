@@ -21,6 +21,7 @@ from amflow_models.data.lists import format_of
 from amflow_models.insertion import grow_am_flow, report_of
 from amflow_models.training.checkpoints import check_backbone, find_trained
 from amflow_models.training.config import Config
+from amflow_models.training.multilabel import MultiLabelList, by_video
 from amflow_models.weights import load_trained
 
 SPLITS = ("train", "validation", "test")
@@ -130,13 +131,17 @@ def read_lists(config: Config, splits: tuple[str, ...], *, check: bool = True) -
                 lists[split] = _existing(lists[split], split, say=check)
     if check:
         checked = {split: lists[split] for split in distinct.values()}
-        report = check_lists(checked, data.num_classes, open_videos=False, subset=data.subset)
+        report = check_lists(
+            checked, data.num_classes, open_videos=False, subset=data.subset, several_labels=data.multi_label
+        )
         try:
             report.raise_for_problems()
         except ValueError as error:
             raise ValueError(f"{error}\n{_ADVICE}") from None
         for problem in report.problems:
             print(f"warning: {problem}", file=sys.stderr)
+    if data.multi_label:
+        return {split: by_video(listed, data.num_classes) for split, listed in lists.items()}
     return lists
 
 
@@ -154,7 +159,13 @@ def _existing(videos: VideoList, split: str, *, say: bool) -> VideoList:
 
 def digest(lists: dict[str, VideoList]) -> str:
     """A hash of the training list: its videos' names without folders, their labels and their order."""
-    text = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos) if lists else "synthetic"
+    if not lists:
+        text = "synthetic"
+    elif isinstance(lists["train"], MultiLabelList):
+        rows = zip(lists["train"].videos, lists["train"].table, strict=True)
+        text = "".join(f"{video.path.name} {row.nonzero().flatten().tolist()}\n" for video, row in rows)
+    else:
+        text = "".join(f"{video.path.name} {video.label}\n" for video in lists["train"].videos)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

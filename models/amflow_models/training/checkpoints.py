@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from amflow_models.files import flush, write_text
 from amflow_models.training.average import Average
 from amflow_models.training.config import Config, parse_config
+from amflow_models.unpickling import tensors_only
 from amflow_models.weights import read_described, save_trained, trained_state
 
 TRAINED, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.pt"
@@ -239,7 +240,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: it can't be read, or has options that this version does not know.
     """
     try:
-        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        with tensors_only(STATE):
+            state: dict[str, Any] = torch.load(path / STATE, map_location="cpu")
     except Exception as error:  # torch.load has no error of its own
         raise ValueError(f"{path}: can't be read as a checkpoint ({error})") from error
     if not isinstance(state, dict) or not {"step", "optimizer", "config", "clips"} <= state.keys():

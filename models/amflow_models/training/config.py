@@ -96,6 +96,8 @@ class Data(_Section):
         root: folder that all relative paths start from; None: paths in a list start from the list's own folder.
         classes, labels, split, template, start_index: as for `read_list`, where the kind takes them.
         num_classes: number of classes; it may be left out where `classes` names them.
+        multi_label: videos may have several labels: several lines of a list, or "0,3" in one. The loss is the binary
+            cross-entropy, probabilities are sigmoids, and the score is the mean average precision.
         missing: what to do with videos of a list that do not exist: "error" stops before the first step, "skip" leaves
             them out, and says how many.
         subset: the lists hold a part of a data set, for a try: the training list may lack classes.
@@ -124,6 +126,7 @@ class Data(_Section):
     template: str | None = None
     start_index: int | None = None
     num_classes: PositiveInt
+    multi_label: bool = False
     missing: Literal["error", "skip"] = "error"
     subset: bool = False
     frames: int = Field(ge=2)
@@ -173,7 +176,8 @@ class Training(_Section):
         compile: compile each block with torch.compile.
         parallel: with several processes: "ddp", or "fsdp2", which also shards the frozen backbone.
         validate_every: epochs between validations; the last epoch is always validated.
-        best: score of the validation whose best checkpoint is kept besides the newest, of the average if there is one.
+        best: score of the validation whose best checkpoint is kept besides the newest, of the average if there is one:
+            "top1", "top5", "mean_class", "loss", or with several labels "map" or "loss"; None: "top1" or "map".
         save_every: steps between checkpoints, besides the one at the end of each epoch; None saves only the latter.
         keep: number of the newest checkpoints to keep.
         wandb: project at Weights & Biases that the run is logged to besides; needs the package wandb.
@@ -201,7 +205,7 @@ class Training(_Section):
     compile: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     validate_every: PositiveInt = 1
-    best: Literal["top1", "top5", "mean_class", "loss"] = "top1"
+    best: Literal["top1", "top5", "mean_class", "map", "loss"] | None = None
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
     wandb: str | None = None
@@ -236,6 +240,17 @@ class Config(_Section):
     data: Data
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _labels(self) -> Config:
+        """Checks what depends on the number of labels of a video."""
+        several, best = self.data.multi_label, self.training.best
+        if best not in (None, "loss") and (best == "map") != several:
+            expected = "'map' or 'loss' with" if several else "'top1', 'top5', 'mean_class' or 'loss' without"
+            raise ValueError(f"training.best: expected {expected} data.multi_label, got {best!r}")
+        if several and self.training.balance is not None:
+            raise ValueError(f"training.balance: expected null with data.multi_label, got {self.training.balance!r}")
+        return self
 
 
 def load_config(name: str | Path, changes: Sequence[str] = ()) -> Config:

@@ -56,6 +56,48 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     )
 
 
+@dataclass(frozen=True)
+class MultiLabelScores:
+    """The score of a classifier for videos with several labels.
+
+    Attributes:
+        map: mean average precision: the mean over the classes that have videos.
+        average_precision: of each class, float64 (classes,); NaN for classes without videos.
+    """
+
+    map: float
+    average_precision: Tensor
+
+    def __str__(self) -> str:
+        return f"mAP {self.map:.2%}"
+
+
+def multi_label_scores(probabilities: Tensor, labels: Tensor) -> MultiLabelScores:
+    """Scores predictions of several labels.
+
+    The average precision of a class is the mean over its videos of the share of its videos among those that are at
+    least as probable.
+
+    Args:
+        probabilities: probabilities or logits, (videos, classes).
+        labels: 0 or 1, (videos, classes).
+
+    Raises:
+        ValueError: no video has a label.
+    """
+    if not labels.any():
+        raise ValueError("labels: expected at least one video with a label, got none")
+    found = []
+    for scored, true in zip(probabilities.T.double(), labels.T.bool(), strict=True):
+        positive = scored[true]
+        ranked, negative = positive.sort().values, scored[~true].sort().values
+        hits = len(ranked) - torch.searchsorted(ranked, positive)  # its videos that are at least as probable
+        misses = len(negative) - torch.searchsorted(negative, positive)
+        found.append((hits / (hits + misses)).double().mean())
+    average = torch.stack(found)
+    return MultiLabelScores(average.nanmean().item(), average)
+
+
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Draws the confusion matrix, each row as fractions of its class's videos, to a PNG file."""
     from matplotlib.figure import Figure

@@ -12,11 +12,12 @@ from einops import rearrange, reduce
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy, cross_entropy, one_hot
 
 from amflow_models.training.build import Images
 from amflow_models.training.config import Config
 from amflow_models.training.loading import EvaluationBatches, loader
+from amflow_models.training.multilabel import label_table
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Predictions:
     Attributes:
         indices: indices of the videos in the list, int64 (n,).
         probabilities: float32 (n, classes), the mean over a video's views.
-        labels: int64 (n,).
-        loss: mean cross-entropy of the probabilities.
+        labels: int64 (n,); with several labels float32 (n, classes), 0 or 1.
+        loss: mean cross-entropy of the probabilities; with several labels the binary one.
         errors: path and reason of each video that could not be read.
     """
 
@@ -72,7 +73,8 @@ def predict(
         clips = rearrange(part["clips"], "b v t c h w -> (b v) t c h w")
         with accelerator.autocast():
             logits = torch.cat([model(normalise(some)).float() for some in clips.split(together)])
-        mean = reduce(logits.softmax(-1), "(b v) k -> b k", "mean", v=part["clips"].shape[1])
+        views = logits.sigmoid() if config.data.multi_label else logits.softmax(-1)
+        mean = reduce(views, "(b v) k -> b k", "mean", v=part["clips"].shape[1])
         own = (part[name].to(mean.device) for name in ("index", "label", "valid"))
         indices, known, valid, mean = (x.cpu() for x in accelerator.gather((*own, mean)))
         probabilities[indices], labels[indices], read[indices] = mean, known, valid
@@ -91,5 +93,10 @@ def predict(
         raise ValueError(
             f"the model returned NaN for this clip: {dataset.name(bad[0])}; its weights or its precision can't be right"
         )
-    loss = cross_entropy(probabilities.clamp_min(1e-12).log(), labels).item()
+    if config.data.multi_label:
+        table = label_table(dataset)
+        labels = one_hot(labels, classes).float() if table is None else table[labels]
+        loss = binary_cross_entropy(probabilities, labels).item()
+    else:
+        loss = cross_entropy(probabilities.clamp_min(1e-12).log(), labels).item()
     return Predictions(indices, probabilities, labels, loss, errors)
