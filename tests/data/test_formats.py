@@ -66,7 +66,7 @@ def test_parts_beyond_the_end_of_their_folder_are_errors(tmp_path: Path) -> None
     with pytest.raises(UnreadableVideo, match="says 10 from frame 1 on; starts count from 0, do those of the list"):
         VideoDataset(listed, frames=2, size=8, train=False, strict=True)[0, 0]
     (problem,) = check_lists({"test": listed}, 1).problems
-    assert "has 10 frames, and its list says 10 from frame 1 on" in problem.examples[0]
+    assert "has 10 frames, and its list says 10 from frame 1 on" in problem.cases[0]
     assert not problem.warning
 
 
@@ -241,7 +241,7 @@ def test_something_something_videos_are_files_or_folders_of_frames(tmp_path: Pat
     (missing,) = (
         problem for problem in check_lists({"test": listed}, 1, open_videos=False).problems if not problem.warning
     )
-    assert (missing.kind, missing.examples) == ("missing files", (str(videos / f"7{suffix}"),))
+    assert (missing.kind, missing.cases) == ("missing files", (str(videos / f"7{suffix}"),))
 
 
 def test_something_something_videos_in_two_formats_are_errors(tmp_path: Path) -> None:
