@@ -157,6 +157,12 @@ def test_approximations_use_the_error_that_they_may_have(code: str) -> None:
     assert not results[0].equal(results[2])
 
 
+def test_powers_of_two_that_no_float_holds_are_0() -> None:
+    x = torch.tensor([-127.0, -140.0, -151.5, -1e3, -torch.inf])
+    for seed in range(4):
+        assert unary("ex2.approx.ftz.f32 %r5, %r4;", x, seed).view(torch.float32).equal(torch.zeros(5))
+
+
 @pytest.mark.parametrize("fp_fusion", [True, False])
 @pytest.mark.parametrize("sum_of", ["add.f32 %r6, %r5, %r4", "sub.f32 %r6, %r5, %r4", "sub.f32 %r6, %r4, %r5"])
 def test_a_seed_picks_which_products_are_fused(sum_of: str, fp_fusion: bool) -> None:

@@ -18,11 +18,11 @@ double deviation(u64 function, float x, float y = 0) {
   return static_cast<double>(random >> 11) * 0x1p-52 - 1;
 }
 
-// The unit in the last place of the float nearest to x.
+// The unit in the last place of the float nearest to x; below the normal numbers, and for 0, it is 2^-149.
 double ulp(double x) {
-  int exponent;
+  int exponent = 0;
   std::frexp(x, &exponent);
-  return std::ldexp(1., exponent - 24);
+  return std::ldexp(1., (x == 0 || exponent < -125 ? -125 : exponent) - 24);
 }
 
 // Reciprocals and quotients are made of significands: exponents don't change their errors in units in the last place.
