@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -98,9 +100,26 @@ def test_without_network_or_pip_the_error_says_what_to_install(
     by_hand = "pip install --no-deps amflow-test-asset==1.2"
     with pytest.raises(CommandError, match=f"can't be downloaded .*{by_hand}"):
         asset_file(asset)
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CommandError, match=f"this Python has no pip; .*{by_hand}"):
+    venv.create(index / "without_pip", symlinks=True)
+    monkeypatch.setattr(assets.sys, "executable", str(index / "without_pip" / "bin" / "python"))
+    with pytest.raises(CommandError, match=f"No module named pip.*{by_hand}"):
         asset_file(asset)
+
+
+def test_torch_can_compile_after_a_download() -> None:
+    """Which imports setuptools. Looking for pip makes its distutils be that of Python, which it then refuses."""
+    code = """
+from amflow_models.cli.assets import Asset, asset_file
+from amflow_models.cli.errors import CommandError
+try:
+    asset_file(Asset("no-such-package", "1", "file", "0"))
+except CommandError as error:
+    print(error)
+import setuptools
+"""
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PYTHONPATH": str(Path(assets.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "file can't be downloaded" in done.stdout
 
 
 def test_a_backbone_whose_weights_cannot_be_downloaded_is_a_value_error(

@@ -139,7 +139,7 @@ def test_frames_of_clips_have_the_promised_shape_and_range(clip: str) -> None:
 
 
 def test_an_unknown_clip_raises() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of \('bikes'"):
+    with pytest.raises(ValueError, match=r"name: expected one of \('bigbuckbunny'"):
         clip_path("cats")
 
 

