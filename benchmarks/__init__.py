@@ -13,6 +13,8 @@ Other commands, which describe their options with --help; only --write overwrite
     python -m benchmarks.motion                    accuracy of adapters on tasks that only motion can solve
     python -m benchmarks.families                  record_am_flow on small models of every family: docs/families.md
     python -m benchmarks.decoding                  reading of videos
+    python -m benchmarks.call_cost                 what small calls cost besides their kernels: docs/benchmarks.md
+    python -m benchmarks.many_threads              how busy many cores would be, simulated: docs/benchmarks.md
     python -m benchmarks.arm_report                the kernels for 64-bit ARM under an emulator: docs/arm.md
     python -m benchmarks.gpu.suite                 correctness, time and memory on a GPU; --dry-run without one
     python -m benchmarks.gpu.warm_cache            compiles the suite's kernels beforehand, without a GPU
