@@ -1,4 +1,4 @@
-"""What a small call costs besides the kernel: instructions, counted by callgrind, and times.
+"""What a small call costs besides the kernel: instructions, counted by callgrind.
 
 python -m benchmarks.call_cost [--write]
 
@@ -8,7 +8,7 @@ allocates the results. Where gradients are needed, it is compared with two empty
 `torch.autograd.Function` of as many arguments. What is subtracted as the kernel's own part is a call of the native op
 with all its arguments and results at hand, and for attention SDPA.
 
-Instructions need valgrind, which emulates AVX2 at most; times are medians of interleaved rounds. Both on one thread.
+Needs valgrind, which emulates AVX2 at most. On one thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +34,8 @@ from benchmarks.machine import machine
 from benchmarks.result_files import Row
 from benchmarks.shapes import HARD
 from benchmarks.tables import Table
-from benchmarks.timing import interleave
 
 CALLS = 40
-SECONDS = 20.0
 RESULT = result_files.RESULTS / "call_cost.json"
 
 _LIBRARY = library.Library("amflow_benchmark", "FRAGMENT")
@@ -128,21 +125,14 @@ COMPARED = (
 )
 
 
-def rows(counts: dict[str, int], seconds: dict[str, float]) -> list[Row]:
-    """A row for each compared call: its overhead and the yardstick, in instructions and in microseconds."""
-
-    def parts(figures: dict[str, Any], compared: Compared) -> tuple[Any, Any]:
-        overhead = figures[compared.call] - sum(figures[name] for name in compared.kernel)
-        return overhead, sum(figures[name] for name in compared.yardstick)
-
+def rows(counts: dict[str, int]) -> list[Row]:
+    """A row for each compared call: the instructions of its overhead and of the yardstick."""
     result: list[Row] = []
     for compared in COMPARED:
-        (instructions, plain), (time, plain_time) = parts(counts, compared), parts(seconds, compared)
-        row: Row = {"call": compared.call, "instructions": instructions, "yardstick": plain}
-        row["multiple"] = round(instructions / plain, 2)
-        row |= {"us": round(1e6 * time, 2), "yardstick_us": round(1e6 * plain_time, 2)}
-        row["multiple_of_time"] = round(time / plain_time, 2)
-        result.append(row)
+        overhead = counts[compared.call] - sum(counts[name] for name in compared.kernel)
+        plain = sum(counts[name] for name in compared.yardstick)
+        row: Row = {"call": compared.call, "instructions": overhead, "yardstick": plain}
+        result.append(row | {"multiple": round(overhead / plain, 2)})
     return result
 
 
@@ -210,8 +200,7 @@ def main() -> None:
         count_with(ctypes.CDLL(args.count_with))
         return
     counts = instructions()
-    seconds = {name: median(durations) for name, durations in interleave(calls(), SECONDS).items()}
-    measured = rows(counts, seconds)
+    measured = rows(counts)
     print(table(measured).plain())
     if args.write:
         document = {"machine": machine(), "overhead": measured, "instructions": counts}
