@@ -1,12 +1,15 @@
-"""The public functions: a problem out of the arguments, then one op call."""
+"""The public functions: a problem out of the arguments, then one call."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amflow_kernels import ops
-from amflow_kernels.dispatch import Impl, check_impl, explain
+from amflow_kernels.calls import problem_of
+from amflow_kernels.dispatch import Impl, explain
 from amflow_kernels.problem import HeadReduction, MatmulProblem, Problem, clips_of
 from amflow_kernels.shards import on_shards
 
@@ -99,12 +102,17 @@ def am_flow(
         TypeError, ValueError: an argument is not as described; the message names it, what came and what is expected.
         RuntimeError: the implementation asked for by ``impl`` can't run here; the message says why.
     """
-    problem = Problem(
-        clips_of("q", q, num_frames), clips_of("k", k, num_frames), scale=scale, lag=lag, temperature=temperature,
-        head_reduction=head_reduction, center=center, out_dtype=out_dtype,
-        lse=clips_of("lse", lse, num_frames, dims=(3, 4)),
+    if num_frames is not None:
+        q, k = clips_of("q", q, num_frames), clips_of("k", k, num_frames)
+        lse = clips_of("lse", lse, num_frames, dims=(3, 4))
+    return _flow(
+        impl,
+        {"q": q, "k": k, "lse": lse},
+        {
+            "scale": scale, "lag": lag, "temperature": temperature, "head_reduction": head_reduction,
+            "center": center, "out_dtype": out_dtype,
+        },
     )  # fmt: skip
-    return _flow(problem, impl)
 
 
 @on_shards()
@@ -139,11 +147,13 @@ def am_flow_pair(
         head reduction. Differentiable once with respect to all four inputs.
     """
     _require_second_frames(q_b, k_b)
-    problem = Problem(
-        q_a, k_a, q_b=q_b, k_b=k_b, scale=scale, temperature=temperature, head_reduction=head_reduction,
-        center=center, out_dtype=out_dtype, lse=lse_a, lse_b=lse_b,
+    return _flow(
+        impl, {"q": q_a, "k": k_a, "q_b": q_b, "k_b": k_b, "lse": lse_a, "lse_b": lse_b},
+        {
+            "scale": scale, "temperature": temperature, "head_reduction": head_reduction, "center": center,
+            "out_dtype": out_dtype,
+        },
     )  # fmt: skip
-    return _flow(problem, impl)
 
 
 @on_shards()
@@ -193,11 +203,12 @@ def am_flow_matmul(
     Raises:
         TypeError, ValueError, RuntimeError: as `am_flow`.
     """
-    problem = MatmulProblem(
-        clips_of("q", q, num_frames), clips_of("k", k, num_frames), x=x, scale=scale, lag=lag, temperature=temperature,
-        transpose=transpose, softmax=softmax,
+    if num_frames is not None:
+        q, k = clips_of("q", q, num_frames), clips_of("k", k, num_frames)
+    return _product(
+        impl, {"q": q, "k": k, "x": x},
+        {"scale": scale, "lag": lag, "temperature": temperature, "transpose": transpose, "softmax": softmax},
     )  # fmt: skip
-    return _product(problem, impl)
 
 
 @on_shards()
@@ -228,10 +239,10 @@ def am_flow_matmul_pair(
         Differentiable once with respect to all five inputs.
     """
     _require_second_frames(q_b, k_b)
-    problem = MatmulProblem(
-        q_a, k_a, q_b=q_b, k_b=k_b, x=x, scale=scale, temperature=temperature, transpose=transpose, softmax=softmax
-    )
-    return _product(problem, impl)
+    return _product(
+        impl, {"q": q_a, "k": k_a, "q_b": q_b, "k_b": k_b, "x": x},
+        {"scale": scale, "temperature": temperature, "transpose": transpose, "softmax": softmax},
+    )  # fmt: skip
 
 
 def _require_second_frames(q_b: Tensor, k_b: Tensor) -> None:
@@ -241,21 +252,12 @@ def _require_second_frames(q_b: Tensor, k_b: Tensor) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
 
 
-def _flow(problem: Problem, impl: str | None) -> Tensor:
-    check_impl(impl, problem)
-    flow, _ = ops.call_checked(
-        ops.am_flow, problem,
-        *problem.frames, problem.lse, problem.lse_b, problem.logit_scale, problem.shift, float(problem.temperature),
-        problem.head_reduction, problem.center, impl,
-    )  # fmt: skip
+def _flow(impl: str | None, tensors: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    problem, chosen = problem_of(Problem, impl, tensors, options)
+    flow = ops.flow(problem, impl, chosen)
     return flow if problem.out_dtype is None else flow.to(problem.out_dtype)
 
 
-def _product(problem: MatmulProblem, impl: str | None) -> Tensor:
-    check_impl(impl, problem)
-    y: Tensor = ops.call_checked(
-        ops.am_flow_matmul, problem,
-        *problem.frames, problem.x, problem.logit_scale, problem.shift, float(problem.temperature),
-        problem.transpose, problem.softmax, impl,
-    )  # fmt: skip
-    return y
+def _product(impl: str | None, tensors: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    problem, chosen = problem_of(MatmulProblem, impl, tensors, options)
+    return ops.product(problem, impl, chosen)

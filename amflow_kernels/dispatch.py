@@ -16,6 +16,7 @@ from amflow_kernels.impl.cpu import Cpu
 from amflow_kernels.impl.cuda import Cuda
 from amflow_kernels.impl.reference import Reference
 from amflow_kernels.impl.triton import Triton
+from amflow_kernels.plain import needs_gradients
 from amflow_kernels.problem import MapPairs, Problem, clips_of
 
 Impl = Literal["reference", "chunked", "cpu", "triton", "cuda"]  # the names in IMPLEMENTATIONS
@@ -121,6 +122,14 @@ def implementation(problem: MapPairs, impl: str | None) -> Implementation:
     return IMPLEMENTATIONS[name]
 
 
+def lasting_choice(problem: MapPairs, impl: str | None) -> Implementation | None:
+    """The implementation that runs for all problems of this kind; None where one may warn, or has no pairs of maps."""
+    if problem.B == 0 or problem.P == 0 or _doubt_of_layout(problem):
+        return None
+    choice = choose(problem, impl)
+    return None if choice.fallback else IMPLEMENTATIONS[choice.name]
+
+
 def _warn_once(message: str, category: type[Warning]) -> None:
     if message not in _warned:
         _warned.add(message)
@@ -167,7 +176,7 @@ def uses_lse(problem: MapPairs, impl: str | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.frames):
+    if needs_gradients(*problem.frames):
         return False
     return IMPLEMENTATIONS[_choose(problem, impl)[0]].uses_lse(problem)
 

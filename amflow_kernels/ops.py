@@ -6,28 +6,60 @@ the pairs are ((q, k)[p], (q_b, k_b)[p]), without them ((q, k)[t], (q, k)[t + la
 """
 
 # No `from __future__ import annotations`: the schemas are inferred from the real types.
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
-from torch._C import DispatchKey, DispatchKeySet
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    get_eval_frame_callback,
-    set_code_exec_strategy,
-)
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from amflow_kernels.dispatch import IMPLEMENTATIONS, backward, check_backward, implementation, saved_size
-from amflow_kernels.impl.base import empty_gradients
+from amflow_kernels.impl.base import Implementation, empty_gradients
+from amflow_kernels.plain import below_autograd, needs_gradients, untraced
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 _LIBRARY = library.Library("amflow", "FRAGMENT")
-_KERNELS: dict[OpOverload, Callable[..., Any]] = {}  # the functions of the ops
+
+
+def flow(problem: Problem, impl: str | None, chosen: Implementation | None) -> Tensor:
+    """The flow of a checked problem: by the op, or if nothing would see it by what it does with `chosen`."""
+    recorded = needs_gradients(*problem.frames)
+    if chosen is not None and not recorded:
+        return chosen.forward(problem)[0]
+    lse = problem.lse, problem.lse_b
+    arguments = *problem.frames, *lse, *_numbers(problem), problem.head_reduction, problem.center, impl
+    if chosen is not None and lse == (None, None) and not below_autograd():
+        run = partial(_flow_and_saved, problem, impl, chosen)
+        return _RECORDED_FLOW.apply(run, *_arguments_with_gradients(*arguments))[0]
+    return am_flow(*arguments)[0]
+
+
+def product(problem: MatmulProblem, impl: str | None, chosen: Implementation | None) -> Tensor:
+    """The motion operator of a checked problem times its features, likewise."""
+    recorded = needs_gradients(*problem.frames, problem.x)
+    if chosen is not None and not recorded:
+        return chosen.matmul(problem)
+    arguments = *problem.frames, problem.x, *_numbers(problem), problem.transpose, problem.softmax, impl
+    if chosen is not None and not below_autograd():
+        return _RECORDED_PRODUCT.apply(partial(_matmul, problem, chosen), *arguments)
+    return am_flow_matmul(*arguments)
+
+
+def _numbers(problem: MapPairs) -> tuple[float, int, float]:
+    return problem.logit_scale, problem.shift, float(problem.temperature)
+
+
+def _flow_and_saved(problem: Problem, impl: str | None, chosen: Implementation, *_: Any) -> tuple[Tensor, Tensor]:
+    """The flow, and as much saved as traced code expects, which can't know what will run."""
+    result, saved = chosen.forward(problem)
+    size = saved_size(problem, impl)
+    return result, saved if saved is not None and saved.numel() == size else _no_saved(problem, size)
+
+
+def _matmul(problem: MatmulProblem, chosen: Implementation, *_: Any) -> Tensor:
+    return chosen.matmul(problem)
 
 
 def _op(function: Callable[..., Any]) -> OpOverload:
@@ -39,62 +71,9 @@ def _op(function: Callable[..., Any]) -> OpOverload:
     name = function.__name__
     schema = library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _untraced(function), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, untraced(function), "CompositeExplicitAutograd")
     op: OpOverload = getattr(torch.ops.amflow, name).default
-    _KERNELS[op] = function
     return op
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps torch.compile out of a kernel, which it would trace where a graph break leaves a call to Python.
-
-    PyTorch's own means imports torch._dynamo in the first call and costs each call as much as all checks. It is needed
-    only while torch.compile watches this thread.
-    """
-    disabled = torch._disable_dynamo(function)
-
-    def kernel(*args: Any) -> Any:
-        return function(*args) if get_eval_frame_callback() is None else disabled(*args)
-
-    set_code_exec_strategy(kernel.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
-    return kernel
-
-
-class _Checked(threading.local):
-    """The problem that a public function calls an op with in this thread, and the op's arguments."""
-
-    problem: Any = None
-    arguments: tuple[Any, ...] = ()
-
-
-_checked = _Checked()
-
-
-def call_checked(op: OpOverload, problem: MapPairs, *arguments: Any) -> Any:
-    """Calls an op with the arguments of a problem, and spares it the checks that the problem has made."""
-    if torch.compiler.is_compiling():
-        return op(*arguments)
-    _checked.problem, _checked.arguments = problem, arguments
-    try:
-        return op(*arguments)
-    finally:
-        _checked.problem, _checked.arguments = None, ()
-
-
-def _checked_problem(*arguments: Any) -> Any:
-    """The problem that `call_checked` has handed over if an op's arguments are those of that call, else None.
-
-    Tensors must be the very same: a mode, a transform or autograd may have put others in their place.
-    """
-    if _checked.problem is None:
-        return None
-    for value, checked in zip(arguments, _checked.arguments, strict=False):
-        if value is not checked and not (type(value) is type(checked) and type(value) in _NUMBERS and value == checked):
-            return None
-    return _checked.problem if len(arguments) == len(_checked.arguments) else None
-
-
-_NUMBERS = (float, int, str)  # options that pass through PyTorch's dispatcher are equal and may be other objects
 
 
 @_op
@@ -116,20 +95,14 @@ def am_flow(
 
     lse, lse_b: row log-sum-exps of the maps of q and of q_b; only some kernels use them, and only without gradients.
     """
-    problem = _checked_problem(
-        q, k, q_b, k_b, lse, lse_b, scale, lag, temperature, head_reduction, center, impl
+    q, k, q_b, k_b = _readable(q, k, q_b, k_b)
+    problem = Problem(
+        q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
+        head_reduction=head_reduction, center=center,
     )  # fmt: skip
-    if problem is None:
-        q, k, q_b, k_b = _readable(q, k, q_b, k_b)
-        problem = Problem(
-            q, k, q_b=q_b, k_b=k_b, lse=lse, lse_b=lse_b, scale=scale, lag=lag, temperature=temperature,
-            head_reduction=head_reduction, center=center,
-        )  # fmt: skip
     if _is_empty(problem):
         return _empty_flow(problem, impl)
-    flow, saved = implementation(problem, impl).forward(problem)
-    size = saved_size(problem, impl)
-    return flow, saved if saved.numel() == size else _no_saved(problem, size)
+    return _flow_and_saved(problem, impl, implementation(problem, impl))
 
 
 @library.register_fake("amflow::am_flow", lib=_LIBRARY)
@@ -213,13 +186,11 @@ def am_flow_matmul(
     impl: str | None,
 ) -> Tensor:
     """op x of every pair, with op = M or P, or its transpose: (B, P, *G, Nq, C), or (B, P, *G, Nk, C) transposed."""
-    problem = _checked_problem(q, k, q_b, k_b, x, scale, lag, temperature, transpose, softmax, impl)
-    if problem is None:
-        q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
-        problem = MatmulProblem(
-            q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
-            softmax=softmax,
-        )  # fmt: skip
+    q, k, q_b, k_b, x = _readable(q, k, q_b, k_b, x)
+    problem = MatmulProblem(
+        q, k, q_b=q_b, k_b=k_b, x=x, scale=scale, lag=lag, temperature=temperature, transpose=transpose,
+        softmax=softmax,
+    )  # fmt: skip
     return _empty_product(problem) if _is_empty(problem) else implementation(problem, impl).matmul(problem)
 
 
@@ -341,7 +312,7 @@ def _no_saved(problem: Problem, size: int) -> Tensor:
     return problem.q.new_zeros(size, dtype=torch.float32)
 
 
-# Of the autograd functions: their first argument is the dispatcher's, the others are those of the op.
+# Of the autograd functions.
 
 
 def _setup_am_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -417,7 +388,7 @@ def _register_autograd(
     differentiate: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     arguments: Callable[..., tuple[Any, ...]] | None = None,
-) -> None:
+) -> Any:
     """Registers a backward, which is the only kind of differentiation.
 
     The op raises in forward mode, where it would return zero tangents, and in the transforms of torch.func. Where an
@@ -425,18 +396,13 @@ def _register_autograd(
     a part of the autograd kernel: eager, compiled and exported code pass it, and the bare op, too.
 
     PyTorch's `register_autograd` does the rest as well, but reads the schema in every call that needs gradients.
+
+    Returns:
+        The `torch.autograd.Function`. Its first argument makes the result of the others, the arguments of the op.
     """
 
-    own_kernel = _KERNELS[op]
-
-    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
-        if not keyset.raw_repr() & _BETWEEN:  # the dispatcher would call the op's own kernel next
-            return own_kernel(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        result = below_autograd(keyset, args)
+    def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
+        result = run(*args)
         if setup_context is not None:
             setup_context(ctx, args, result)
         return result
@@ -448,32 +414,30 @@ def _register_autograd(
     function: Any = type(op._opname, (torch.autograd.Function,), methods)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        needs_gradients = False
-        for x in args:
-            if isinstance(x, Tensor):
-                if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-                    raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
-                needs_gradients = needs_gradients or x.requires_grad
-        if not (needs_gradients and torch.is_grad_enabled()):
-            return below_autograd(keyset, args)
+        def below_autograd(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"{_GRADIENTS}; forward-mode differentiation was requested (a tangent came in)")
+        if not needs_gradients(*tensors):
+            return below_autograd(*args)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
             raise RuntimeError(f"{_GRADIENTS}; torch.func's {transform.key().name} was requested")
-        return function.apply(keyset, *(args if arguments is None else arguments(*args)))
+        return function.apply(below_autograd, *(args if arguments is None else arguments(*args)))
 
-    _LIBRARY.impl(op._opname, _untraced(kernel), "Autograd", with_keyset=True)
+    _LIBRARY.impl(op._opname, untraced(kernel), "Autograd", with_keyset=True)
+    return function
 
-
-# What may come between autograd and the kernel of an op on a CPU or a GPU: modes, functionalization, fake tensors, ...
-_OWN = DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.CUDA)
-_BETWEEN = torch._C._after_ADInplaceOrView_keyset.raw_repr() & ~_OWN.raw_repr()
 
 _GRADIENTS = (
     "amflow_kernels: AM flow has first-order gradients by backward() and torch.autograd.grad, also through torch.vmap"
 )
 
-_register_autograd(am_flow, _differentiate_am_flow, _setup_am_flow, _arguments_with_gradients)
-_register_autograd(am_flow_matmul, _differentiate_matmul, _setup_matmul)
+_RECORDED_FLOW = _register_autograd(am_flow, _differentiate_am_flow, _setup_am_flow, _arguments_with_gradients)
+_RECORDED_PRODUCT = _register_autograd(am_flow_matmul, _differentiate_matmul, _setup_matmul)
 _register_autograd(am_flow_backward, _no_second_order)
 _register_autograd(am_flow_matmul_backward, _no_second_order)
 library.register_vmap("amflow::am_flow", _vmap_am_flow, lib=_LIBRARY)

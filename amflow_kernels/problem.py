@@ -8,7 +8,7 @@ the only list of the options.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
@@ -49,6 +49,8 @@ class MapPairs:
         scale: factor on the logits; None means D ** -0.5.
         lag: distance of the two frames of a pair in a clip, at least 1. Ignored in pair form.
         temperature: divides the change before the second softmax, at least 1/64.
+        logit_scale: `scale` as a number.
+        shift: the second map of pair t is that of frame t + shift: lag, or 0 in pair form.
 
     Raises:
         TypeError, ValueError: a tensor or an option is not as described; the message names it.
@@ -62,6 +64,8 @@ class MapPairs:
     scale: float | None = None
     lag: int = 1
     temperature: float = 1.0
+    logit_scale: float = field(init=False)
+    shift: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.pair:
@@ -76,6 +80,8 @@ class MapPairs:
                 "temperature: expected at least 1/64 (below it the second softmax overflows), "
                 f"got {float(self.temperature)}"
             )
+        self.logit_scale = self.D**-0.5 if self.scale is None else float(self.scale)
+        self.shift = 0 if self.pair else self.lag
 
     def _check_clip(self) -> None:
         check_frames(self.q, self.k, "q", "k")
@@ -106,16 +112,6 @@ class MapPairs:
     def frames(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """q, k, q_b, k_b."""
         return self.q, self.k, self.q_b, self.k_b
-
-    @property
-    def logit_scale(self) -> float:
-        """`scale` as a number."""
-        return self.D**-0.5 if self.scale is None else float(self.scale)
-
-    @property
-    def shift(self) -> int:
-        """The second map of pair t is that of frame t + shift: lag, or 0 in pair form."""
-        return 0 if self.pair else self.lag
 
     @property
     def B(self) -> int:  # noqa: N802
@@ -166,6 +162,8 @@ class Problem(MapPairs):
         center: the result is flow - Nq / Nk.
         out_dtype: what the public functions convert the result to; None: nothing. Implementations ignore it.
         lse, lse_b: the rows' log-sum-exps of the maps of (q, k) and of (q_b, k_b), float32 (B, T, *G, Nq), or None.
+        reduction: `head_reduction` as the native kernels number it.
+        flow_shape: (B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head reduction.
     """
 
     _: KW_ONLY
@@ -174,6 +172,8 @@ class Problem(MapPairs):
     out_dtype: torch.dtype | None = None
     lse: Tensor | None = None
     lse_b: Tensor | None = None
+    reduction: int = field(init=False)
+    flow_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,17 +187,9 @@ class Problem(MapPairs):
             _check_lse(self.lse, self.q, *names)
         if self.lse_b is not None and self.q_b is not None:
             _check_lse(self.lse_b, self.q_b, "lse_b", "q_b")
-
-    @property
-    def reduction(self) -> int:
-        """`head_reduction` as the native kernels number it."""
-        return HEAD_REDUCTIONS.index(self.head_reduction)
-
-    @property
-    def flow_shape(self) -> tuple[int, ...]:
-        """(B, P, *G, Nk), or (B, P, *G[1:], Nk) with a head reduction."""
+        self.reduction = HEAD_REDUCTIONS.index(self.head_reduction)
         B, T, *groups, _, _ = self.q.shape
-        return (B, T - self.shift, *(groups if self.head_reduction == "none" else groups[1:]), self.Nk)
+        self.flow_shape = (B, T - self.shift, *(groups if self.head_reduction == "none" else groups[1:]), self.Nk)
 
 
 @dataclass(eq=False)
@@ -209,12 +201,14 @@ class MatmulProblem(MapPairs):
             float32 or the dtype of q.
         transpose: multiply by the transpose of the operator.
         softmax: the operator is P, the softmax of M / temperature, instead of M.
+        product_shape: (B, P, *G, Nq, C), or transposed (B, P, *G, Nk, C).
     """
 
     _: KW_ONLY
     x: Tensor
     transpose: bool = False
     softmax: bool = False
+    product_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +219,7 @@ class MatmulProblem(MapPairs):
                 f"temperature: expected 1 without softmax=True (M has none), got {float(self.temperature)}"
             )
         self._check_features()
+        self.product_shape = (*self.x.shape[:-2], self.Nk if self.transpose else self.Nq, self.C)
 
     def _check_features(self) -> None:
         x, q = self.x, self.q
@@ -253,11 +248,6 @@ class MatmulProblem(MapPairs):
     def C(self) -> int:  # noqa: N802
         """Features of a token."""
         return self.x.shape[-1]
-
-    @property
-    def product_shape(self) -> tuple[int, ...]:
-        """(B, P, *G, Nq, C), or transposed (B, P, *G, Nk, C)."""
-        return (*self.x.shape[:-2], self.Nk if self.transpose else self.Nq, self.C)
 
 
 def check_options(scale: float | None = None, **options: Unpack[FlowOptions]) -> None:

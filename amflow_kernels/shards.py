@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
 from math import prod
+from types import NoneType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ def on_shards(
 
         @wraps(function)
         def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            if not _has_dtensor((*args, *kwargs.values())):
+            if not _has_dtensor(args) and not (kwargs and _has_dtensor(kwargs.values())):
                 return function(*args, **kwargs)
             return _on_local_parts(function, {**dict(zip(names, args, strict=False)), **kwargs}, like_q)
 
@@ -49,8 +50,15 @@ def check_plain(name: str, value: object) -> None:
 
 
 def _has_dtensor(values: Iterable[object]) -> bool:
-    module = getattr(torch.distributed, "tensor", None)  # imported wherever there is a DTensor
-    return module is not None and any(isinstance(value, module.DTensor) for value in values)
+    for value in values:
+        if type(value) not in _COMMON and isinstance(value, Tensor):
+            module = getattr(torch.distributed, "tensor", None)  # imported wherever there is a DTensor
+            if module is not None and isinstance(value, module.DTensor):
+                return True
+    return False
+
+
+_COMMON = (Tensor, NoneType, int, float, str, bool)  # spares the question of what else a value is
 
 
 def _on_local_parts(function: Callable[..., Any], arguments: dict[str, Any], like_q: tuple[int, ...]) -> Any:

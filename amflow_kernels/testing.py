@@ -164,7 +164,8 @@ def run(problem: MapPairs, impl: str | None = None) -> Tensor:
     """The public function that a problem is a call of."""
     matmul = isinstance(problem, MatmulProblem)
     tensors = ("q", "k", "q_b", "k_b", "x")
-    options: dict[str, Any] = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in tensors}
+    names = [field.name for field in fields(problem) if field.init and field.name not in tensors]
+    options: dict[str, Any] = {name: getattr(problem, name) for name in names}
     function: Callable[..., Tensor] = am_flow_matmul if matmul else am_flow
     if problem.pair:
         function = am_flow_matmul_pair if matmul else am_flow_pair

@@ -15,7 +15,8 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
 
-from amflow_kernels import dispatch
+from amflow_kernels import calls, dispatch
+from amflow_kernels.impl import cpu
 
 pytest.register_assert_rewrite("tests.kernels.conformance")
 
@@ -24,14 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Each test starts with PyTorch's thread count as it was and with no warning given yet."""
+    """Each test starts with PyTorch's thread count as it was, with no warning given yet and no call remembered."""
     threads = torch.get_num_threads()
     warned = set(dispatch._warned)
     dispatch._warned.clear()
+    calls._known.clear()
+    cpu._vector_bits.cache_clear()
     yield
     torch.set_num_threads(threads)
     dispatch._warned.clear()
     dispatch._warned.update(warned)
+    cpu._vector_bits.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

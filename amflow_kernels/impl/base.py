@@ -61,8 +61,8 @@ class Implementation(Protocol):
         return 0
 
     @abstractmethod
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """The flow, of `problem.flow_shape`, and what its backward needs, float32 (saved_size,)."""
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """The flow, of `problem.flow_shape`, and what its backward needs, float32 (saved_size,), or None: nothing."""
 
     @abstractmethod
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -106,8 +106,3 @@ def clear_unpaired(problem: MapPairs, grads: Sequence[Tensor]) -> None:
         for grad in grads[:2]:
             if grad.numel():
                 grad[:, problem.P : problem.lag] = 0
-
-
-def nothing_saved(problem: Problem) -> Tensor:
-    """The result of a forward whose backward needs nothing but the inputs."""
-    return problem.q.new_empty(0, dtype=torch.float32)

@@ -18,7 +18,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from amflow_kernels.impl.base import Implementation, clear_unpaired, empty_gradients, nothing_saved
+from amflow_kernels.impl.base import Implementation, clear_unpaired, empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MEMORY = 64 << 20  # bytes
@@ -39,7 +39,7 @@ class Chunked(Implementation):
     def __init__(self, memory: int = MEMORY) -> None:
         self.memory = memory
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         flow = problem.q.new_zeros(problem.flow_shape, dtype=problem.result_dtype)
         result = _flow_rows(problem, flow)
         per_row, per_frame = 2 * problem.Nk + problem.D, (problem.D + 3) * problem.Nk
@@ -53,7 +53,7 @@ class Chunked(Implementation):
                     if problem.head_reduction == "mean":
                         centre = centre.sum(HEADS, keepdim=True) / problem.heads
                     block.of(chain.of(result)).add_(centre)
-        return flow if problem.center else flow.add_(problem.Nq / problem.Nk), nothing_saved(problem)
+        return flow if problem.center else flow.add_(problem.Nq / problem.Nk), None
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         heads = 1 if problem.head_reduction == "none" else problem.heads

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext
-from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaired, empty_gradients, nothing_saved
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaired, empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 
@@ -28,10 +29,10 @@ class Cpu(Implementation):
         isa = f", {torch.ops.amflow_native.isa(_vector_bits())}" if loaded and _vector_bits() else ""
         return f"{_ext.presence(_build.CPU)}{isa}"
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         flow = torch.empty(problem.flow_shape, dtype=torch.float32)
         torch.ops.amflow_native.am_flow(flow, *_maps(problem), problem.reduction, problem.center, _vector_bits())
-        return flow, nothing_saved(problem)
+        return flow, None
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         grads = empty_gradients(problem.frames, needs)
@@ -81,6 +82,7 @@ def _capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+@cache
 def _vector_bits() -> int | None:
     """Width of the vectors to use: what torch itself chose, which ATEN_CPU_CAPABILITY can lower.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext
-from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, nothing_saved
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 MAX_TOKENS = 640
@@ -56,7 +56,7 @@ class Cuda(Implementation):
             return None
         return f"only where it is asked for: no measurement shows it faster on sm_{major}{minor}"
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         q = problem.q
         flow = torch.empty(problem.flow_shape, dtype=torch.float32, device=q.device)
         with _on(q):
@@ -64,7 +64,7 @@ class Cuda(Implementation):
                 flow, *problem.frames, problem.logit_scale, problem.shift, problem.temperature, problem.reduction,
                 problem.center, *_device(q),
             )  # fmt: skip
-        return flow, nothing_saved(problem)
+        return flow, None
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         raise NotImplementedError("the CUDA kernels have no backward; `backward_by` names one")

@@ -16,7 +16,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from amflow_kernels.impl.base import Implementation, clear_unpaired, nothing_saved
+from amflow_kernels.impl.base import Implementation, clear_unpaired
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 HEADS = 2  # the heads' dimension in (B, T, heads, ...)
@@ -25,7 +25,7 @@ HEADS = 2  # the heads' dimension in (B, T, heads, ...)
 class Reference(Implementation):
     """Eager PyTorch for every device and dtype. The forwards are differentiable by autograd, too."""
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """flow = P^T 1 of every pair of frames."""
         with torch.autocast(problem.q.device.type, enabled=False):
             A_a, A_b = pair_maps(problem)
@@ -35,7 +35,7 @@ class Reference(Implementation):
             flow = (w * (e - ebar)).sum(dim=-2)  # flow - Nq / Nk: sums to 0, keeps full relative precision
             if problem.head_reduction == "mean":
                 flow = flow.mean(HEADS)
-            return flow if problem.center else flow + problem.Nq / problem.Nk, nothing_saved(problem)
+            return flow if problem.center else flow + problem.Nq / problem.Nk, None
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         """The gradients written out as in docs/maths.md.

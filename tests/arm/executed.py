@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amflow_kernels import _build, _ext, dispatch
-from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaired, empty_gradients, nothing_saved
+from amflow_kernels.impl.base import FUSED_DTYPES, Implementation, clear_unpaired, empty_gradients
 from amflow_kernels.problem import MapPairs, MatmulProblem, Problem
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -97,10 +97,10 @@ class Executed(Implementation):
         """Ends the process."""
         self._process.communicate()
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         flow = torch.empty(problem.flow_shape, dtype=torch.float32)
         self._call(FORWARD, problem, [], [flow])
-        return flow, nothing_saved(problem)
+        return flow, None
 
     def backward(self, problem: Problem, dflow: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         grads = empty_gradients(problem.frames, needs)

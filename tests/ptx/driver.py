@@ -47,7 +47,7 @@ class Gpu(Triton):
             launches.execute(execution.ptx, None, sizes, parameters, regions, seed=self.seed, fp_fusion=True)
         )
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         with self.memory:
             flow, saved = super().forward(problem)
         self.memory.check_written(flow, "the flow")
