@@ -85,16 +85,16 @@ class Triton(Implementation):
 def _interpreter_fault() -> str | None:
     """Why Triton's interpreter can't run the kernels, if it can't.
 
-    Triton 3.6 converts arrays with one dimension and one element to int, which NumPy does not do from 2.5 on.
+    Triton 3.6 converts arrays with one dimension and one element to int, which NumPy does not do from 2.4 on.
     """
     import numpy
     import triton
 
     versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
-    if versions[0] == (3, 6) and versions[1] >= (2, 5):
+    if versions[0] == (3, 6) and versions[1] >= (2, 4):
         return (
             f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}: "
-            "install numpy<2.5 or a newer Triton"
+            "install numpy<2.4 or a newer Triton"
         )
     return None
 
