@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import call_cost, many_threads, precision, result_files, tables
+from benchmarks import call_cost, many_threads, precision, result_files, summary, tables
 from benchmarks.shapes import NOTES
 
 RESULTS = sorted(result_files.RESULTS.glob("*.json"))
@@ -64,6 +64,14 @@ def test_tables_have_a_row_for_each_shape_and_mark_the_shapes_with_a_note(path: 
 
 def test_the_page_on_precision_is_made_from_its_committed_data() -> None:
     assert precision.page(json.loads(precision.RESULT.read_text())) == precision.PAGE.read_text()
+
+
+def test_readme_and_page_have_the_tables_of_the_committed_run() -> None:
+    root = result_files.RESULTS.parents[1]
+    tables = summary.tables(result_files.RESULTS / "cpu_epyc_zen4_2threads.json")
+    assert tables["am_flow"] in (root / "README.md").read_text()
+    for name in ("other functions", "without kernels"):
+        assert tables[name] in (root / "docs" / "benchmarks.md").read_text()
 
 
 def test_the_page_of_benchmarks_has_the_simulated_cores_and_the_counted_calls() -> None:
