@@ -38,6 +38,22 @@ def _clean_state() -> Iterator[None]:
     cpu._vector_bits.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def _assets_of_demo_tests(request: pytest.FixtureRequest) -> None:
+    """They are downloaded before a test, which then sees no message about it."""
+    if request.node.get_closest_marker("demo"):
+        request.getfixturevalue("assets")
+
+
+@pytest.fixture(scope="session")
+def assets() -> None:
+    """The weights and clips of the demo are at hand."""
+    from amflow_models.cli import assets, offline
+
+    for asset in (offline.WEIGHTS, *offline.CLIPS.values()):
+        assets.asset_file(asset)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """PyTorch's compile cache would hand AVX-512 code to a later run under ATEN_CPU_CAPABILITY=default."""

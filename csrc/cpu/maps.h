@@ -71,7 +71,7 @@ struct MapScratch {
   float* maxima;   // [vector][W]
   Map maps[2];     // the previous and the current frame's
   // For the gradient.
-  float* dlogits;  // [KEY_BLOCK][lane]
+  float* dlogits;  // [KEY_BLOCK][lane], or for dot products see `backward_dots`
   float* dq;       // [lane][d_cols], or null if it is accumulated in the result
   float* dk;       // [own frame][head][Nk][d_cols], or null if it is accumulated in the result
 };
@@ -112,7 +112,7 @@ void take_map_scratch(const Plan& plan, Arena& arena, MapScratch& s) {
 }
 
 void take_gradient_scratch(const Problem& pb, const Plan& plan, Arena& arena, MapScratch& s) {
-  s.dlogits = arena.take(KEY_BLOCK * MAX_LANES);
+  s.dlogits = arena.take((KEY_BLOCK + 1) * MAX_LANES);
   if (!whole_rows(pb)) s.dq = arena.take(MAX_LANES * plan.d_cols);
   if (wants_dk(pb) && !dk_in_place(pb, plan)) s.dk = arena.take(dk_size(pb, plan));
 }
@@ -437,11 +437,124 @@ void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float))
 
 // ---- from dL/dA to dq and dk
 
+#ifdef AMFLOW_DOT_BF16
+// Below this D, too few rounding errors of dL/dlogits are summed to average out within the budget of bf16 gradients.
+constexpr int64_t LEAST_DOT_D = 8;
+
+// n rows of bf16 numbers as [pair of rows][cols], two numbers of one column in a lane. An odd last row is paired with
+// zeros, and columns from D on are zero.
+void pair_rows(const char* first, int64_t pitch, int64_t n, int64_t D, float* out, int64_t cols) {
+  for (int64_t r = 0; r < n; r += 2, out += cols) {
+    const auto* a = reinterpret_cast<const uint16_t*>(first + r * pitch);
+    const auto* b = r + 1 < n ? reinterpret_cast<const uint16_t*>(first + (r + 1) * pitch) : nullptr;
+    int64_t d = 0;
+    for (; b && d + W <= D; d += W) store(out + d, load_pairs(a + d, b + d));
+    for (; d < D; d += W) {
+      uint16_t tails[2][W] = {};
+      const int64_t left = 2 * min(W, D - d);
+      __builtin_memcpy(tails[0], a + d, left);
+      if (b) __builtin_memcpy(tails[1], b + d, left);
+      store(out + d, load_pairs(tails[0], tails[1]));
+    }
+  }
+}
+
+// The mean of n rows from `pair_rows`, as one more pair: itself and zero.
+void pair_mean(float* pairs, int64_t n, int64_t cols) {
+  constexpr uint16_t ones[2] = {0x3f80, 0x3f80};
+  const bf16_pair one = load_pair(reinterpret_cast<const char*>(ones));
+  for (int64_t d = 0; d < cols; d += W) {
+    vec sum = set1(0.f);
+    for (int64_t r = 0; r < div_up(n, 2); ++r) sum = dot_bf16(one, load(pairs + r * cols + d), sum);
+    store(pairs + div_up(n, 2) * cols + d, pair_bf16(sum * set1(1.f / n), set1(0.f)));
+  }
+}
+
+// backward_logits with both products on bf16 dot products: dL/dlogits is rounded to bf16. Its sum over the keys is 0,
+// and keys often have a large mean, by which the errors would be multiplied: so what rounding takes from that sum is
+// multiplied by the mean of the block's keys and added.
+template <class Gradient>
+void backward_dots(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, const Map& map,
+                   const Gradient& gradient, const vec* rho, MapScratch& s, float* dk) {
+  const Frames& f = pb.frames[index.set];
+  const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = plan.d_cols;
+  float* const key_pairs = s.dlogits;  // [pair of keys][lane]
+  auto* const lane_pairs = reinterpret_cast<uint16_t*>(key_pairs + (KEY_BLOCK / 2 + 1) * lanes);  // [key][lane]
+  if (f.dk) pair_rows(query_row(pb, index, strip.first_query), f.q_stride[4] * 2, queries, pb.D, s.rows, cols);
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0), pairs = div_up(n, 2);
+    for (int64_t v = 0; v < strip.vectors; ++v) {
+      const vec factor = load(map.factor + (v * plan.blocks + block) * W);
+      const auto dA = gradient(v);
+      const vec rho_v = rho[v];
+      const auto dlogit = [&](int64_t j) __attribute__((always_inline)) {
+        const int64_t offset = (v * plan.key_rows + j0 + j) * W;
+        return load(map.p + offset) * factor * (dA(j0 + j, offset) - rho_v);
+      };
+      vec lost = set1(0.f);
+      const auto round_pair = [&](int64_t j, vec a, vec b) __attribute__((always_inline)) {
+        const vec pair = pair_bf16(a, b);
+        store(key_pairs + j / 2 * lanes + v * W, pair);
+        store_bf16(lane_pairs + j * lanes + v * W, a);
+        lost += (a - lower_bf16(pair)) + (b - upper_bf16(pair));
+      };
+#pragma GCC unroll 2
+      for (int64_t j = 0; j + 1 < n; j += 2) {
+        const vec b = dlogit(j + 1);
+        round_pair(j, dlogit(j), b);
+        store_bf16(lane_pairs + (j + 1) * lanes + v * W, b);
+      }
+      if (n % 2) round_pair(n - 1, dlogit(n - 1), set1(0.f));
+      store(key_pairs + pairs * lanes + v * W, pair_bf16(lost, set1(0.f)));
+    }
+    if (f.dq) {
+      pair_rows(key_row(pb, index, j0), f.k_stride[4] * 2, n, pb.D, s.keys, cols);
+      pair_mean(s.keys, n, cols);
+      product<Bf16Pair, Epilogue::none, true>({.b = reinterpret_cast<const char*>(key_pairs),
+                                               .b_row = 4,
+                                               .b_k = lanes * 4,
+                                               .x = s.keys,
+                                               .x_row = cols,
+                                               .K = pairs + 1,
+                                               .out = s.dq,
+                                               .out_row = cols,
+                                               .out_vector = W,
+                                               .add = block > 0},
+                                              queries, cols / W);
+    }
+    if (f.dk) {
+      float* const rows = dk + j0 * cols;
+      product<Bf16Pair, Epilogue::none, false>(
+          {.b = reinterpret_cast<const char*>(lane_pairs),
+           .b_row = lanes * 2,
+           .b_k = 4,
+           .x = s.rows,
+           .x_row = cols,
+           .K = div_up(queries, 2),
+           .out = rows,
+           .out_row = cols,
+           .out_vector = W,
+           .add = !strip.first_of_item,
+           .prefetch = reinterpret_cast<const char*>(rows + PREFETCH_DISTANCE * cols),
+           .prefetch_row = cols * 4,
+           .prefetch_bytes = cols * 4},
+          n, cols / W);
+    }
+  }
+  for (int64_t l = 0; f.dq && l < queries; ++l)
+    store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, index, strip.first_query + l));
+}
+#endif
+
 // From dL/dA of one map and strip: dq of the strip's queries, and their contribution to dk of all keys, which is
 // written for the item's first strip and added for later ones.
 template <class Gradient>
 void backward_logits(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, const Map& map,
                      const Gradient& gradient, const vec* rho, MapScratch& s, float* dk) {
+#ifdef AMFLOW_DOT_BF16
+  if (pb.dtype == Dtype::bf16 && pb.D >= LEAST_DOT_D)
+    return backward_dots(pb, plan, index, strip, map, gradient, rho, s, dk);
+#endif
   const Frames& f = pb.frames[index.set];
   const int64_t lanes = strip.lanes(), queries = strip.queries(pb.Nq), cols = plan.d_cols;
   float* const dq = s.dq ? s.dq : reinterpret_cast<float*>(dq_row(pb, index, strip.first_query));

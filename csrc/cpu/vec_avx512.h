@@ -70,6 +70,21 @@ inline bf16_pair load_pair(const char* p) {
 inline vec dot_bf16(bf16_pair b, vec x, vec sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(x));
 }
+inline vec pairs(__m256i a, __m256i b) {
+  const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(a), upper));
+}
+inline vec load_pairs(const uint16_t* a, const uint16_t* b) {
+  return pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+}
+inline __m256i to_bf16(vec x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+inline vec pair_bf16(vec a, vec b) { return pairs(to_bf16(a), to_bf16(b)); }
+inline vec lower_bf16(vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+inline vec upper_bf16(vec x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff << 16)));
+}
+inline void store_bf16(uint16_t* p, vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
 #endif
 
 }  // namespace amflow::AMFLOW_ISA

@@ -68,6 +68,17 @@ inline bf16_pair load_pair(const char* p) {
   return vreinterpret_bf16_f32(float32x2_t{pair, 0.f});
 }
 inline vec dot_bf16(bf16_pair b, vec x, vec sum) { return vbfdotq_lane_f32(sum, vreinterpretq_bf16_f32(x), b, 0); }
+inline vec pairs(uint16x4_t a, uint16x4_t b) {
+  return vreinterpretq_f32_u32(vorrq_u32(vmovl_u16(a), vshll_n_u16(b, 16)));
+}
+inline vec load_pairs(const uint16_t* a, const uint16_t* b) { return pairs(vld1_u16(a), vld1_u16(b)); }
+inline uint16x4_t to_bf16(vec x) { return vreinterpret_u16_bf16(vcvt_bf16_f32(x)); }
+inline vec pair_bf16(vec a, vec b) { return pairs(to_bf16(a), to_bf16(b)); }
+inline vec lower_bf16(vec x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 16)); }
+inline vec upper_bf16(vec x) {
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0xffff0000u)));
+}
+inline void store_bf16(uint16_t* p, vec x) { vst1_u16(p, to_bf16(x)); }
 #endif
 
 }  // namespace amflow::AMFLOW_ISA
