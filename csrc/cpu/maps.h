@@ -438,8 +438,10 @@ void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float))
 // ---- from dL/dA to dq and dk
 
 #ifdef AMFLOW_DOT_BF16
-// Below this D, too few rounding errors of dL/dlogits are summed to average out within the budget of bf16 gradients.
-constexpr int64_t LEAST_DOT_D = 8;
+// Whether dL/dlogits may be rounded to bf16: with fewer tokens or columns, too few errors are summed to average out
+// within the budget of bf16 gradients.
+constexpr int64_t LEAST_DOT = 32;
+bool dots_average(const Problem& pb) { return min(min(pb.Nq, pb.Nk), pb.D) >= LEAST_DOT; }
 
 // n rows of bf16 numbers as [pair of rows][cols], two numbers of one column in a lane. An odd last row is paired with
 // zeros, and columns from D on are zero.
@@ -552,7 +554,7 @@ template <class Gradient>
 void backward_logits(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, const Map& map,
                      const Gradient& gradient, const vec* rho, MapScratch& s, float* dk) {
 #ifdef AMFLOW_DOT_BF16
-  if (pb.dtype == Dtype::bf16 && pb.D >= LEAST_DOT_D)
+  if (pb.dtype == Dtype::bf16 && dots_average(pb))
     return backward_dots(pb, plan, index, strip, map, gradient, rho, s, dk);
 #endif
   const Frames& f = pb.frames[index.set];

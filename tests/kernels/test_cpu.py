@@ -189,3 +189,18 @@ else:
     raise AssertionError("impl='cpu' ran")
 """
     cold_python(code, env={"ATEN_CPU_CAPABILITY": "default"})
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+@pytest.mark.parametrize(
+    ("tokens", "D"), [((32, 32), 32), ((33, 97), 64), ((97, 33), 80), ((70, 193), 40), ((31, 97), 64)]
+)
+def test_bfloat16_gradients_of_keys_with_a_large_mean(tokens: tuple[int, int], D: int, mean: float) -> None:
+    """From 32 tokens and columns on, they may come from rounded gradients of the logits."""
+    q, k = tt.make_qk(1, 3, (2,), *tokens, D)
+    k = k + mean * torch.randn(D, generator=torch.Generator().manual_seed(1))
+    q, k = (x.bfloat16().requires_grad_() for x in (q / (1 + mean), k))
+    problem = Problem(q, k)
+    dflow = tt.make_dflow(problem.flow_shape)
+    grads = torch.autograd.grad(am_flow(q, k, impl="cpu"), (q, k), dflow)
+    tt.assert_grads(grads, tt.oracle_grads(problem, dflow), tt.grad_tie(problem, dflow))
