@@ -18,6 +18,18 @@ FAULTS = {
         "setp.lt.u32 %p1, %r1, 40; @%p1 mov.u32 %r4, 1; st.global.b32 [%d3], %r4;",
         ("@%p1 mov", "mov"),
     ),
+    "register of another lane": (
+        "uninitialised",
+        """setp.lt.u32 %p1, %r1, 32; @%p1 mov.u32 %r4, 1;
+        shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1; st.global.b32 [%d3], %r5;""",
+        ("@%p1 mov", "mov"),
+    ),
+    "sum of a register": (
+        "uninitialised",
+        """setp.lt.u32 %p1, %r1, 32; @%p1 mov.b32 %r4, 1; add.f32 %r5, %r4, %r4; max.f32 %r5, %r5, %r5;
+        st.global.b32 [%d3], %r5;""",
+        ("@%p1 mov", "mov"),
+    ),
     "predicate": ("uninitialised", "@%p1 st.global.b32 [%d3], %r1;", ("@%p1", "")),
     "shared memory": (
         "uninitialised",
@@ -194,6 +206,16 @@ def test_memory_is_unwritten_until_it_is_written() -> None:
         run("ld.global.b32 %r4, [%d3];", a, b, shadow=shadow)
     run("st.global.b32 [%d3], 1; ld.global.b32 %r4, [%d3];", a, b, threads=32, shadow=shadow)
     assert shadow.tolist() == [1] * 128 + [0] * 128
+
+
+def test_garbage_that_nothing_uses_is_no_fault() -> None:
+    """As in reductions: lanes that have nothing to add shuffle and add a register that they never wrote."""
+    a, b = torch.zeros(2, 64, dtype=torch.int32)
+    code = """and.b32 %r4, %r1, 31; setp.lt.u32 %p1, %r4, 4; @%p1 mov.b32 %r5, 0f3f800000;
+    shfl.sync.bfly.b32 %r6, %r5, 2, 31, -1; add.f32 %r5, %r5, %r6; shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1;
+    add.f32 %r5, %r5, %r6; @%p1 st.global.b32 [%d3], %r5;"""
+    run(code, a, b)
+    assert a.view(torch.float32).tolist() == 2 * ([4.0] * 4 + [0.0] * 28)
 
 
 def test_an_unknown_instruction_is_named() -> None:

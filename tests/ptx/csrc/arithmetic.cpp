@@ -160,17 +160,17 @@ void add_bits(const std::string& width) {
   each("shl.b" + width, [](T a, u32 n) { return shift_left(a, n); });
   each("selp.b" + width, [](T a, T b, bool p) { return p ? a : b; });
   for (const char* type : {"b", "s", "u"}) {
-    each("mov." + (type + width), [](T a) { return a; });
+    each_spreading("mov." + (type + width), [](T a) { return a; });
     each("setp.eq." + (type + width), [](T a, T b) { return a == b; });
     each("setp.ne." + (type + width), [](T a, T b) { return a != b; });
   }
 }
 
 void add_f32() {
-  each("mov.f32", [](float a) { return a; });
+  each_spreading("mov.f32", [](float a) { return a; });
   each("selp.f32", [](float a, float b, bool p) { return p ? a : b; });
   for (const char* rounding : {"", ".rn"}) {
-    each("add" + std::string(rounding) + ".f32", [](float a, float b) { return a + b; });
+    each_spreading("add" + std::string(rounding) + ".f32", [](float a, float b) { return a + b; });
     each("sub" + std::string(rounding) + ".f32", [](float a, float b) { return a - b; });
     each("mul" + std::string(rounding) + ".f32", [](float a, float b) { return a * b; });
   }
@@ -183,7 +183,7 @@ void add_f32() {
   each("abs.f32", [](float a) { return std::fabs(a); });
   each("neg.f32", [](float a) { return -a; });
   each("copysign.f32", [](float a, float b) { return std::copysign(b, a); });  // the sign is that of the first
-  each("max.f32", [](float a, float b) { return max_f32(a, b); });
+  each_spreading("max.f32", [](float a, float b) { return max_f32(a, b); });
   each("min.f32", [](float a, float b) { return min_f32(a, b); });
   each("ex2.approx.ftz.f32", [](float a) { return flush(ex2(flush(a))); });
   each("rcp.approx.ftz.f32", [](float a) { return flush(rcp(flush(a))); });

@@ -60,6 +60,7 @@ void shfl(Warp& warp, const Operand* to, u32 lanes) {
     if (from > last) from = l;
     else within |= 1u << l;
     if (!(lanes >> from & 1)) fail(Kind::uninitialised, l, "shfl.sync reads lane %u, which doesn't take part", from);
+    if (!(warp.ready[o[1].number] >> from & 1)) warp.garbage |= 1u << l;
     values[l] = a[from];
   });
   warp.set(to[0], values, lanes);
@@ -71,8 +72,8 @@ u32 indexed(u32, u32, u32 within) { return within; }
 
 template <u32 CHOOSE(u32, u32, u32)>
 void add_shfl(const std::string& mode) {
-  whole("shfl.sync." + mode + ".b32", "w=wwww", shfl<CHOOSE, false>);
-  whole("shfl.sync." + mode + ".b32", "wp=wwww", shfl<CHOOSE, true>);
+  whole("shfl.sync." + mode + ".b32", "w=wwww", shfl<CHOOSE, false>, Unwritten::handled);
+  whole("shfl.sync." + mode + ".b32", "wp=wwww", shfl<CHOOSE, true>, Unwritten::handled);
 }
 
 }  // namespace

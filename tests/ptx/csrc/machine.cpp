@@ -121,6 +121,7 @@ struct Machine {
   u32 pc = 0;            // where a fault happened
   Warp* warp = nullptr;  // and in which warp
   std::vector<Handler> handlers;
+  std::vector<Unwritten> rules;
   std::vector<u32> ends;  // by warp: clocks at the end of the last block
 
   void run_warp(Warp& w) {
@@ -137,15 +138,23 @@ struct Machine {
         lanes &= i.negated ? ~predicate : predicate;
       }
       if (lanes) {
-        for (int n = i.targets; n < i.operands; ++n)
-          if (lanes & ~w.ready[o[n].number]) unwritten(w, o[n].number, lanes, n);
+        w.garbage = 0;
+        for (int n = i.targets; n < i.operands; ++n) {
+          const u32 missing = lanes & ~w.ready[o[n].number];
+          if (!missing || (rules[pc] == Unwritten::handled && n == i.targets && !w.busy[o[n].number])) continue;
+          if (rules[pc] != Unwritten::spread || w.busy[o[n].number]) unwritten(w, o[n].number, lanes, n);
+          w.garbage |= missing;
+        }
         if (!w.products.empty())
           for (int n = 0; n < i.targets; ++n)
             if (w.busy[o[n].number]) fail(Kind::async_copy, -1, "operand %d is written while a wgmma uses it", n);
         ++counts[pc];
         ++w.paths.back().pc;
         handlers[pc](w, o, lanes);
-        for (int n = 0; n < i.targets; ++n) w.ready[o[n].number] |= lanes;
+        for (int n = 0; n < i.targets; ++n) {
+          u32& ready = w.ready[o[n].number];
+          ready = (ready | lanes) & ~w.garbage;
+        }
       } else {
         ++w.paths.back().pc;
       }
@@ -319,9 +328,12 @@ void ptx_run(const Program* program, const Launch* launch, u64* counts, Result* 
     set_constants(w, *program);
   }
 
-  Machine machine{*program, *launch, counts, 0, nullptr, {}, std::vector<u32>(warps)};
-  for (u32 n = 0; n < program->instructions; ++n)
-    machine.handlers.push_back(opcodes()[program->code[n].opcode].handler);
+  Machine machine{*program, *launch, counts, 0, nullptr, {}, {}, std::vector<u32>(warps)};
+  for (u32 n = 0; n < program->instructions; ++n) {
+    const Opcode& opcode = opcodes()[program->code[n].opcode];
+    machine.handlers.push_back(opcode.handler);
+    machine.rules.push_back(opcode.unwritten);
+  }
   set_error_seed(launch->seed);
   result->kind = -1;
   try {

@@ -80,7 +80,8 @@ struct Warp {
   u32 started;              // the lanes that it has
   std::vector<Path> paths;  // with ascending `pc` from the last to the first: the last one runs
   u8* file;                 // registers: 4 bytes of a predicate, 32 lanes of the others
-  std::vector<u32> ready;   // by register: the lanes in which it has been written
+  std::vector<u32> ready;   // by register: the lanes in which it has been written, and not with garbage
+  u32 garbage;              // the lanes in which this instruction's result is that of a register never written
   std::vector<u8> busy;     // by register: an asynchronous wgmma uses it
   std::vector<u32> clock;   // by warp: how much of its past this warp knows, by barriers
   std::vector<Copy> copies;
@@ -195,12 +196,21 @@ struct Block {
 
 using Handler = void (*)(Warp& warp, const Operand* o, u32 lanes);
 
+// What an instruction does with registers that were never written. Reductions of Triton shuffle and add such registers
+// in lanes whose results nothing uses.
+enum class Unwritten : u8 {
+  fault,
+  spread,   // its result counts as never written in these lanes
+  handled,  // its first source: the handler says in which lanes, by `Warp::garbage`
+};
+
 // The signature has a letter for each operand, those that are written before the "=":
 // p: predicate; h, w, d: register of 16, 32, 64 bits; s, g: address in shared, global memory; P: in the parameters;
 // i: immediate; L: label; a: a register of 32 bits that the handler checks itself, with its number in `value`.
 struct Opcode {
   std::string name, signature;
   Handler handler;
+  Unwritten unwritten = Unwritten::fault;
 };
 
 std::vector<Opcode>& opcodes();
@@ -252,8 +262,15 @@ void each(const std::string& name, F f) {
   add_lanes(name, f, &F::operator());
 }
 
-inline void whole(const std::string& name, const std::string& signature, Handler handler) {
-  opcodes().push_back({name, signature, handler});
+template <class F>
+void each_spreading(const std::string& name, F f) {
+  each(name, f);
+  opcodes().back().unwritten = Unwritten::spread;
+}
+
+inline void whole(const std::string& name, const std::string& signature, Handler handler,
+                  Unwritten unwritten = Unwritten::fault) {
+  opcodes().push_back({name, signature, handler, unwritten});
 }
 
 // Calls f(lane) for each of the lanes.
