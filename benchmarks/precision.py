@@ -126,9 +126,9 @@ Numbers near 1 are spaced by 6e-8 in float32 and by 4e-3 or 8e-3 in bfloat16. He
   would miss its budget there (`tests/kernels/test_real_clip.py`). So dq has a second product, with what rounding
   leaves, and so has dk of few tokens.
 - **Gradients of bfloat16 q and k on a CPU with bfloat16 dot products** are made from rounded gradients of the logits,
-  too. There dq has a correction instead of the second product: what rounding takes from the sum of a query in a block of
-  keys, times the mean of these keys. With fewer than 32 queries, keys or columns, too few errors average out, and the
-  products are those of float32.
+  too. There dq has a correction instead of the second product: what rounding takes from the sum of a query in a block
+  of keys, times the mean of these keys. With fewer than 32 queries, keys or columns, too few errors average out, and
+  the products are those of float32.
 
 {table("Real clips, DINOv2 ViT-S/14", results["clips"]).markdown()}
 
