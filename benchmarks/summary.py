@@ -63,11 +63,12 @@ def _times(ratio: float) -> str:
 
 
 def _markdown(columns: dict[str, Cell], shapes: list[str]) -> str:
-    lines = [["shape", *columns], ["---"] * (1 + len(columns))]
+    lines = [["shape", *columns]]
     for shape in shapes:
         name = f"{shape} ({SHORT_NOTES[shape]})" if shape in SHORT_NOTES else shape
         lines.append([name, *(cell(shape) for cell in columns.values())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    header, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([header, "|---" * len(lines[0]) + "|", *body])
 
 
 def main() -> None:
