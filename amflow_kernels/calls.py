@@ -49,7 +49,7 @@ def problem_of(
     check_impl(impl, problem)
     chosen = None if key is None else lasting_choice(problem, impl)
     if key is not None and chosen is not None:
-        if len(_known) == MOST:
+        if len(_known) >= MOST:  # several threads may add at once
             _known.clear()
         _known[key] = {**problem.__dict__, **dict.fromkeys(tensors)}, chosen
     return problem, chosen

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.result_files import Row
+from benchmarks.shapes import NOTES
 
 DIRECTIONS = ("forward", "forward+backward")
-SHORT_NOTES = {"1x8x12x49x256": "short rows", "2x16x6x197x16": "narrow heads", "1x2x3x50x64": "tiny clip"}
 
 Cell = Callable[[str], str]  # of a shape
 
@@ -65,7 +65,7 @@ def _times(ratio: float) -> str:
 def _markdown(columns: dict[str, Cell], shapes: list[str]) -> str:
     lines = [["shape", *columns]]
     for shape in shapes:
-        name = f"{shape} ({SHORT_NOTES[shape]})" if shape in SHORT_NOTES else shape
+        name = f"{shape} ({NOTES[shape].partition(':')[0]})" if shape in NOTES else shape
         lines.append([name, *(cell(shape) for cell in columns.values())])
     header, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([header, "|---" * len(lines[0]) + "|", *body])
