@@ -437,6 +437,27 @@ void fill_zeros(float* p, int64_t n) { __builtin_memset(p, 0, n * sizeof(float))
 
 // ---- from dL/dA to dq and dk
 
+// out[j][:] (+)= sum over K lanes, or pairs of lanes, of b[j][lane] x[lane][:], for n keys: a strip's part of a sum
+// over queries, which is written for the item's first strip and added for later ones. b has `lane_bytes` for each lane.
+template <class E>
+void add_to_keys(const Strip& strip, const void* b, int64_t lane_bytes, const float* x, int64_t K, int64_t n,
+                 int64_t cols, float* out) {
+  product<E, Epilogue::none, false>({.b = static_cast<const char*>(b),
+                                     .b_row = strip.lanes() * lane_bytes,
+                                     .b_k = 4,
+                                     .x = x,
+                                     .x_row = cols,
+                                     .K = K,
+                                     .out = out,
+                                     .out_row = cols,
+                                     .out_vector = W,
+                                     .add = !strip.first_of_item,
+                                     .prefetch = reinterpret_cast<const char*>(out + PREFETCH_DISTANCE * cols),
+                                     .prefetch_row = cols * 4,
+                                     .prefetch_bytes = cols * 4},
+                                    n, cols / W);
+}
+
 #ifdef AMFLOW_DOT_BF16
 // Whether dL/dlogits may be rounded to bf16: with fewer tokens or columns, too few errors are summed to average out
 // within the budget of bf16 gradients.
@@ -524,24 +545,7 @@ void backward_dots(const Problem& pb, const Plan& plan, const MapIndex& index, c
                                                .add = block > 0},
                                               queries, cols / W);
     }
-    if (f.dk) {
-      float* const rows = dk + j0 * cols;
-      product<Bf16Pair, Epilogue::none, false>(
-          {.b = reinterpret_cast<const char*>(lane_pairs),
-           .b_row = lanes * 2,
-           .b_k = 4,
-           .x = s.rows,
-           .x_row = cols,
-           .K = div_up(queries, 2),
-           .out = rows,
-           .out_row = cols,
-           .out_vector = W,
-           .add = !strip.first_of_item,
-           .prefetch = reinterpret_cast<const char*>(rows + PREFETCH_DISTANCE * cols),
-           .prefetch_row = cols * 4,
-           .prefetch_bytes = cols * 4},
-          n, cols / W);
-    }
+    if (f.dk) add_to_keys<Bf16Pair>(strip, lane_pairs, 2, s.rows, div_up(queries, 2), n, cols, dk + j0 * cols);
   }
   for (int64_t l = 0; f.dq && l < queries; ++l)
     store_row(pb.dtype, s.dq + l * cols, pb.D, dq_row(pb, index, strip.first_query + l));
@@ -593,23 +597,7 @@ void backward_logits(const Problem& pb, const Plan& plan, const MapIndex& index,
            .prefetch_bytes = cols * 4},
           queries, cols / W);
     }
-    if (f.dk) {
-      float* const rows = dk + j0 * cols;
-      product<Float, Epilogue::none, false>({.b = dlogits,
-                                             .b_row = lanes * 4,
-                                             .b_k = 4,
-                                             .x = s.rows,
-                                             .x_row = cols,
-                                             .K = queries,
-                                             .out = rows,
-                                             .out_row = cols,
-                                             .out_vector = W,
-                                             .add = !strip.first_of_item,
-                                             .prefetch = reinterpret_cast<const char*>(rows + PREFETCH_DISTANCE * cols),
-                                             .prefetch_row = cols * 4,
-                                             .prefetch_bytes = cols * 4},
-                                            n, cols / W);
-    }
+    if (f.dk) add_to_keys<Float>(strip, s.dlogits, 4, s.rows, queries, n, cols, dk + j0 * cols);
   }
   if (!f.dq || !s.dq) return;
   for (int64_t l = 0; l < queries; ++l)

@@ -246,25 +246,11 @@ void weight_u(const MatmulProblem& pb, const Strip& strip, const vec* w, double*
 // The strip's part of M^T u or e^T w u, from s.u: written to `out` for the item's first strip, added for later ones.
 void multiply_to_keys(const MatmulProblem& pb, const Plan& plan, const Strip& strip, const float* m, float* out,
                       Scratch& s) {
-  const int64_t lanes = strip.lanes(), cols = c_cols(pb);
+  const int64_t cols = c_cols(pb);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t j0 = block * KEY_BLOCK, n = min(KEY_BLOCK, pb.Nk - j0);
     gather_block(plan, strip, m, j0, n, s.block);
-    float* const rows = out + j0 * cols;
-    product<Float, Epilogue::none, false>({.b = reinterpret_cast<const char*>(s.block),
-                                           .b_row = lanes * 4,
-                                           .b_k = 4,
-                                           .x = s.u,
-                                           .x_row = cols,
-                                           .K = strip.queries(pb.Nq),
-                                           .out = rows,
-                                           .out_row = cols,
-                                           .out_vector = W,
-                                           .add = !strip.first_of_item,
-                                           .prefetch = reinterpret_cast<const char*>(rows + PREFETCH_DISTANCE * cols),
-                                           .prefetch_row = cols * 4,
-                                           .prefetch_bytes = cols * 4},
-                                          n, cols / W);
+    add_to_keys<Float>(strip, s.block, 4, s.u, strip.queries(pb.Nq), n, cols, out + j0 * cols);
   }
 }
 

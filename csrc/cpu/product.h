@@ -38,8 +38,8 @@ struct ProductArgs {
   int64_t out_row, out_vector;
   bool add = false;         // to the values in `out`
   float* maxima = nullptr;  // [V] vectors, updated with the columns' maxima (Epilogue::max)
-  // Rows to prefetch, one for each row of b: enough to keep the memory busy, but never so
-  // many at once that the CPU stalls.
+  // Rows to prefetch, one for each row of b: enough to keep the memory busy, but never so many at once that the CPU
+  // stalls.
   const char* prefetch = nullptr;
   int64_t prefetch_row = 0, prefetch_bytes = 0;
 };
@@ -133,6 +133,7 @@ void product(ProductArgs a, int64_t rows, int64_t vectors) {
         if constexpr (TILE_VECTORS > 3) product_rows<tile_rows(4), 4, E, epilogue, rows_adjacent>(tile, left);
         break;
     }
+    a.prefetch = nullptr;  // once is enough
     a.x += V * W;
     a.out += V * a.out_vector;
     if constexpr (epilogue != Epilogue::none) a.maxima += V * W;
