@@ -244,10 +244,19 @@ char* dk_row(const Problem& pb, const MapIndex& index, int64_t j) {
   return static_cast<char*>(pb.frames[index.set].dk) + row * pb.D * element_size(pb.dtype);
 }
 
+// The rows of the strip's queries as floats, [lane][cols]; `pitch` elements from row to row.
+void load_lanes(Dtype dtype, const char* first, int64_t pitch, const Strip& strip, int64_t Nq, int64_t width,
+                float* rows, int64_t cols) {
+  const int64_t queries = strip.queries(Nq);
+  load_rows(dtype, first, pitch * element_size(dtype), queries, width, rows, cols);
+  for (int64_t l = queries; l < strip.lanes(); ++l)
+    __builtin_memcpy(rows + l * cols, rows + (queries - 1) * cols, 4 * cols);
+}
+
 // The strip's queries as floats, [lane][d_cols].
 void load_queries(const Problem& pb, const Plan& plan, const MapIndex& index, const Strip& strip, float* rows) {
-  for (int64_t l = 0; l < strip.lanes(); ++l)
-    load_row(pb.dtype, query_row(pb, index, min(strip.first_query + l, pb.Nq - 1)), pb.D, rows + l * plan.d_cols);
+  load_lanes(pb.dtype, query_row(pb, index, strip.first_query), pb.frames[index.set].q_stride[4], strip, pb.Nq, pb.D,
+             rows, plan.d_cols);
 }
 
 // Rows that a product reads: the tensor's own memory where its layout allows, else a copy.
@@ -259,9 +268,10 @@ struct RowView {
 // n keys from j0 on as floats; `whole`: in whole vectors, padded with zeros.
 RowView float_keys(const Problem& pb, const Plan& plan, const MapIndex& index, int64_t j0, int64_t n, bool whole,
                    float* buffer) {
-  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32)
-    return {key_row(pb, index, j0), pb.frames[index.set].k_stride[4] * 4};
-  for (int64_t j = 0; j < n; ++j) load_row(pb.dtype, key_row(pb, index, j0 + j), pb.D, buffer + j * plan.d_cols);
+  const char* const first = key_row(pb, index, j0);
+  const int64_t pitch = pb.frames[index.set].k_stride[4] * element_size(pb.dtype);
+  if (whole ? whole_rows(pb) : pb.dtype == Dtype::f32) return {first, pitch};
+  load_rows(pb.dtype, first, pitch, n, pb.D, buffer, plan.d_cols);
   return {reinterpret_cast<const char*>(buffer), plan.d_cols * 4};
 }
 
@@ -613,7 +623,7 @@ void add_rows(Dtype dtype, int64_t n, int64_t width, int64_t cols, const float* 
   for (int64_t j = 0; j < n; ++j) {
     char* const out = result + j * width * element_size(dtype);
     float* sum = in_result || (first && last) ? row : sums + j * cols;
-    if (in_result && !first) load_row(Dtype::f32, out, width, sum);
+    if (in_result && !first) load_row<Dtype::f32>(out, width, sum);
     for (int64_t d = 0; d < cols; d += W) {
       const vec x = load(part + j * cols + d);
       store(sum + d, first ? x : load(sum + d) + x);

@@ -133,20 +133,20 @@ char* out_row(const MatmulProblem& pb, const MapIndex& pair, int64_t i) {
 }
 
 void load_u(const MatmulProblem& pb, const MapIndex& pair, const Strip& strip, float* u) {
-  for (int64_t l = 0; l < strip.lanes(); ++l)
-    load_row(pb.u.dtype, row_at(pb.u, pair, min(strip.first_query + l, pb.Nq - 1)), pb.C, u + l * c_cols(pb));
+  load_lanes(pb.u.dtype, row_at(pb.u, pair, strip.first_query), pb.u.stride[4], strip, pb.Nq, pb.C, u, c_cols(pb));
 }
 
 // v of n keys as floats, minus `subtract` unless it is null. Without it, floats are used in place.
 RowView load_v(const MatmulProblem& pb, const MapIndex& pair, int64_t j0, int64_t n, const float* subtract,
                float* buffer) {
-  if (pb.v.dtype == Dtype::f32 && !subtract) return {row_at(pb.v, pair, j0), pb.v.stride[4] * 4};
+  const char* const first = row_at(pb.v, pair, j0);
+  const int64_t pitch = pb.v.stride[4] * element_size(pb.v.dtype);
+  if (pb.v.dtype == Dtype::f32 && !subtract) return {first, pitch};
   const int64_t cols = c_cols(pb);
-  for (int64_t j = 0; j < n; ++j) {
-    float* const row = buffer + j * cols;
-    load_row(pb.v.dtype, row_at(pb.v, pair, j0 + j), pb.C, row);
-    for (int64_t c = 0; subtract && c < cols; c += W) store(row + c, load(row + c) - load(subtract + c));
-  }
+  load_rows(pb.v.dtype, first, pitch, n, pb.C, buffer, cols);
+  for (int64_t j = 0; subtract && j < n; ++j)
+    for (int64_t c = 0; c < cols; c += W)
+      store(buffer + j * cols + c, load(buffer + j * cols + c) - load(subtract + c));
   return {reinterpret_cast<const char*>(buffer), cols * 4};
 }
 
@@ -155,7 +155,7 @@ void sum_v(const MatmulProblem& pb, const MapIndex& pair, double* sum) {
   for (int64_t c = 0; c < c_cols(pb); ++c) sum[c] = 0;
   for (int64_t j = 0; j < pb.Nk; ++j) {
     const char* const v = row_at(pb.v, pair, j);
-    if (pb.v.dtype != Dtype::f32) load_row(pb.v.dtype, v, pb.C, buffer);
+    if (pb.v.dtype != Dtype::f32) load_rows(pb.v.dtype, v, 0, 1, pb.C, buffer, 0);
     const float* const row = pb.v.dtype == Dtype::f32 ? reinterpret_cast<const float*>(v) : buffer;
     for (int64_t c = 0; c < pb.C; ++c) sum[c] += row[c];
   }

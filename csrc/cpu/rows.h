@@ -10,16 +10,17 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 inline int64_t element_size(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
 // Reads one row of D values as floats, padded with zeros to a multiple of W.
-inline void load_row(Dtype t, const char* src, int64_t D, float* dst) {
+template <Dtype t>
+inline void load_row(const char* src, int64_t D, float* dst) {
   int64_t d = 0;
-  if (t == Dtype::f32) {
+  if constexpr (t == Dtype::f32) {
     for (; d + W <= D; d += W) store(dst + d, load(reinterpret_cast<const float*>(src) + d));
     if (d < D) {
       store(dst + d, set1(0.f));
       __builtin_memcpy(dst + d, src + 4 * d, 4 * (D - d));
     }
   } else {
-    const bool is_bf16 = t == Dtype::bf16;
+    constexpr bool is_bf16 = t == Dtype::bf16;
     const auto* bits = reinterpret_cast<const uint16_t*>(src);
     for (; d + W <= D; d += W) store(dst + d, load(bits + d, is_bf16));
     if (d < D) {
@@ -30,12 +31,16 @@ inline void load_row(Dtype t, const char* src, int64_t D, float* dst) {
   }
 }
 
-// Rounds to nearest even.
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
+template <Dtype t>
+inline void load_rows(const char* src, int64_t pitch, int64_t n, int64_t D, float* dst, int64_t cols) {
+  for (int64_t i = 0; i < n; ++i) load_row<t>(src + i * pitch, D, dst + i * cols);
+}
+
+// The same for n rows at a pitch of so many bytes, to [n][cols].
+inline void load_rows(Dtype t, const char* src, int64_t pitch, int64_t n, int64_t D, float* dst, int64_t cols) {
+  if (t == Dtype::f32) load_rows<Dtype::f32>(src, pitch, n, D, dst, cols);
+  else if (t == Dtype::bf16) load_rows<Dtype::bf16>(src, pitch, n, D, dst, cols);
+  else load_rows<Dtype::f16>(src, pitch, n, D, dst, cols);
 }
 
 // Writes one row of D floats as dtype t. src is readable up to a multiple of W.
@@ -44,13 +49,13 @@ inline void store_row(Dtype t, const float* src, int64_t D, char* dst) {
     __builtin_memcpy(dst, src, 4 * D);
     return;
   }
-  uint16_t half[W];
-  for (int64_t d = 0; d < D; d += W) {
-    const int64_t n = D - d < W ? D - d : W;
-    if (t == Dtype::f16) store_f16(half, load(src + d));
-    else
-      for (int i = 0; i < W; ++i) half[i] = to_bf16(src[d + i]);
-    __builtin_memcpy(dst + 2 * d, half, 2 * n);
+  auto* bits = reinterpret_cast<uint16_t*>(dst);
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(bits + d, load(src + d), t == Dtype::bf16);
+  if (d < D) {
+    uint16_t tail[W];
+    store(tail, load(src + d), t == Dtype::bf16);
+    __builtin_memcpy(bits + d, tail, 2 * (D - d));
   }
 }
 

@@ -9,7 +9,8 @@
 //   STRIP_VECTORS               most vectors of queries in a strip of a map (maps.h)
 //   TILE_VECTORS, tile_rows(V)  the register tile of products: most vectors in a row, and the rows of V vectors
 //   set1(x), set1_bits(x)       the same number, or the same bits, in every lane
-//   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store_f16 rounds to them
+//   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store(p, x, is_bf16)
+//                               rounds to them, to nearest even
 //   fma(a, b, c)                a * b + c, rounded once
 //   bit_xor, abs, round         round: to the nearest integer
 //   max(a, b)                   NaN if b is; if only a is, either NaN or b
@@ -24,7 +25,9 @@
 //   bf16_pair, load_pair(p)     two bf16 numbers
 //   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1 for a pair b and the two bf16 numbers in every lane of x
 //   load_pairs(a, b)            lanes of pairs (a[i], b[i])
-//   pair_bf16(a, b)             the same of vectors, rounded to bf16; store_bf16 rounds to them, too
+//   pair_bf16(a, b)             the same of vectors, rounded to bf16; store_bf16(p, x) rounds to them, too. Both may
+//   take
+//                               subnormal numbers for 0
 //   lower_bf16, upper_bf16      the first and the second number of every lane
 #pragma once
 

@@ -22,9 +22,11 @@ inline vec bit_xor(vec a, vec b) { return _mm256_xor_ps(a, b); }
 inline vec abs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
 inline vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
 inline vec round(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Adds n to the exponent. 1 * 2^-127 gives 0, whose bits are 0; from any other x that would be a subnormal number
+// instead of a slightly larger one.
 inline vec scale_by_pow2(vec x, vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return x * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
 }
 inline vec fraction(vec x, vec& exponent) {
   x = max(set1(-127.f), x);  // 2^x is 0 for -127 and below; NaN stays NaN
@@ -55,8 +57,17 @@ inline vec load(const uint16_t* p, bool is_bf16) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return is_bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : _mm256_cvtph_ps(bits);
 }
-inline void store_f16(uint16_t* p, vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+inline void store(uint16_t* p, vec x, bool is_bf16) {
+  __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  if (is_bf16) {
+    const __m256i exact = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(exact, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(exact, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    bits = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
 }
 
 }  // namespace amflow::AMFLOW_ISA

@@ -55,8 +55,17 @@ inline vec load(const uint16_t* p, bool is_bf16) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return is_bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : _mm512_cvtph_ps(bits);
 }
-inline void store_f16(uint16_t* p, vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+inline void store(uint16_t* p, vec x, bool is_bf16) {
+  __m256i bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  if (is_bf16) {
+    const __m512i exact = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(exact, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(exact, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i upper = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
+    bits = _mm512_cvtepi32_epi16(upper);
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 
 #ifdef __AVX512BF16__

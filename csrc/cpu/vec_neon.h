@@ -57,7 +57,16 @@ inline vec load(const uint16_t* p, bool is_bf16) {
   const uint16x4_t bits = vld1_u16(p);
   return is_bf16 ? vreinterpretq_f32_u32(vshll_n_u16(bits, 16)) : vcvt_f32_f16(vreinterpret_f16_u16(bits));
 }
-inline void store_f16(uint16_t* p, vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+inline void store(uint16_t* p, vec x, bool is_bf16) {
+  uint16x4_t bits = vreinterpret_u16_f16(vcvt_f16_f32(x));
+  if (is_bf16) {
+    const uint32x4_t exact = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(exact, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(exact, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    bits = vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000)), 16);
+  }
+  vst1_u16(p, bits);
+}
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define AMFLOW_DOT_BF16
