@@ -20,8 +20,8 @@ from amflow_models.cli.drawing import overlay
 from amflow_models.cli.figure import draw
 from amflow_models.cli.main import main
 from amflow_models.cli.offline import clip_path, input_size, iterate_frames, read_frames
-from amflow_models.cli.overlay import LARGEST, Flows, Sheet, write_flows
-from amflow_models.cli.pictures import Pair, Pictures
+from amflow_models.cli.overlay import LARGEST, Sheet, write_flows
+from amflow_models.cli.pictures import Flows, Pair, Pictures
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -222,6 +222,21 @@ def test_pictures_show_the_flow_of_the_two_frames_on_the_grid(weights: str) -> N
     assert drawn.rows.shape == drawn.columns.shape == (4, 4)
     assert drawn.pca.shape == (4, 4, 3)
     assert 0 <= drawn.pca.min() < drawn.pca.max() <= 1
+
+
+def test_an_overlay_video_computes_flows_only_which_are_those_of_the_pictures(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = load(TINY, weights, SIZE)
+    pair = next(pictures.pictures(vit, [0, 2], clip_path("bikes"), SIZE, 10, 0))
+    monkeypatch.delattr(pictures, "motion_pca")
+    monkeypatch.delattr(pictures, "motion_maps")
+    flows = next(pictures.flows(vit, [0, 2], clip_path("bikes"), SIZE, 10, 0))
+    assert flows.numbers == pair.numbers
+    assert {block: aligned for block, (_, aligned) in flows.blocks.items()} == {0: None, 2: None}
+    assert all(torch.equal(flow, pair.blocks[block].flow) for block, (flow, _) in flows.blocks.items())
+    options: Any = {"model": TINY, "weights": weights, "size": SIZE, "every": 10, "pairs": 2}
+    assert visualize.run(clip_path("bikes"), tmp_path / "flow.mp4", **options) == 2
 
 
 def test_only_two_frames_are_in_memory_at_a_time(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,30 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from amflow_models.cli.drawing import COLOURS, CUT, overlay, video_writer
 from amflow_models.cli.offline import iterate_frames
-from amflow_models.cli.pictures import Pair
+from amflow_models.cli.pictures import Flows
 
 LARGEST = (1920, 1080)  # pixels of a video, at most
 FOLDER_RATE = Fraction(25)  # frames per second of a folder of frames, which does not tell its own
 _TITLE, _LABEL, _BAR, _GAP = 60, 26, 24, 8  # pixels: heights of the title, of a tile's label and colour bar; distance
-
-
-class Flows(NamedTuple):
-    """The flows of a pair of frames, without the frames."""
-
-    numbers: tuple[int, int]  # of the frames
-    blocks: dict[int, tuple[Tensor, Tensor | None]]  # flow - 1 and aligned flow - 1, (height, width) each
-
-    @classmethod
-    def of(cls, pair: Pair) -> Flows:
-        """Those of a pair."""
-        return cls(pair.numbers, {block: (drawn.flow, drawn.aligned) for block, drawn in pair.blocks.items()})
 
 
 def write_flows(

@@ -19,8 +19,8 @@ from amflow_models.cli.demo import check_output
 from amflow_models.cli.errors import CommandError, needs_extra
 from amflow_models.cli.figure import FORMATS, save_figure
 from amflow_models.cli.offline import input_size
-from amflow_models.cli.overlay import Flows, write_flows
-from amflow_models.cli.pictures import pictures
+from amflow_models.cli.overlay import write_flows
+from amflow_models.cli.pictures import Flows, flows, pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,13 +163,13 @@ def run(
     subject = f"{model}, {sides[1]} x {sides[0]} px, mean over heads"
     terminal = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    flows: list[Flows] = []
+    found: list[Flows] = []
     done = 0
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("load")
-        for pair in pictures(vit, chosen, video, sides, every, start, encoders):
-            if kind == ".mp4":
-                flows.append(Flows.of(pair))
+        for pair in (flows if kind == ".mp4" else pictures)(vit, chosen, video, sides, every, start, encoders):
+            if isinstance(pair, Flows):
+                found.append(pair)
             else:
                 path = output if kind else output / f"pair_{pair.numbers[0]:05d}_{pair.numbers[1]:05d}.png"
                 title = f"{video.name}, frames {pair.numbers[0]} and {pair.numbers[1]}\n{subject}"
@@ -181,7 +181,7 @@ def run(
         if kind == ".mp4":
             progress.update(task, description="write the video")
             title = f"{video.name}, 1000 (flow - 1) in {subject}"
-            write_flows(flows, output, video, size=sides, every=every, rate=clip.frame_rate, title=title)
+            write_flows(found, output, video, size=sides, every=every, rate=clip.frame_rate, title=title)
     return done
 
 
