@@ -25,9 +25,8 @@
 //   bf16_pair, load_pair(p)     two bf16 numbers
 //   dot_bf16(b, x, sum)         sum + b0 x0 + b1 x1 for a pair b and the two bf16 numbers in every lane of x
 //   load_pairs(a, b)            lanes of pairs (a[i], b[i])
-//   pair_bf16(a, b)             the same of vectors, rounded to bf16; store_bf16(p, x) rounds to them, too. Both may
-//   take
-//                               subnormal numbers for 0
+//   pair_bf16(a, b)             the same of vectors, rounded to bf16, subnormal numbers perhaps to 0; store_bf16(p, x)
+//                               stores numbers rounded likewise
 //   lower_bf16, upper_bf16      the first and the second number of every lane
 #pragma once
 
