@@ -6,7 +6,6 @@
 // The header of an instruction set has the only code that names its instructions:
 //
 //   vec, W                      a vector and its lanes; + - * / work on vectors, and are never fused
-//   STRIP_VECTORS               most vectors of queries in a strip of a map (maps.h)
 //   TILE_VECTORS, tile_rows(V)  the register tile of products: most vectors in a row, and the rows of V vectors
 //   set1(x), set1_bits(x)       the same number, or the same bits, in every lane
 //   load, store                 floats at any address; load(p, is_bf16) widens 16-bit numbers, store(p, x, is_bf16)

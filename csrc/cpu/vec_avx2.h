@@ -9,8 +9,7 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = __m256;
 constexpr int W = 8;
-constexpr int STRIP_VECTORS = 8;  // half as many conversions of keys, and passes over their gradients, as with 4
-constexpr int TILE_VECTORS = 2;   // there are 16 registers
+constexpr int TILE_VECTORS = 2;  // there are 16 registers
 constexpr int tile_rows(int V) { return V == 2 ? 6 : 12; }
 
 inline vec set1(float x) { return _mm256_set1_ps(x); }

@@ -9,7 +9,6 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = __m512;
 constexpr int W = 16;
-constexpr int STRIP_VECTORS = 4;
 constexpr int TILE_VECTORS = 4;  // there are 32 registers
 constexpr int tile_rows(int V) { return V == 4 ? 6 : V == 3 ? 8 : 12; }
 

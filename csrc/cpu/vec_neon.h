@@ -10,7 +10,6 @@ namespace amflow::AMFLOW_ISA {
 
 using vec = float32x4_t;
 constexpr int W = 4;
-constexpr int STRIP_VECTORS = 8;
 constexpr int TILE_VECTORS = 4;  // there are 32 registers
 constexpr int tile_rows(int V) { return V == 4 ? 6 : V == 3 ? 8 : 12; }
 
