@@ -57,8 +57,8 @@ def problem_of(
 
 def _key(form: type[MapPairs], impl: str | None, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
     """The kind of a call, or None if a tensor is not plain."""
-    values = options.values()
-    key = [form, impl, *tensors, *options, *values, *map(type, values)]  # checks can tell True from 1: they are equal
+    values = options.values()  # which options there are follows from the names of the tensors
+    key = [form, impl, *tensors, *values, *map(type, values)]  # checks can tell True from 1: they are equal
     for x in tensors.values():
         if x is None:
             key.append(None)

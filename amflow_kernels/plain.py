@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 try:
@@ -45,7 +45,7 @@ def unwatched() -> bool:
     """Whether an op called now would be seen by nothing but autograd, if its tensors are plain."""
     return (
         _COMPLETE
-        and not is_compiling()
+        and not is_dynamo_compiling()  # other tracers have modes or keys
         and get_eval_frame_callback() is None
         and not _len_torch_function_stack()
         and not _profiler_enabled()
