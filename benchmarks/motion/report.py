@@ -11,8 +11,16 @@ from typing import Any
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS
 
-# The arms among which a default is chosen, besides those that serve only for this choice.
-RIVALS = ("am_flow", "am_flow_raw", "frame_difference", "constant", "am_flow_serial", "am_flow_aligned")
+# Pairs of arms that the paper's claims, or our defaults, compare.
+COMPARED = (
+    ("am_flow", "constant"),
+    ("am_flow_serial", "constant_serial"),
+    ("frame_difference", "constant"),
+    ("flow_times_difference", "am_flow"),
+    ("am_flow", "am_flow_serial"),
+    ("constant", "constant_serial"),
+    ("am_flow", "am_flow_first_last"),
+)
 
 # Two-sided 95% quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -34,42 +42,32 @@ def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
 Cell = tuple[float, float, float | None]
 
 
-def cells(table: dict[str, Any], split: str = "test") -> dict[tuple[str, str], Cell]:
-    """By (arm, task): mean accuracy on a split, half its interval, mean steps to 90% of the final accuracy.
+def cells(table: dict[str, Any]) -> dict[tuple[str, str], Cell]:
+    """By (arm, task): mean accuracy on test clips, half its interval, mean steps to 90% of the final accuracy.
 
     The mean of steps is over runs that beat chance by more than the interval of chance; None if there are none.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table["runs"]:
-        if row[split] is not None:
-            runs.setdefault((row["arm"], row["task"]), []).append(row)
-    tested, results = table["setting"][split], {}
+        runs.setdefault((row["arm"], row["task"]), []).append(row)
+    tested, results = table["setting"]["test"], {}
     for key, rows in runs.items():
-        chance = 1 / len(TASKS[key[1]].classes)
-        learned = [row["steps_to_90"] for row in rows if row[split] > chance + interval([chance], tested)[1]]
-        results[key] = (*interval([row[split] for row in rows], tested), mean(learned) if learned else None)
+        learned = [row["steps_to_90"] for row in rows if row["test"] > beats_chance(key[1], tested)]
+        results[key] = (*interval([row["test"] for row in rows], tested), mean(learned) if learned else None)
     return results
 
 
+def beats_chance(task: str, tested: int) -> float:
+    """The accuracy above which a run has learned something: chance and its interval."""
+    chance = 1 / len(TASKS[task].classes)
+    return chance + interval([chance], tested)[1]
+
+
 def markdown(table: dict[str, Any]) -> str:
-    """Accuracy in percent, its 95% interval, and steps to 90% of the final training accuracy.
-
-    One table for the test split, and one for the validation split with the arms among which a default is chosen.
-    """
-    choices = [arm for arm, spec in ARMS.items() if spec.choice]
-    tables = {
-        "Test": (cells(table), [arm for arm in ARMS if arm not in choices]),
-        "Validation": (cells(table, "validation"), [*RIVALS, *choices]),
-    }
-    if not any(row["arm"] in choices for row in table["runs"]):
-        del tables["Validation"]
-    return "\n\n".join(f"{name}:\n\n{_rows(table, *content)}" for name, content in tables.items())
-
-
-def _rows(table: dict[str, Any], results: dict[tuple[str, str], Cell], arms: list[str]) -> str:
-    arms = [arm for arm in arms if any(key[0] == arm for key in results)]
-    chosen = [task for arm in arms if ARMS[arm].choice for task in ARMS[arm].tasks or ()] or list(TASKS)
-    tasks = [task for task in TASKS if task in chosen and any(key[1] == task for key in results)]
+    """Accuracy on test clips in percent, its 95% interval, and steps to 90% of the final training accuracy."""
+    results = cells(table)
+    arms = [arm for arm in ARMS if any(key[0] == arm for key in results)]
+    tasks = [task for task in TASKS if any(key[1] == task for key in results)]
     lines = [
         "| | trained | " + " | ".join(tasks) + " |",
         "|---|---|" + "---|" * len(tasks),
@@ -87,6 +85,58 @@ def _rows(table: dict[str, Any], results: dict[tuple[str, str], Cell], arms: lis
         trained = max(row["trainable"] for row in table["runs"] if row["arm"] == arm)
         lines.append(f"| {ARMS[arm].label} | {trained / 1e3:.0f}k | " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def differences(table: dict[str, Any]) -> str:
+    """First minus second arm, seed by seed: accuracy in points and steps to 90%, with 95% intervals over seeds.
+
+    Two runs of a seed see the same clips in the same order. Steps are those of seeds of which both runs beat chance.
+    """
+    runs = {(row["task"], row["arm"], row["seed"]): row for row in table["runs"]}
+    tasks = [task for task in TASKS if any(key[0] == task for key in runs)]
+    lines = ["| | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+    for first, second in COMPARED:
+        shown = []
+        for task in tasks:
+            seeds = [seed for name, arm, seed in runs if (name, arm) == (task, first) and (task, second, seed) in runs]
+            pairs = [(runs[task, first, seed], runs[task, second, seed]) for seed in seeds]
+            points = [100 * (a["test"] - b["test"]) for a, b in pairs]
+            least = beats_chance(task, table["setting"]["test"])
+            steps = [a["steps_to_90"] - b["steps_to_90"] for a, b in pairs if min(a["test"], b["test"]) > least]
+            shown.append(
+                "" if len(points) < 2 else f"{spread(points, 1)}" + (f" ({spread(steps)})" if steps[1:] else "")
+            )
+        lines.append(f"| {ARMS[first].label} - {ARMS[second].label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Mean and half the width of its 95% interval, by Student's t."""
+    half = STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values))
+    return f"{mean(values):+.{digits}f} ± {half:.{digits}f}"
+
+
+def tuning(table: dict[str, Any]) -> str:
+    """Accuracy on validation clips in percent by number of steps and learning rate."""
+    runs = {(row["arm"], row["steps"], row["rate"]): row["validation"] for row in table["runs"]}
+    rates = sorted({rate for _, _, rate in runs})
+    lines = ["| | steps | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
+    for arm, spec in ARMS.items():
+        for steps in sorted({steps for name, steps, _ in runs if name == arm}):
+            cells = (runs.get((arm, steps, rate)) for rate in rates)
+            shown = ("" if accuracy is None else f"{100 * accuracy:.0f}" for accuracy in cells)
+            lines.append(f"| {spec.label} | {steps} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def chosen_rates(table: dict[str, Any], steps: int) -> dict[str, float]:
+    """By arm, the rate of its best run of so many steps on validation clips; of equals, that which learned soonest."""
+    best: dict[str, tuple[float, float, float]] = {}
+    for row in table["runs"]:
+        if row["steps"] == steps:
+            result = (row["validation"], mean(accuracy for _, accuracy in row["curve"]), row["rate"])
+            best[row["arm"]] = max(result, best.get(row["arm"], result))
+    return {arm: rate for arm, (_, _, rate) in best.items()}
 
 
 def plot(table: dict[str, Any], path: Path) -> None:

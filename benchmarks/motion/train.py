@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from amflow_models import VideoClassifier, create_backbone
@@ -20,9 +20,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.motion.arms import ARMS
 from benchmarks.motion.tasks import TASKS, make_clips
 
-SLOW = {"camera": 2}  # factor by which a task takes more steps, at a learning rate lower by the same factor
-POINTS = 10  # of the curve of a run
+POINTS = 20  # of the curve of a run
 MAX_GRADIENT_NORM = 1.0  # the first gradients are large
+
+
+LEARNABLE = ("direction", "which", "which_pan")  # which a convolution over frames learns at the setting "cpu"
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Setting:
         size: width and height of a frame in pixels.
         frames: frames of a clip.
         depth: how many of the backbone's 12 blocks are used.
-        steps, batch, learning_rate: of AdamW, with one cycle of the learning rate.
+        steps, batch: of AdamW, with one cycle of the learning rate.
         train, validation, test: clips of each split; training shuffles them anew for each pass.
         seeds: how many runs of each arm.
+        tasks: names in `TASKS`.
         precision: "bf16" (autocast) or "fp32". CPUs without AVX512_BF16 or AMX multiply bf16 matrices 20 to 35 times
             slower than fp32 ones.
     """
@@ -49,7 +52,7 @@ class Setting:
     validation: int
     test: int
     seeds: int
-    learning_rate: float = 4e-3
+    tasks: tuple[str, ...] = tuple(TASKS)
     precision: str = "bf16"
 
 
@@ -57,7 +60,9 @@ SETTINGS = {
     "smoke": Setting(
         size=56, frames=3, depth=2, steps=6, batch=4, train=28, validation=28, test=28, seeds=1, precision="fp32"
     ),
-    "cpu": Setting(size=70, frames=4, depth=4, steps=150, batch=16, train=4800, validation=280, test=560, seeds=3),
+    "cpu": Setting(
+        size=70, frames=4, depth=4, steps=450, batch=16, train=9600, validation=280, test=560, seeds=5, tasks=LEARNABLE
+    ),
     "gpu": Setting(size=98, frames=8, depth=12, steps=2000, batch=32, train=14000, validation=840, test=1680, seeds=5),
 }
 
@@ -67,7 +72,8 @@ class Run:
     """The result of a run.
 
     Attributes:
-        validation, test: accuracy on these splits after the last step. Arms with `choice` are not tested: None.
+        rate, steps: the learning rate and the number of steps; 0 for probes.
+        validation, test: accuracy on these splits after the last step; None if it was not tested.
         curve: steps, and accuracy on the batches since the previous point, each predicted before the model learns
             from it.
         steps_to_90: the first of these steps from which on the accuracy stays at 90% of the last one or more.
@@ -78,6 +84,8 @@ class Run:
     task: str
     arm: str
     seed: int
+    rate: float
+    steps: int
     validation: float
     test: float | None
     curve: list[tuple[int, float]]
@@ -86,29 +94,34 @@ class Run:
     seconds: float
 
 
-def train(task: str, arm: str, seed: int, setting: Setting, device: str = "cpu") -> dict[str, Any]:
+class Job(NamedTuple):
+    """A run to be made; fields as those of `Run`."""
+
+    task: str
+    arm: str
+    seed: int
+    rate: float = 0.0
+    steps: int = 0
+    tested: bool = True
+
+
+def train(job: Job, setting: Setting, device: str = "cpu") -> dict[str, Any]:
     """A `Run`, as a dict."""
     started = time.perf_counter()
-    options = ARMS[arm].options
-    run = _probe(task, arm, setting, device) if options is None else _adapters(task, arm, seed, setting, device)
-    run |= {"task": task, "arm": arm, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
-    return asdict(Run(**run))
+    run = (_probe if ARMS[job.arm].options is None else _adapters)(job, setting, device)
+    run |= {name: value for name, value in job._asdict().items() if name != "tested"}
+    return asdict(Run(**run, seconds=round(time.perf_counter() - started, 1)))
 
 
-def train_job(job: tuple[str, str, int], setting: Setting, device: str) -> dict[str, Any]:
-    """`train` for (task, arm, seed)."""
-    return train(*job, setting, device)
-
-
-def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> dict[str, Any]:
-    steps = setting.steps * ARMS[arm].budget * SLOW.get(task, 1)
-    rate = setting.learning_rate / SLOW.get(task, 1)
+def _adapters(job: Job, setting: Setting, device: str) -> dict[str, Any]:
+    task, arm, seed, rate, steps, tested = job
     backbone = _backbone(setting, device)  # before seeding: creating one draws random numbers, copying does not
     torch.manual_seed(seed)
     model = VideoClassifier(backbone, len(TASKS[task].classes), setting.frames, **(ARMS[arm].options or {})).to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+    warmup = max(0.1, 2 / steps)  # a share; the schedule divides by its steps less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=warmup)
     clips, labels = _clips(task, "train", setting, device)
     order = _order(len(clips), seed)
     curve: list[tuple[int, float]] = []
@@ -128,7 +141,7 @@ def _adapters(task: str, arm: str, seed: int, setting: Setting, device: str) -> 
             curve.append((step, correct / (every * setting.batch)))
             correct = 0
     validation = _accuracy(model, task, "validation", setting, device)
-    test = None if ARMS[arm].choice else _accuracy(model, task, "test", setting, device)
+    test = _accuracy(model, task, "test", setting, device) if tested else None
     return _result(validation, test, curve, sum(p.numel() for p in trainable))
 
 
@@ -139,10 +152,10 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _probe(task: str, arm: str, setting: Setting, device: str) -> dict[str, Any]:
+def _probe(job: Job, setting: Setting, device: str) -> dict[str, Any]:
     """Logistic regression on standardised vectors of the backbone; the validation split chooses the weight decay."""
-    data = {split: _vectors(task, split, setting, device) for split in ("train", "validation", "test")}
-    sees = ARMS[arm].sees
+    data = {split: _vectors(job.task, split, setting, device) for split in ("train", "validation", "test")}
+    sees = ARMS[job.arm].sees
 
     def features(split: str) -> Tensor:
         x = data[split][0]
@@ -150,7 +163,7 @@ def _probe(task: str, arm: str, setting: Setting, device: str) -> dict[str, Any]
 
     std, mean = torch.std_mean(features("train"), 0)
     x = {split: (features(split) - mean) / (std + 1e-6) for split in data}
-    classes, best = len(TASKS[task].classes), (-1.0, 0.0)
+    classes, best = len(TASKS[job.task].classes), (-1.0, 0.0)
     for decay in (1e-3, 1e-2, 1e-1, 1.0):
         head = nn.Linear(x["train"].shape[1], classes, device=device)
         optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
