@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     tunes.add_argument("--task", choices=TASKS, default="direction")
     adapters = [arm for arm, spec in ARMS.items() if spec.options is not None and arm not in RATE_OF]
     tunes.add_argument("--arms", nargs="+", choices=adapters, default=adapters)
-    tunes.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
+    tunes.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     tunes.add_argument("--steps", nargs="+", type=int, default=None, help="(default: those of the setting)")
     for name, command in (("run", runs), ("tune", tunes)):
         command.add_argument("--setting", choices=SETTINGS, default="cpu")
